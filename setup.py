@@ -1,4 +1,4 @@
-"""Packaging of routing_replay; the tools' settings are in pyproject.toml, the tested pins in constraints.txt."""
+"""Packaging of routing_replay (tool settings: pyproject.toml; tested pins: constraints.txt)."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ RECIPE = [
 setup(
     name="routing_replay",
     version="0.1.0",
-    description="Replay and measure expert routing between SGLang rollouts and Megatron training of MoE models",
+    description="Replay and measure MoE expert routing between SGLang rollouts and Megatron training",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

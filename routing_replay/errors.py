@@ -4,7 +4,8 @@
 class RoutingReplayError(Exception):
     """Base of all errors that a user can cause; our own bugs are assertions.
 
-    The message is always built the same way: what is wrong, what was expected, what came instead, where, and what to do.
+    The message is always built the same way: what is wrong, what was expected, what came instead,
+    where, and what to do.
 
     Args:
         what: One clause that names the problem.
@@ -29,7 +30,7 @@ class RoutingReplayError(Exception):
         self.what, self.expected, self.got, self.where, self.fix = what, expected, got, where, fix
 
     def __reduce__(self):
-        # Default pickling would pass the finished message as `what` and lose the fields (errors cross process borders).
+        # Errors cross process borders; default pickling would pass the message as `what`.
         fields = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
         return _rebuild, (type(self), self.what, fields)
 
@@ -59,7 +60,7 @@ class PreflightError(RoutingReplayError):
 
 
 class ReplayError(RoutingReplayError):
-    """A replay that did not do what it promised: wrong rows, a scope left open, a receipt that does not add up."""
+    """A replay that did not keep its promise: wrong rows, an open scope, an incomplete receipt."""
 
 
 class ObjectiveError(RoutingReplayError):
