@@ -1,0 +1,174 @@
+"""Norm and attention of the local layer spec: what megatron-core has for Transformer Engine only.
+
+The stock torch norm refuses sequence parallelism; the stock local attention refuses packed
+sequences and context parallelism. These two accept all three, on any device and any backend.
+"""
+
+import math
+
+import torch
+from torch.nn import functional
+
+from routing_replay.errors import ConfigError
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm in float32 whose weight is marked for the gradient reduction of sequence parallelism.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        hidden_size: Size of the last axis.
+        eps: Added to the mean of squares.
+    """
+
+    def __init__(self, config, hidden_size, eps=1e-5, **unused):
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden):
+        shape = (hidden.shape[-1],)
+        return functional.rms_norm(hidden.float(), shape, self.weight.float(), self.eps).to(
+            hidden.dtype
+        )
+
+
+class AllGatherAttention(torch.nn.Module):
+    """Causal attention that gathers keys and values over the context-parallel group.
+
+    Invariant: a query attends to the keys of its own sequence at positions up to its own, wherever
+    they live. Sequences are cut as Megatron cuts them: into 2 * C chunks, of which rank c of C
+    holds chunks c and 2 * C - 1 - c.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        layer_number: 1-based number of the layer.
+        attn_mask_type, attention_type: Part of Megatron's interface; the mask is causal.
+        attention_dropout: Probability; None takes the config's.
+        softmax_scale: None takes 1 / sqrt(head size).
+        cp_comm_type: Part of Megatron's interface; the communication is always an all-gather.
+        pg_collection: Megatron's process groups; its `cp` group is used.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__()
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ConfigError(
+                "The local attention has no dropout", expected=0.0, got=dropout, where="attention"
+            )
+        self.group = pg_collection.cp
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
+        """Attends; shapes are Megatron's.
+
+        Args:
+            query: [s, b, heads, d], or packed [t, heads, d].
+            key, value: [s, b, groups, d], or packed [t, groups, d].
+            attention_mask: None, or bool [b, 1, s, s] with True where a key is hidden (in addition
+                to the causal rule); only unpacked and without context parallelism.
+            attn_mask_type, attention_bias: Part of Megatron's interface; a bias is refused.
+            packed_seq_params: Bounds of the packed sequences (padded bounds where given).
+
+        Returns:
+            [s, b, heads * d], or packed [t, heads * d].
+
+        Raises:
+            ConfigError: For a mask or a bias that it would have to ignore.
+        """
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        ranks = self.group.size()
+        if attention_bias is not None or (attention_mask is not None and (packed or ranks > 1)):
+            raise ConfigError(
+                "The local attention is causal by position",
+                expected="attention_mask=None with packing or context parallelism, no bias",
+                got="a mask or a bias",
+                fix="Drop it: padding at a sequence's end cannot reach the tokens before it.",
+            )
+        if packed:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        lengths = _local_lengths(packed_seq_params, ranks) if packed else [query.shape[0]]
+        key, value = (self._gather(x) for x in (key, value))  # [ranks, s, b, groups, d]
+        outputs, start = [], 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            outputs.append(self._attend(query[rows], key[:, rows], value[:, rows], attention_mask))
+            start += length
+        output = torch.cat(outputs)
+        return output.squeeze(1) if packed else output
+
+    def _gather(self, x):
+        if self.group.size() == 1:
+            return x.unsqueeze(0)
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        # All-gather forward, reduce-scatter backward: every rank's queries add to a key's gradient.
+        return gather_from_sequence_parallel_region(x, group=self.group).unflatten(
+            0, (self.group.size(), -1)
+        )
+
+    def _attend(self, query, key, value, hidden):
+        ranks, length = key.shape[:2]
+        repeat = query.shape[2] // key.shape[3]
+        positions = [zigzag_positions(rank, ranks, length, query.device) for rank in range(ranks)]
+        visible = positions[self.group.rank()][:, None] >= torch.cat(positions)[None, :]
+        if hidden is not None:
+            visible = visible & ~hidden
+        key, value = (
+            x.flatten(0, 1).permute(1, 2, 0, 3).repeat_interleave(repeat, dim=1)
+            for x in (key, value)
+        )
+        output = functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3), key, value, attn_mask=visible, scale=self.scale
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def zigzag_positions(rank: int, ranks: int, length: int, device=None) -> torch.Tensor:
+    """Positions in its sequence of the tokens that one context-parallel rank holds, in local order.
+
+    Args:
+        rank: Rank in the context-parallel group.
+        ranks: Size of the group; 1 gives 0, 1, ..., length - 1.
+        length: Tokens of the sequence on this rank; even if `ranks` > 1.
+        device: Device of the result.
+
+    Returns:
+        int64 [length].
+    """
+    if ranks == 1:
+        return torch.arange(length, device=device)
+    chunk = length // 2
+    offsets = torch.arange(chunk, device=device)
+    return torch.cat([rank * chunk + offsets, (2 * ranks - 1 - rank) * chunk + offsets])
+
+
+def _local_lengths(packed_seq_params, ranks):
+    bounds = packed_seq_params.cu_seqlens_q_padded
+    if bounds is None:
+        bounds = packed_seq_params.cu_seqlens_q
+    return (bounds.diff() // ranks).tolist()
