@@ -19,7 +19,7 @@ RECIPE = [
 setup(
     name="routing_replay",
     version="0.1.0",
-    description="Replay and measure MoE expert routing between SGLang rollouts and Megatron training",
+    description="Replays and measures MoE expert routing from SGLang rollouts in Megatron training",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

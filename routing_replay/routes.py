@@ -45,9 +45,9 @@ class RouterLogits:
 class Routes:
     """The experts that every routed layer chose for the tokens of one sequence.
 
-    Row t is the routing of the forward pass that consumed token t. A sequence of n tokens has at most
-    n - 1 rows: the last sampled token was never fed to the model. A row that is not covered holds
-    zeros, and nobody may read it: replay uses the live routes there.
+    Row t is the routing of the forward pass that consumed token t. A sequence of n tokens has at
+    most n - 1 rows: the last sampled token was never fed to the model. Nobody may read a row that
+    is not covered: replay uses the live routes there.
 
     Args:
         expert_ids_TLK: uint8 (num_experts <= 256) or uint16, slots in the order the engine chose.

@@ -1,0 +1,421 @@
+"""RouteTable: the routes of one training step, in memory or memory-mapped from one file.
+
+The file is an ordinary safetensors file (any safetensors reader opens it):
+
+    expert_ids_LTK    U8 or U16   layer first, so that a pipeline stage reads only its own layers
+    gate_probs_LTK    F16         optional
+    logit_rows_N      I64         optional, with
+    logits_NLE        F32         full router logits of a sample of rows
+    covered_T         BOOL
+    origin_T          U8          0 absent, 1 prefill, 2 decode
+    weight_version_T  I64
+    offsets_S1        I64         sequence s owns the rows offsets[s] .. offsets[s + 1]
+    checksums         I64         CRC-32 of the description, the small columns, then each layer
+
+Its metadata describe it: format, version, layers, num_experts, top_k.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import TableError
+from .routes import RouterLogits, Routes, compact_dtype
+
+FORMAT, VERSION = "routing_replay.table", "1"
+SAFETENSORS_DTYPES = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "BOOL": np.bool_,
+}
+NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+# A safetensors header is a few hundred bytes here; anything huge is another file or damage.
+MAX_HEADER_BYTES = 1 << 24
+SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableModel:
+    """What a table says of the model: it must agree with the model that replays it."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    def __str__(self):
+        return f"{len(self.layers)} routed layers {_ranges(self.layers)}, " + (
+            f"{self.num_experts} experts, top-{self.top_k}"
+        )
+
+
+class RouteTable:
+    """The rows of a step's sequences one after another.
+
+    Args:
+        model: Layers, number of experts and top-k.
+        tensors: The columns by their names in the file; numpy arrays or memory maps.
+        where: What error messages call this table.
+    """
+
+    def __init__(self, model: TableModel, tensors: dict[str, np.ndarray], where: str = "memory"):
+        self.model = model
+        self.where = where
+        self.expert_ids_LTK = tensors["expert_ids_LTK"]
+        self.covered_T = tensors["covered_T"]
+        self.origin_T = tensors["origin_T"]
+        self.weight_version_T = tensors["weight_version_T"]
+        self.offsets_S1 = tensors["offsets_S1"]
+        self.gate_probs_LTK = tensors.get("gate_probs_LTK")
+        self.logit_rows_N = tensors.get("logit_rows_N")
+        self.logits_NLE = tensors.get("logits_NLE")
+        self._tensors = tensors
+
+    @property
+    def num_rows(self) -> int:
+        return self.expert_ids_LTK.shape[1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets_S1) - 1
+
+    @classmethod
+    def from_routes(cls, sequences: Sequence[Routes]) -> RouteTable:
+        """The table of a step, from the routes of its sequences.
+
+        Raises:
+            TableError: No sequence, or sequences of different models.
+        """
+        if not sequences:
+            raise TableError("a table needs at least one sequence", expected="routes", got="none")
+        first = sequences[0]
+        model = TableModel(layers=first.layers, num_experts=first.num_experts, top_k=first.top_k)
+        for number, routes in enumerate(sequences):
+            other = TableModel(
+                layers=routes.layers, num_experts=routes.num_experts, top_k=routes.top_k
+            )
+            if other != model:
+                raise TableError(
+                    "sequences of different models", expected=model, got=other, where=f"#{number}"
+                )
+        tensors = _columns_of(sequences)
+        return cls(model, tensors)
+
+    @classmethod
+    def empty(cls, model: TableModel, lengths: Sequence[int]) -> RouteTable:
+        """A table with room for the given numbers of rows, none covered yet (R2 fills it)."""
+        offsets_S1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        num_rows = int(offsets_S1[-1])
+        shape = (len(model.layers), num_rows, model.top_k)
+        tensors = {
+            "expert_ids_LTK": np.zeros(shape, compact_dtype(model.num_experts)),
+            "covered_T": np.zeros(num_rows, np.bool_),
+            "origin_T": np.zeros(num_rows, np.uint8),
+            "weight_version_T": np.full(num_rows, -1, np.int64),
+            "offsets_S1": offsets_S1,
+        }
+        return cls(model, tensors)
+
+    def rows(self, sequence: int, num_tokens: int) -> np.ndarray:
+        """`token_rows` of a sequence: for each of its tokens the row in this table, or -1.
+
+        Args:
+            sequence: Its number in the table.
+            num_tokens: Tokens of the sequence, prompt and response.
+
+        Returns:
+            int64 [num_tokens]; -1 for uncovered rows and for the last sampled token.
+
+        Raises:
+            TableError: The sequence has as many rows as tokens, or more: they belong to other
+                tokens (each token but the last can have one).
+        """
+        start, stop = self.offsets_S1[sequence], self.offsets_S1[sequence + 1]
+        if stop - start > num_tokens - 1:
+            raise TableError(
+                "more rows than tokens that were fed to the model",
+                expected=f"at most {num_tokens - 1} rows for {num_tokens} tokens",
+                got=int(stop - start),
+                where=f"sequence {sequence} of {self.where}",
+                fix="Pass prompt + response tokens exactly as the server consumed them",
+            )
+        rows = np.full(num_tokens, -1, np.int64)
+        covered = self.covered_T[start:stop]
+        rows[: stop - start] = np.where(covered, np.arange(start, stop), -1)
+        return rows
+
+    def sequence(self, number: int) -> Routes:
+        """The routes of one sequence."""
+        rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
+        gates = self.gate_probs_LTK
+        return Routes(
+            expert_ids_TLK=np.ascontiguousarray(self.expert_ids_LTK[:, rows].swapaxes(0, 1)),
+            covered_T=np.array(self.covered_T[rows]),
+            layers=self.model.layers,
+            num_experts=self.model.num_experts,
+            gate_probs_TLK=None
+            if gates is None
+            else np.ascontiguousarray(gates[:, rows].swapaxes(0, 1)),
+            router_logits=self._logits_of(rows),
+            origin_T=np.array(self.origin_T[rows]),
+            weight_version_T=np.array(self.weight_version_T[rows]),
+        )
+
+    def sequences(self) -> Iterable[Routes]:
+        """The routes of all sequences, one at a time."""
+        return (self.sequence(number) for number in range(self.num_sequences))
+
+    def check_model(self, model: TableModel, of: str = "the model") -> None:
+        """Raise TableError unless the table was made by a model of this description."""
+        if self.model != model:
+            raise TableError(
+                "the routes belong to another model",
+                expected=f"{model} ({of})",
+                got=self.model,
+                where=self.where,
+                fix="Roll out and train the same checkpoint; name the routed layers the same way",
+            )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the file: under a temporary name, checksummed, synchronised, then renamed.
+
+        Raises:
+            TableError: The disk is full or not writable; an earlier file stays whole.
+        """
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        tensors = {**self._tensors, "checksums": _checksums(self.model, self._tensors)}
+        try:
+            with open(partial, "wb") as file:
+                file.write(_header(self.model, tensors))
+                for tensor in tensors.values():
+                    file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise TableError(
+                "the routes could not be saved",
+                got=error.strerror,
+                where=path,
+                fix="Free space or choose another folder; an earlier file of this name is whole",
+            ) from error
+        return path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, verify: bool = True) -> RouteTable:
+        """Memory-map a file: the ranks of a node share one copy, and read what they touch.
+
+        Args:
+            path: A file written by `save`.
+            verify: Compare all checksums (reads the whole file once; the first rank of a node
+                may do it for all).
+
+        Raises:
+            TableError: Not a routes file, of another version, damaged, or cut short.
+        """
+        path = Path(path)
+        model, tensors = _map(path)
+        if verify and not np.array_equal(tensors["checksums"], _checksums(model, tensors)):
+            raise _damaged(path, "matching checksums", "others")
+        tensors.pop("checksums")
+        return cls(model, tensors, where=str(path))
+
+    def _logits_of(self, rows: slice) -> RouterLogits | None:
+        if self.logit_rows_N is None:
+            return None
+        kept = slice(*np.searchsorted(self.logit_rows_N, [rows.start, rows.stop]))
+        return RouterLogits(
+            rows_N=np.array(self.logit_rows_N[kept]) - rows.start,
+            values_NLE=np.array(self.logits_NLE[kept]),
+        )
+
+
+def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
+    offsets_S1 = np.cumsum([0] + [r.num_rows for r in sequences]).astype(np.int64)
+    tensors = {
+        "expert_ids_LTK": _layer_first([r.expert_ids_TLK for r in sequences]),
+        "covered_T": np.concatenate([r.covered_T for r in sequences]),
+        "origin_T": np.concatenate([r.origin_T for r in sequences]),
+        "weight_version_T": np.concatenate([r.weight_version_T for r in sequences]),
+        "offsets_S1": offsets_S1,
+    }
+    if all(r.gate_probs_TLK is not None for r in sequences):
+        tensors["gate_probs_LTK"] = _layer_first([r.gate_probs_TLK for r in sequences])
+    if all(r.router_logits is not None for r in sequences):
+        logits = [r.router_logits for r in sequences]
+        starts = offsets_S1[:-1]
+        rows = [x.rows_N + at for x, at in zip(logits, starts, strict=True)]
+        tensors["logit_rows_N"] = np.concatenate(rows).astype(np.int64)
+        values = np.concatenate([x.values_NLE for x in logits])
+        tensors["logits_NLE"] = values.astype(np.float32)
+    return tensors
+
+
+def _layer_first(parts_TLK: list[np.ndarray]) -> np.ndarray:
+    """[T, L, K] pieces to one [L, T, K] array, without an intermediate of the whole."""
+    num_rows = sum(part.shape[0] for part in parts_TLK)
+    _, num_layers, top_k = parts_TLK[0].shape
+    whole_LTK = np.empty((num_layers, num_rows, top_k), parts_TLK[0].dtype)
+    at = 0
+    for part in parts_TLK:
+        whole_LTK[:, at : at + part.shape[0]] = part.swapaxes(0, 1)
+        at += part.shape[0]
+    return whole_LTK
+
+
+def _description(model: TableModel) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "layers": json.dumps(list(model.layers)),
+        "num_experts": str(model.num_experts),
+        "top_k": str(model.top_k),
+    }
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def _checksums(model: TableModel, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """One number for the description, each small column, and each layer of each large one."""
+    sums = [zlib.crc32(json.dumps(_description(model)).encode())]
+    sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
+    for name in ("expert_ids_LTK", "gate_probs_LTK"):
+        sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
+    sums += [_crc(tensors[name]) for name in ("logit_rows_N", "logits_NLE") if name in tensors]
+    return np.array(sums, np.int64)
+
+
+def _header(model: TableModel, tensors: dict[str, np.ndarray]) -> bytes:
+    header: dict = {"__metadata__": _description(model)}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    # Padding so that the data, and with it every int64 column in our order, starts at 8 bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _map(path: Path) -> tuple[TableModel, dict[str, np.ndarray]]:
+    header, data = _read_header(path)
+    description = header.pop("__metadata__", None)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise TableError(
+            "not a routes file",
+            expected=f"a safetensors file with format {FORMAT!r}",
+            got=description and description.get("format"),
+            where=path,
+            fix="`routing-replay convert` imports the files of other tools",
+        )
+    if description.get("version") != VERSION:
+        raise TableError(
+            "a routes file of another version",
+            expected=VERSION,
+            got=description.get("version"),
+            where=path,
+            fix="Read it with the routing_replay that wrote it",
+        )
+    try:
+        model = TableModel(
+            layers=tuple(json.loads(description["layers"])),
+            num_experts=int(description["num_experts"]),
+            top_k=int(description["top_k"]),
+        )
+        tensors = {name: _map_tensor(path, data, entry) for name, entry in header.items()}
+    except (KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, "a complete header", error) from error
+    _check_columns(path, model, tensors)
+    return model, tensors
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise _damaged(path, f"a header of at most {MAX_HEADER_BYTES} bytes", length)
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise TableError("the routes file cannot be read", got=error, where=path) from error
+    except ValueError as error:
+        raise _damaged(path, "a safetensors header", error) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "a safetensors header", type(header).__name__)
+    return header, 8 + length
+
+
+def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
+    dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    shape = tuple(int(size) for size in entry["shape"])
+    start, stop = entry["data_offsets"]
+    size_bytes = dtype.itemsize
+    for size in shape:  # Python integers: a lying shape cannot overflow
+        size_bytes *= size
+    if min(shape, default=0) < 0 or stop - start != size_bytes:
+        raise ValueError(f"shape {shape} does not fit {stop - start} bytes")
+    if start < 0 or data + stop > os.path.getsize(path):
+        raise _damaged(path, f"at least {data + stop} bytes", os.path.getsize(path))
+    if size_bytes == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", data + start, shape)
+
+
+def _check_columns(path: Path, model: TableModel, tensors: dict[str, np.ndarray]) -> None:
+    ids = tensors.get("expert_ids_LTK")
+    missing = [n for n in ("expert_ids_LTK", "checksums", *SMALL_COLUMNS) if n not in tensors]
+    if missing:
+        raise _damaged(path, "all columns", f"no {', '.join(missing)}")
+    num_rows = ids.shape[1] if ids.ndim == 3 else -1
+    shape = (len(model.layers), num_rows, model.top_k)
+    offsets_S1 = tensors["offsets_S1"]
+    fits = (
+        ids.shape == shape
+        and ids.dtype == compact_dtype(model.num_experts)
+        and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
+        and tensors.get("gate_probs_LTK", ids).shape == shape
+        and len(offsets_S1) >= 1
+        and offsets_S1[0] == 0
+        and offsets_S1[-1] == num_rows
+        and bool((np.diff(offsets_S1) >= 0).all())
+    )
+    if not fits:
+        raise _damaged(path, f"columns of one shape for {model}", f"expert ids {ids.shape}")
+
+
+def _damaged(path: Path, expected, got) -> TableError:
+    return TableError(
+        "the routes file is damaged",
+        expected=expected,
+        got=got,
+        where=path,
+        fix="Write it again; a file under its final name is always complete, so look at the copy",
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """(0, 1, 2, 5) as '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)

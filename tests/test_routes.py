@@ -1,0 +1,110 @@
+"""Routes: operations keep rows with their tokens, and content that cannot be true is refused."""
+
+import numpy as np
+import pytest
+
+from routing_replay.errors import RoutesError
+from routing_replay.routes import Origin, RouterLogits, Routes, concatenate, has_duplicates
+
+
+def make(ids_TLK, **changes):
+    settings = {"layers": range(np.shape(ids_TLK)[1]), "num_experts": 8, **changes}
+    return Routes(expert_ids_TLK=np.asarray(ids_TLK, np.uint8), **settings)
+
+
+@pytest.fixture
+def routes():
+    """Row t selects experts (t, t + 1) in layer 0 and (t + 2, t) in layer 3, mod 8."""
+    ids = [[[t % 8, (t + 1) % 8], [(t + 2) % 8, t % 8]] for t in range(6)]
+    return make(
+        ids,
+        layers=(0, 3),
+        weight_version_T=np.array([1, 1, 1, 2, 2, 2]),
+        origin_T=np.array([1, 1, 2, 2, 2, 2], np.uint8),
+        router_logits=RouterLogits(rows_N=np.array([1, 4]), values_NLE=np.ones((2, 2, 8), "f4")),
+    )
+
+
+def test_a_slice_keeps_rows_and_their_logits_together(routes):
+    part = routes[3:6]
+    assert part.expert_ids_TLK[:, 0, 0].tolist() == [3, 4, 5]
+    assert part.weight_version_T.tolist() == [2, 2, 2]
+    assert part.router_logits.rows_N.tolist() == [1]  # row 4 of the whole
+
+
+def test_a_delta_turn_is_appended(routes):
+    whole = routes[:4].with_turn(routes[4:], start=4)
+    np.testing.assert_array_equal(whole.expert_ids_TLK, routes.expert_ids_TLK)
+    assert whole.router_logits.rows_N.tolist() == [1, 4]
+
+
+def test_a_resumed_rollout_replaces_the_rows_that_it_returned_again(routes):
+    resumed = make(np.full((4, 2, 2), [6, 7]), layers=(0, 3))
+    whole = routes.with_turn(resumed, start=2)
+    assert whole.expert_ids_TLK[:, 0, 0].tolist() == [0, 1, 6, 6, 6, 6]
+    assert whole.num_rows == 6
+
+
+def test_a_turn_that_leaves_a_gap_is_refused(routes):
+    with pytest.raises(RoutesError, match=r"expected a start within 0..6; got 7.*start_len"):
+        routes.with_turn(routes, start=7)
+
+
+def test_rows_of_older_weights_become_uncovered(routes):
+    kept = routes.without_versions_before(2)
+    assert kept.covered_T.tolist() == [False] * 3 + [True] * 3
+    assert kept.origin_T.tolist()[:3] == [Origin.ABSENT] * 3
+    assert kept.router_logits.rows_N.tolist() == [4]
+    assert not kept.expert_ids_TLK[:3].any()
+
+
+def test_different_models_do_not_concatenate(routes):
+    with pytest.raises(RoutesError, match=r"layers \(0, 3\), 8 experts.*got layers \(0, 1\)"):
+        concatenate([routes, make([[[0, 1], [1, 2]]])])
+
+
+def test_an_id_beyond_the_experts_names_its_place():
+    with pytest.raises(RoutesError, match=r"below 8; got 9 \[row 1, layer 1, slot 0\]"):
+        make([[[0, 1], [2, 3]], [[0, 1], [9, 3]]])
+
+
+def test_a_doubled_expert_names_its_place():
+    with pytest.raises(RoutesError, match=r"twice.*got \[3, 3\] \[row 0, layer 1\]"):
+        make([[[0, 1], [3, 3]]])
+
+
+def test_a_layer_of_zeros_is_called_not_captured():
+    with pytest.raises(RoutesError, match=r"zero in every row.*\[layer 1\]"):
+        make([[[0, 1], [0, 0]], [[1, 2], [0, 0]]])
+
+
+def test_uncovered_rows_may_hold_anything():
+    routes = make([[[0, 0]], [[9, 9]], [[1, 2]]], covered_T=np.array([False, False, True]))
+    assert routes.covered_T.sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 0}, "number of experts"),
+        ({"num_experts": 300}, "expected a numpy array of uint16"),
+        ({"layers": (1, 0)}, "ascending global layer indices"),
+        ({"layers": (0, 1, 2)}, "ascending global layer indices"),
+        ({"covered_T": np.ones(3, bool)}, r"covered_T.*bool \(1,\)"),
+        ({"gate_probs_TLK": np.ones((1, 2, 2), "f4")}, "expected float16"),
+        ({"gate_probs_TLK": np.full((1, 2, 2), np.nan, "f2")}, r"finite values in 0..1"),
+        (
+            {"router_logits": RouterLogits(rows_N=np.array([5]), values_NLE=np.ones((1, 2, 8)))},
+            "ascending covered rows below 1",
+        ),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(RoutesError, match=message):
+        make([[[0, 1], [2, 3]]], **changes)
+
+
+def test_duplicates_are_found_like_a_set_finds_them():
+    ids = np.random.default_rng(0).integers(0, 12, (500, 4))
+    expected = [len(set(row)) < 4 for row in ids.tolist()]
+    assert has_duplicates(ids).tolist() == expected
