@@ -12,7 +12,7 @@ The file is an ordinary safetensors file (any safetensors reader opens it):
     offsets_S1        I64         sequence s owns the rows offsets[s] .. offsets[s + 1]
     checksums         I64         CRC-32 of the description, the small columns, then each layer
 
-Its metadata describe it: format, version, layers, num_experts, top_k.
+Its metadata describe it: format, version, source, layers, num_experts, top_k.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from .errors import TableError
 from .routes import RouterLogits, Routes, compact_dtype
 
 FORMAT, VERSION = "routing_replay.table", "1"
+# Who selected the experts: the inference engine (R3 replays these) or the training engine (R2).
+SOURCES = ("rollout", "training")
 SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "U16": np.uint16,
@@ -64,11 +66,21 @@ class RouteTable:
     Args:
         model: Layers, number of experts and top-k.
         tensors: The columns by their names in the file; numpy arrays or memory maps.
+        source: "rollout" (the inference engine's routes) or "training" (recorded in Megatron).
         where: What error messages call this table.
     """
 
-    def __init__(self, model: TableModel, tensors: dict[str, np.ndarray], where: str = "memory"):
+    def __init__(
+        self,
+        model: TableModel,
+        tensors: dict[str, np.ndarray],
+        source: str = "rollout",
+        where: str = "memory",
+    ):
+        if source not in SOURCES:
+            raise TableError("source of a table", expected=f"one of {SOURCES}", got=repr(source))
         self.model = model
+        self.source = source
         self.where = where
         self.expert_ids_LTK = tensors["expert_ids_LTK"]
         self.covered_T = tensors["covered_T"]
@@ -89,7 +101,7 @@ class RouteTable:
         return len(self.offsets_S1) - 1
 
     @classmethod
-    def from_routes(cls, sequences: Sequence[Routes]) -> RouteTable:
+    def from_routes(cls, sequences: Sequence[Routes], source: str = "rollout") -> RouteTable:
         """The table of a step, from the routes of its sequences.
 
         Raises:
@@ -108,11 +120,20 @@ class RouteTable:
                     "sequences of different models", expected=model, got=other, where=f"#{number}"
                 )
         tensors = _columns_of(sequences)
-        return cls(model, tensors)
+        return cls(model, tensors, source)
 
     @classmethod
-    def empty(cls, model: TableModel, lengths: Sequence[int]) -> RouteTable:
-        """A table with room for the given numbers of rows, none covered yet (R2 fills it)."""
+    def empty(
+        cls, model: TableModel, lengths: Sequence[int], source: str = "training"
+    ) -> RouteTable:
+        """A table with room for the given numbers of rows, none covered yet (R2 fills it).
+
+        Args:
+            model: Layers, number of experts and top-k.
+            lengths: Rows of each sequence. R2 records every token, the last one too, but `rows`
+                grants no row to it: give `num_tokens - 1`.
+            source: As for the constructor.
+        """
         offsets_S1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         num_rows = int(offsets_S1[-1])
         shape = (len(model.layers), num_rows, model.top_k)
@@ -123,14 +144,15 @@ class RouteTable:
             "weight_version_T": np.full(num_rows, -1, np.int64),
             "offsets_S1": offsets_S1,
         }
-        return cls(model, tensors)
+        return cls(model, tensors, source)
 
-    def rows(self, sequence: int, num_tokens: int) -> np.ndarray:
+    def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
         """`token_rows` of a sequence: for each of its tokens the row in this table, or -1.
 
         Args:
             sequence: Its number in the table.
             num_tokens: Tokens of the sequence, prompt and response.
+            covered_only: False names the rows that are still to be recorded, too (R2).
 
         Returns:
             int64 [num_tokens]; -1 for uncovered rows and for the last sampled token.
@@ -149,8 +171,8 @@ class RouteTable:
                 fix="Pass prompt + response tokens exactly as the server consumed them",
             )
         rows = np.full(num_tokens, -1, np.int64)
-        covered = self.covered_T[start:stop]
-        rows[: stop - start] = np.where(covered, np.arange(start, stop), -1)
+        covered_T = self.covered_T[start:stop] if covered_only else True
+        rows[: stop - start] = np.where(covered_T, np.arange(start, stop), -1)
         return rows
 
     def sequence(self, number: int) -> Routes:
@@ -193,10 +215,10 @@ class RouteTable:
         """
         path = Path(path)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tensors = {**self._tensors, "checksums": _checksums(self.model, self._tensors)}
+        tensors = {**self._tensors, "checksums": _checksums(self._description(), self._tensors)}
         try:
             with open(partial, "wb") as file:
-                file.write(_header(self.model, tensors))
+                file.write(_header(self._description(), tensors))
                 for tensor in tensors.values():
                     file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
                 file.flush()
@@ -225,11 +247,22 @@ class RouteTable:
             TableError: Not a routes file, of another version, damaged, or cut short.
         """
         path = Path(path)
-        model, tensors = _map(path)
-        if verify and not np.array_equal(tensors["checksums"], _checksums(model, tensors)):
+        model, source, tensors = _map(path)
+        checksums = tensors.pop("checksums")
+        table = cls(model, tensors, source, where=str(path))
+        if verify and not np.array_equal(checksums, _checksums(table._description(), tensors)):
             raise _damaged(path, "matching checksums", "others")
-        tensors.pop("checksums")
-        return cls(model, tensors, where=str(path))
+        return table
+
+    def _description(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": self.source,
+            "layers": json.dumps(list(self.model.layers)),
+            "num_experts": str(self.model.num_experts),
+            "top_k": str(self.model.top_k),
+        }
 
     def _logits_of(self, rows: slice) -> RouterLogits | None:
         if self.logit_rows_N is None:
@@ -274,23 +307,13 @@ def _layer_first(parts_TLK: list[np.ndarray]) -> np.ndarray:
     return whole_LTK
 
 
-def _description(model: TableModel) -> dict[str, str]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "layers": json.dumps(list(model.layers)),
-        "num_experts": str(model.num_experts),
-        "top_k": str(model.top_k),
-    }
-
-
 def _crc(array: np.ndarray) -> int:
     return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
-def _checksums(model: TableModel, tensors: dict[str, np.ndarray]) -> np.ndarray:
+def _checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np.ndarray:
     """One number for the description, each small column, and each layer of each large one."""
-    sums = [zlib.crc32(json.dumps(_description(model)).encode())]
+    sums = [zlib.crc32(json.dumps(description).encode())]
     sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
     for name in ("expert_ids_LTK", "gate_probs_LTK"):
         sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
@@ -298,8 +321,8 @@ def _checksums(model: TableModel, tensors: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(sums, np.int64)
 
 
-def _header(model: TableModel, tensors: dict[str, np.ndarray]) -> bytes:
-    header: dict = {"__metadata__": _description(model)}
+def _header(description: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes:
+    header: dict = {"__metadata__": description}
     at = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -314,7 +337,7 @@ def _header(model: TableModel, tensors: dict[str, np.ndarray]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _map(path: Path) -> tuple[TableModel, dict[str, np.ndarray]]:
+def _map(path: Path) -> tuple[TableModel, str, dict[str, np.ndarray]]:
     header, data = _read_header(path)
     description = header.pop("__metadata__", None)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -339,11 +362,12 @@ def _map(path: Path) -> tuple[TableModel, dict[str, np.ndarray]]:
             num_experts=int(description["num_experts"]),
             top_k=int(description["top_k"]),
         )
+        source = SOURCES[SOURCES.index(description["source"])]
         tensors = {name: _map_tensor(path, data, entry) for name, entry in header.items()}
     except (KeyError, ValueError, TypeError) as error:
         raise _damaged(path, "a complete header", error) from error
     _check_columns(path, model, tensors)
-    return model, tensors
+    return model, source, tensors
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
