@@ -1,0 +1,53 @@
+"""Losses for reinforcement learning with verifiable rewards: one input type, one output type, chosen by name.
+
+    objective = objectives.get("minirl", cap=5.0)
+    outputs = objective(LossInputs(...))        # outputs.loss, outputs.metrics
+
+`names()` lists them, `parameters_of(name)` is the frozen dataclass of a method's parameters, `table()` says
+for each what it computes, where it is from, when to use it and what goes wrong.
+"""
+
+from . import minirl, ppo  # noqa: F401  (registers the objectives; the order is the documentation's)
+from .advantages import (
+    ADVANTAGES,
+    advantages,
+    batch_norm,
+    differential_smoothing,
+    gae,
+    group_mean,
+    group_mean_std,
+    informative_groups,
+    leave_one_out,
+    overlong_penalty,
+    spread_over_tokens,
+)
+from .aggregation import AGGREGATIONS
+from .inputs import Denominators, LossInputs, LossOutputs
+from .kl import reward_penalty
+from .parameters import Parameters
+from .registry import Objective, get, names, parameters_of, table
+
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "Denominators",
+    "LossInputs",
+    "LossOutputs",
+    "Objective",
+    "Parameters",
+    "advantages",
+    "batch_norm",
+    "differential_smoothing",
+    "gae",
+    "get",
+    "group_mean",
+    "group_mean_std",
+    "informative_groups",
+    "leave_one_out",
+    "names",
+    "overlong_penalty",
+    "parameters_of",
+    "reward_penalty",
+    "spread_over_tokens",
+    "table",
+]

@@ -1,0 +1,211 @@
+"""Advantages, and what is done to rewards before them. Once per step, on whole sequences."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ObjectiveError
+
+# Keeps a division by the standard deviation finite; verl's value.
+STD_EPS = 1e-6
+
+ADVANTAGES = {
+    "group-mean": "reward - mean of the group",
+    "group-mean-std": "(reward - mean of the group) / (standard deviation of the group + 1e-6)",
+    "leave-one-out": "reward - mean of the others in the group",
+    "batch-norm": "(reward - mean of the batch) / (standard deviation of the batch + 1e-6)",
+    "gae": "generalised advantage estimation from values per token",
+}
+
+
+def group_mean(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
+    """A = R - mean over the group.
+
+    Groups are named by any integers, in any order. A group of one, or of equal rewards, gets exactly 0.
+
+    Source: MiniRL (2512.01374) section 2; Dr.GRPO (2503.20783).
+    """
+    return _Groups(rewards_S, group_S).centred_S
+
+
+def group_mean_std(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
+    """A = (R - mean) / (std + 1e-6) over the group, std with Bessel's correction as verl computes it.
+
+    Groups of one or of equal rewards get exactly 0. Pitfall: groups with nearly equal rewards are
+    amplified (Dr.GRPO's "difficulty bias").
+
+    Source: GRPO (2402.03300) section 4.1.2.
+    """
+    groups = _Groups(rewards_S, group_S)
+    variance_G = groups.sum_G(groups.centred_S**2) / (groups.size_G - 1).clamp(min=1)
+    return groups.centred_S / (variance_G.sqrt() + STD_EPS)[groups.index_S]
+
+
+def leave_one_out(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
+    """A = R - mean of the other members = n / (n - 1) * (R - mean); 0 in a group of one.
+
+    The baseline is independent of the response, so the gradient is unbiased. Source: RLOO (2402.14740).
+    """
+    groups = _Groups(rewards_S, group_S)
+    factor_G = groups.size_G / (groups.size_G - 1).clamp(min=1)
+    return groups.centred_S * factor_G[groups.index_S]
+
+
+def batch_norm(rewards_S: torch.Tensor, group_S: torch.Tensor | None = None) -> torch.Tensor:
+    """A = (R - mean) / (std + 1e-6) over the batch, whatever the groups; equal rewards get exactly 0."""
+    everyone_S = torch.zeros_like(rewards_S, dtype=torch.int64)
+    return group_mean_std(rewards_S, everyone_S)
+
+
+def advantages(name: str, rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
+    """The advantage of each sequence by its name in ADVANTAGES; `gae` is per token, call `gae`.
+
+    Raises:
+        ObjectiveError: Rewards that are not finite, shapes that differ, or a name without group form.
+    """
+    of_name = {
+        "group-mean": group_mean,
+        "group-mean-std": group_mean_std,
+        "leave-one-out": leave_one_out,
+        "batch-norm": batch_norm,
+    }
+    if name not in of_name:
+        raise ObjectiveError(
+            f"advantage {name!r} is not one of groups of rewards",
+            expected=", ".join(of_name),
+            fix="GAE needs values per token: call objectives.gae",
+        )
+    return of_name[name](rewards_S, group_S)
+
+
+def spread_over_tokens(advantages_S: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
+    """Every token gets its sequence's advantage."""
+    return advantages_S[sequence_T]
+
+
+class _Groups:
+    """Rewards by group."""
+
+    def __init__(self, rewards_S, group_S):
+        if rewards_S.shape != group_S.shape or rewards_S.dim() != 1:
+            raise ObjectiveError(
+                "rewards and groups do not match",
+                expected="two vectors of one length",
+                got=f"{tuple(rewards_S.shape)} and {tuple(group_S.shape)}",
+            )
+        if not torch.isfinite(rewards_S).all():
+            raise ObjectiveError(
+                "a reward is not finite",
+                where=f"sequences {torch.nonzero(~torch.isfinite(rewards_S)).flatten().tolist()}",
+                fix="Give a response without a verdict the reward of a wrong one, or leave it out",
+            )
+        _, self.index_S = torch.unique(group_S, return_inverse=True)
+        self.num_groups = int(self.index_S.max()) + 1 if len(group_S) else 0
+        self.size_G = self.sum_G(torch.ones_like(rewards_S))
+        centred_S = rewards_S - (self.sum_G(rewards_S) / self.size_G)[self.index_S]
+        # A mean of equal numbers need not equal them in floating point, and a std would blow that up.
+        self.equal_S = (self.extreme_G(rewards_S, "amax") == self.extreme_G(rewards_S, "amin"))[
+            self.index_S
+        ]
+        self.centred_S = torch.where(self.equal_S, torch.zeros_like(centred_S), centred_S)
+
+    def sum_G(self, values_S):
+        return values_S.new_zeros(self.num_groups).index_add(0, self.index_S, values_S)
+
+    def extreme_G(self, values_S, which):
+        empty_G = values_S.new_zeros(self.num_groups)
+        return empty_G.scatter_reduce(0, self.index_S, values_S, which, include_self=False)
+
+
+def informative_groups(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
+    """bool per sequence: its group's rewards differ. DAPO's dynamic sampling keeps these and samples until
+    the batch is full; for 0/1 rewards it is 0 < number correct < group size.
+
+    Source: DAPO (2503.14476) equation 11.
+    """
+    return ~_Groups(rewards_S, group_S).equal_S
+
+
+def overlong_penalty(lengths_S: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
+    """DAPO's soft penalty, added to the reward: 0 up to max_length - cache, then falling linearly to -1 at
+    max_length, -1 beyond.
+
+    Args:
+        lengths_S: Tokens of each response.
+        max_length: Where the penalty is full; DAPO prints 20,480.
+        cache: Length of the slope; DAPO prints 4,096.
+
+    Source: DAPO (2503.14476) equation 13.
+    """
+    if not 0 < cache <= max_length:
+        raise ObjectiveError("overlong shaping has no slope", expected="0 < cache <= max_length")
+    free = max_length - cache
+    return ((free - lengths_S.double()) / cache).clamp(-1.0, 0.0)
+
+
+def differential_smoothing(
+    advantages_S: torch.Tensor,
+    sequence_logp_old_S: torch.Tensor,
+    correct_S: torch.Tensor,
+    *,
+    gamma_correct: float,
+    gamma_wrong: float,
+) -> torch.Tensor:
+    """DS-GRPO: A - gamma_correct * log pi_old(y|x) if correct, A + gamma_wrong * log pi_old(y|x) otherwise.
+
+    Rare correct answers gain, rare wrong ones lose. The coefficients have no published default found.
+
+    Source: 2511.19942 (the public implementation's form; the theory puts the base model into the reward).
+    """
+    signed_S = torch.where(correct_S, -gamma_correct, gamma_wrong)
+    return advantages_S + signed_S * sequence_logp_old_S.detach()
+
+
+def gae(
+    rewards_T: torch.Tensor,
+    values_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    sequence_T: torch.Tensor,
+    *,
+    discount: float = 1.0,
+    decay: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A_t = sum_k (discount * decay)^k delta_{t+k}, delta_t = R_t + discount * V_{t+1} - V_t, V after the end 0.
+
+    Tokens outside the mask (a tool's answer, a prompt) are skipped: the next token in the mask follows.
+
+    Args:
+        rewards_T: Reward of each token; a verifier's verdict stands at the last one.
+        values_T: The value model's prediction before the token.
+        mask_T: bool; tokens that the policy chose.
+        sequence_T: Sequence of each token; a sequence's tokens are in order.
+        discount: 1 for verifiable rewards.
+        decay: lambda; 1 gives return - value.
+
+    Returns:
+        Advantages and returns (A + V), both 0 outside the mask.
+
+    Source: 1506.02438 equation 16.
+    """
+    rows_P = torch.nonzero(mask_T).flatten()
+    order_P = rows_P[torch.argsort(sequence_T[rows_P], stable=True)]
+    if not len(order_P):
+        return torch.zeros_like(values_T), torch.zeros_like(values_T)
+    _, lengths_S = torch.unique_consecutive(sequence_T[order_P], return_counts=True)
+    lengths = lengths_S.tolist()
+    rewards_SN, values_SN = (
+        torch.nn.utils.rnn.pad_sequence(list(v[order_P].split(lengths)), batch_first=True)
+        for v in (rewards_T, values_T)
+    )
+    advantages_SN = torch.zeros_like(values_SN)
+    next_advantage_S = next_value_S = torch.zeros_like(values_SN[:, 0])
+    # Padding stands after the end with value, reward and hence advantage 0: exactly the boundary condition.
+    for n in reversed(range(values_SN.shape[1])):
+        delta_S = rewards_SN[:, n] + discount * next_value_S - values_SN[:, n]
+        next_advantage_S = delta_S + discount * decay * next_advantage_S
+        next_value_S = values_SN[:, n]
+        advantages_SN[:, n] = next_advantage_S
+    inside_SN = torch.arange(values_SN.shape[1], device=lengths_S.device) < lengths_S[:, None]
+    result_T = torch.zeros_like(values_T)
+    result_T[order_P] = advantages_SN[inside_SN]
+    return result_T, torch.where(mask_T, result_T + values_T, torch.zeros_like(values_T))

@@ -1,0 +1,87 @@
+"""Weights and masks that mend the gap between the engines; they multiply the policy term of any surrogate.
+
+None of them has a gradient, and none changes a denominator. They act on m = pi_old / mu, except the
+off-policy mask of DeepSeek-V3.2, which sees pi_theta as well.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .tokens import MAX_LOG_RATIO, Tokens
+
+
+def weight(tokens: Tokens, p) -> torch.Tensor:
+    """The factor of each token's policy term: one of CORRECTIONS, cap = `correction_cap`.
+
+    Truncated (TIS, Yao et al. 2025): min(m, cap). Masked (MIS, richardli.xyz/rl-collapse): m or 0.
+    """
+    if p.correction == "none":
+        return torch.ones_like(tokens.log_m_T)
+    form, level = p.correction.split("-")
+    ratio_T = importance(tokens, level)
+    if form == "tis":
+        return ratio_T.clamp(max=p.correction_cap)
+    return torch.where(ratio_T <= p.correction_cap, ratio_T, torch.zeros_like(ratio_T))
+
+
+def importance(tokens: Tokens, level: str) -> torch.Tensor:
+    """m of each token, or of its sequence: the product (`sequence`) or the geometric mean (`geometric`)."""
+    if level == "token":
+        return tokens.log_m_T.exp()
+    combine = tokens.sum_S if level == "sequence" else tokens.mean_S
+    log_S = combine(tokens.log_m_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return tokens.spread(log_S).exp()
+
+
+def keep(tokens: Tokens, p) -> torch.Tensor:
+    """bool per token: no mask of the parameters, nor the caller's `keep_T`, drops its policy term."""
+    kept_T = torch.ones_like(tokens.inputs.mask_T)
+    if tokens.inputs.keep_T is not None:
+        kept_T = kept_T & tokens.inputs.keep_T
+    if p.geometric_low is not None or p.geometric_high is not None:
+        kept_T = kept_T & geometric_mask(tokens, p.geometric_low, p.geometric_high)
+    if p.sequence_k3_max is not None:
+        kept_T = kept_T & k3_mask(tokens, p.sequence_k3_max)
+    if p.veto_below is not None:
+        kept_T = kept_T & veto_mask(tokens, p.veto_below)
+    if p.off_policy_delta is not None:
+        kept_T = kept_T & off_policy_mask(tokens, p.off_policy_delta, p.off_policy_anchor)
+    return kept_T
+
+
+def geometric_mask(tokens: Tokens, low: float | None, high: float | None) -> torch.Tensor:
+    """Keep a sequence iff low <= (product of m)^(1/T) <= high. Source: richardli.xyz/rl-collapse."""
+    ratio_T = importance(tokens, "geometric")
+    kept_T = torch.ones_like(tokens.inputs.mask_T)
+    if low is not None:
+        kept_T = kept_T & (ratio_T >= low)
+    if high is not None:
+        kept_T = kept_T & (ratio_T <= high)
+    return kept_T
+
+
+def k3_mask(tokens: Tokens, highest: float) -> torch.Tensor:
+    """Keep a sequence iff its mean of m - 1 - log m, an estimate of KL(mu || pi_old), is at most `highest`."""
+    k3_T = tokens.log_m_T.expm1() - tokens.log_m_T
+    return tokens.spread(tokens.mean_S(k3_T)) <= highest
+
+
+def veto_mask(tokens: Tokens, lowest: float) -> torch.Tensor:
+    """Drop a whole sequence if any of its tokens has m < lowest."""
+    # Counted by a sum, which context-parallel ranks already share, instead of a minimum, which they do not.
+    vetoed_T = (tokens.log_m_T.exp() < lowest).to(tokens.log_m_T.dtype)
+    return tokens.spread(tokens.sum_S(vetoed_T)) == 0
+
+
+def off_policy_mask(tokens: Tokens, delta: float, anchor: str) -> torch.Tensor:
+    """DeepSeek-V3.2: drop a token iff A < 0 and its sequence's mean of log(anchor / pi_theta) > delta.
+
+    The paper's anchor is the inference engine's log-prob (`mu`); the KL term is not masked. Its delta is
+    not published. Implementations that take the trainer's `old` measure staleness without discrepancy.
+
+    Source: 2512.02556 equations 8 and 9.
+    """
+    log_ratio_T = (tokens.log_w_T if anchor == "mu" else tokens.log_r_T).detach()
+    far_T = tokens.spread(-tokens.mean_S(log_ratio_T)) > delta
+    return ~(far_T & (tokens.advantages_T < 0))

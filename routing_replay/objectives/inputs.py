@@ -1,0 +1,158 @@
+"""What an objective reads and what it returns: one microbatch in, a loss and typed metrics out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ObjectiveError
+from ..metrics import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """What sums are divided by: counts over the whole optimizer step, never over a microbatch.
+
+    Counted once per step over all ranks and microbatches, before anything is filtered, so that the step's
+    loss is the plain sum of the microbatch losses and does not depend on how tokens were split.
+
+    Megatron averages: its schedule divides a loss by the number of microbatches, and its data-parallel
+    gradient reduction by the data-parallel size. Return `loss * num_microbatches * data_parallel_size`
+    (without context parallelism: the schedule multiplies by that size itself) from a two-valued loss function.
+
+    Args:
+        num_sequences: Responses in the step, empty ones included.
+        num_tokens: Tokens in the loss in the step.
+        max_length: Longest response that the rollout allows: the constant of `seq-mean-token-sum-norm`.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    max_length: int | None = None
+
+    def __post_init__(self):
+        for name in ("num_sequences", "num_tokens"):
+            if getattr(self, name) < 0:
+                raise ObjectiveError(
+                    f"denominator {name} is negative", expected=">= 0", got=getattr(self, name)
+                )
+        if self.max_length is not None and self.max_length < 1:
+            raise ObjectiveError(
+                "denominator max_length is too small", expected=">= 1", got=self.max_length
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """One microbatch: the tokens of all its sequences, packed one after another or in any other order.
+
+    A token whose `mask_T` is false counts for nothing and may hold anything, nan included. A token in the
+    mask whose log-probs or advantage are not finite contributes zero and is counted in the metric
+    `objective/nonfinite_tokens`.
+
+    Args:
+        logp_theta_T: log pi_theta of the sampled token, with gradient.
+        logp_old_T: log pi_old: the trainer at the rollout's weights. Without such a pass, pass `logp_mu_T`.
+        logp_mu_T: log mu, from the inference engine.
+        advantages_T: Advantage of the token, usually that of its sequence.
+        mask_T: bool; the token is part of the loss.
+        sequence_T: int64; the token's sequence in this microbatch, in [0, num_sequences).
+        num_sequences: Sequences in this microbatch, empty ones included.
+        denominators: Counts over the optimizer step.
+        lengths_S: Tokens in the loss of each whole sequence. Counted from `mask_T` if None, summed over
+            `context_group` when that is given.
+        context_group: Process group whose ranks hold other tokens of the same sequences (context parallelism).
+        logp_ref_T: log pi_ref of a frozen reference.
+        entropy_T: Full-vocabulary entropy of pi_theta in nats, with gradient if it is to be rewarded.
+        keep_T: bool; a filter computed over the whole step (M2PO). False drops the policy term only.
+        covariance_T: Covariance of log-prob and advantage, centred over the whole step (Clip-Cov, KL-Cov).
+        uniform_T: Random numbers in [0, 1), equal on all tensor-parallel ranks (Clip-Cov).
+        router_shift_T: RSPO's gamma in (0, 1], see `router_shift`.
+        sampled_ids_T: int64 token ids; needed by `dppo_topk`, with the next three.
+        topk_ids_TK: int64 ids of mu's K most likely tokens.
+        topk_logp_mu_TK: log mu at those ids.
+        topk_logp_theta_TK: log pi_theta at those ids; no gradient is needed.
+
+    Raises:
+        ObjectiveError: Shapes, kinds or gradients that cannot be right.
+    """
+
+    logp_theta_T: torch.Tensor
+    logp_old_T: torch.Tensor
+    logp_mu_T: torch.Tensor
+    advantages_T: torch.Tensor
+    mask_T: torch.Tensor
+    sequence_T: torch.Tensor
+    num_sequences: int
+    denominators: Denominators
+    lengths_S: torch.Tensor | None = None
+    context_group: dist.ProcessGroup | None = None
+    logp_ref_T: torch.Tensor | None = None
+    entropy_T: torch.Tensor | None = None
+    keep_T: torch.Tensor | None = None
+    covariance_T: torch.Tensor | None = None
+    uniform_T: torch.Tensor | None = None
+    router_shift_T: torch.Tensor | None = None
+    sampled_ids_T: torch.Tensor | None = None
+    topk_ids_TK: torch.Tensor | None = None
+    topk_logp_mu_TK: torch.Tensor | None = None
+    topk_logp_theta_TK: torch.Tensor | None = None
+
+    def __post_init__(self):
+        num_tokens = self.logp_theta_T.shape[0] if self.logp_theta_T.dim() == 1 else -1
+        for name, tensor in vars(self).items():
+            if tensor is None or not name.endswith(("_T", "_TK", "_S")):
+                continue
+            expected = self.num_sequences if name.endswith("_S") else num_tokens
+            if tensor.dim() != (2 if name.endswith("_TK") else 1) or tensor.shape[0] != expected:
+                raise ObjectiveError(
+                    f"{name} has another shape than the microbatch",
+                    expected=f"{expected} rows" if num_tokens >= 0 else "logp_theta_T of shape [T]",
+                    got=tuple(tensor.shape),
+                    fix="Pack the sequences into one axis of tokens",
+                )
+        self._check_kinds()
+
+    def _check_kinds(self):
+        for name in ("mask_T", "keep_T"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype != torch.bool:
+                raise ObjectiveError(f"{name} is not a mask", expected="bool", got=tensor.dtype)
+        if self.sequence_T.dtype != torch.int64:
+            raise ObjectiveError(
+                "sequence_T is not an index", expected="int64", got=self.sequence_T.dtype
+            )
+        for name in ("logp_old_T", "logp_mu_T", "advantages_T", "logp_ref_T"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.requires_grad:
+                raise ObjectiveError(
+                    f"{name} carries a gradient",
+                    expected="a constant: only logp_theta_T and entropy_T are differentiated",
+                    fix=f"Pass {name}.detach()",
+                )
+        # On a GPU this check would make the host wait; there an index out of range is a device assertion.
+        if self.sequence_T.device.type == "cpu" and self.sequence_T.numel():
+            low, high = self.sequence_T.aminmax()
+            if low < 0 or high >= self.num_sequences:
+                raise ObjectiveError(
+                    "sequence_T names a sequence that is not there",
+                    expected=f"0..{self.num_sequences - 1}",
+                    got=f"{int(low)}..{int(high)}",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutputs:
+    """What an objective returns.
+
+    Args:
+        loss: Scalar to minimise; its value means little, its gradient is the method's.
+        metrics: Typed, detached; merged over microbatches and reduced over ranks by their own rules.
+        kept_T: bool; the token's policy term has a gradient (neither masked nor clipped nor dropped).
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, Metric]
+    kept_T: torch.Tensor
