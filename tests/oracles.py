@@ -1,0 +1,54 @@
+"""Naive references: plain Python loops over float64 numbers, one token at a time, no torch."""
+
+import math
+
+
+def softmax(logits):
+    largest = max(logits)
+    weights = [math.exp(x - largest) for x in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def router_distribution(logits, score_function):
+    """The router distribution of one token as docs/metrics.md defines it."""
+    if score_function == "softmax":
+        return softmax(logits)
+    if score_function == "sigmoid":
+        scores = [1 / (1 + math.exp(-x)) for x in logits]
+    else:
+        scores = [math.sqrt(math.log1p(math.exp(x))) for x in logits]
+    return [score / sum(scores) for score in scores]
+
+
+def top_k(values, k):
+    return sorted(range(len(values)), key=lambda e: -values[e])[:k]
+
+
+def kl(mu, pi):
+    return sum(p * math.log(p / q) for p, q in zip(mu, pi, strict=True) if p > 0)
+
+
+def bucket_kl(mu, pi, ids):
+    """KL on the buckets {each of ids} + {everything else}."""
+    mu_ids, pi_ids = [mu[e] for e in ids], [pi[e] for e in ids]
+    return kl([*mu_ids, 1 - sum(mu_ids)], [*pi_ids, 1 - sum(pi_ids)])
+
+
+def agreement(replayed, selection, probs):
+    """All agreement statistics of one token in one layer.
+
+    Args:
+        replayed: Ids that were replayed.
+        selection: What the live top-k compared, one value per expert.
+        probs: Live router distribution.
+    """
+    live = top_k(selection, len(replayed))
+    left_out = [selection[e] for e in range(len(selection)) if e not in live]
+    mass = sum(probs[e] for e in replayed)
+    return {
+        "overlap": len(set(replayed) & set(live)) / len(replayed),
+        "exact_match": float(set(replayed) == set(live)),
+        "live_mass": mass,
+        "replay_bias": math.log(sum(probs[e] for e in live) / mass),
+        "margin": min(selection[e] for e in live) - max(left_out),
+    }
