@@ -1,13 +1,14 @@
-"""Losses for reinforcement learning with verifiable rewards: one input type, one output type, chosen by name.
+"""Losses for reinforcement learning with verifiable rewards, chosen by name.
 
     objective = objectives.get("minirl", cap=5.0)
     outputs = objective(LossInputs(...))        # outputs.loss, outputs.metrics
 
-`names()` lists them, `parameters_of(name)` is the frozen dataclass of a method's parameters, `table()` says
-for each what it computes, where it is from, when to use it and what goes wrong.
+`names()` lists them, `parameters_of(name)` is the frozen dataclass of a method's parameters,
+`table()` says for each what it computes, where it is from, when to use it and what goes wrong.
 """
 
-from . import minirl, ppo  # noqa: F401  (registers the objectives; the order is the documentation's)
+# Importing registers the objectives, in the order of the documentation.
+from . import minirl, ppo  # noqa: F401
 from .advantages import (
     ADVANTAGES,
     advantages,

@@ -21,7 +21,7 @@ ADVANTAGES = {
 def group_mean(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
     """A = R - mean over the group.
 
-    Groups are named by any integers, in any order. A group of one, or of equal rewards, gets exactly 0.
+    Groups are named by any integers, in any order. A group of one or of equal rewards gets 0.
 
     Source: MiniRL (2512.01374) section 2; Dr.GRPO (2503.20783).
     """
@@ -29,10 +29,11 @@ def group_mean(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
 
 
 def group_mean_std(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """A = (R - mean) / (std + 1e-6) over the group, std with Bessel's correction as verl computes it.
+    """A = (R - mean) / (std + 1e-6) over the group.
 
-    Groups of one or of equal rewards get exactly 0. Pitfall: groups with nearly equal rewards are
-    amplified (Dr.GRPO's "difficulty bias").
+    The std has Bessel's correction, as verl computes it. Groups of one or of equal rewards get
+    exactly 0. Pitfall: groups with nearly equal rewards are amplified (Dr.GRPO's "difficulty
+    bias").
 
     Source: GRPO (2402.03300) section 4.1.2.
     """
@@ -44,7 +45,9 @@ def group_mean_std(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tens
 def leave_one_out(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
     """A = R - mean of the other members = n / (n - 1) * (R - mean); 0 in a group of one.
 
-    The baseline is independent of the response, so the gradient is unbiased. Source: RLOO (2402.14740).
+    The baseline is independent of the response, so the gradient is unbiased.
+
+    Source: RLOO (2402.14740).
     """
     groups = _Groups(rewards_S, group_S)
     factor_G = groups.size_G / (groups.size_G - 1).clamp(min=1)
@@ -52,7 +55,7 @@ def leave_one_out(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tenso
 
 
 def batch_norm(rewards_S: torch.Tensor, group_S: torch.Tensor | None = None) -> torch.Tensor:
-    """A = (R - mean) / (std + 1e-6) over the batch, whatever the groups; equal rewards get exactly 0."""
+    """A = (R - mean) / (std + 1e-6) over the batch, whatever the groups; equal rewards get 0."""
     everyone_S = torch.zeros_like(rewards_S, dtype=torch.int64)
     return group_mean_std(rewards_S, everyone_S)
 
@@ -61,7 +64,7 @@ def advantages(name: str, rewards_S: torch.Tensor, group_S: torch.Tensor) -> tor
     """The advantage of each sequence by its name in ADVANTAGES; `gae` is per token, call `gae`.
 
     Raises:
-        ObjectiveError: Rewards that are not finite, shapes that differ, or a name without group form.
+        ObjectiveError: Rewards that are not finite, shapes that differ, or an unknown name.
     """
     of_name = {
         "group-mean": group_mean,
@@ -103,7 +106,7 @@ class _Groups:
         self.num_groups = int(self.index_S.max()) + 1 if len(group_S) else 0
         self.size_G = self.sum_G(torch.ones_like(rewards_S))
         centred_S = rewards_S - (self.sum_G(rewards_S) / self.size_G)[self.index_S]
-        # A mean of equal numbers need not equal them in floating point, and a std would blow that up.
+        # A mean of equal numbers need not equal them exactly, and a std would blow that up.
         self.equal_S = (self.extreme_G(rewards_S, "amax") == self.extreme_G(rewards_S, "amin"))[
             self.index_S
         ]
@@ -118,8 +121,10 @@ class _Groups:
 
 
 def informative_groups(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """bool per sequence: its group's rewards differ. DAPO's dynamic sampling keeps these and samples until
-    the batch is full; for 0/1 rewards it is 0 < number correct < group size.
+    """bool per sequence: the rewards of its group differ, so that it has an advantage.
+
+    DAPO's dynamic sampling keeps these groups and samples on until the batch is full. For rewards
+    of 0 and 1 the condition is 0 < number correct < group size.
 
     Source: DAPO (2503.14476) equation 11.
     """
@@ -127,8 +132,9 @@ def informative_groups(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.
 
 
 def overlong_penalty(lengths_S: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """DAPO's soft penalty, added to the reward: 0 up to max_length - cache, then falling linearly to -1 at
-    max_length, -1 beyond.
+    """DAPO's soft penalty for long responses, to be added to the reward.
+
+    0 up to max_length - cache, from there falling linearly to -1 at max_length, -1 beyond.
 
     Args:
         lengths_S: Tokens of each response.
@@ -151,11 +157,11 @@ def differential_smoothing(
     gamma_correct: float,
     gamma_wrong: float,
 ) -> torch.Tensor:
-    """DS-GRPO: A - gamma_correct * log pi_old(y|x) if correct, A + gamma_wrong * log pi_old(y|x) otherwise.
+    """DS-GRPO: A - gamma_correct * log pi_old(y|x) if correct, else A + gamma_wrong * the same.
 
-    Rare correct answers gain, rare wrong ones lose. The coefficients have no published default found.
+    Rare correct answers gain, common wrong ones lose. No published default of the gammas was found.
 
-    Source: 2511.19942 (the public implementation's form; the theory puts the base model into the reward).
+    Source: 2511.19942, as implemented publicly; the theory puts the base model into the reward.
     """
     signed_S = torch.where(correct_S, -gamma_correct, gamma_wrong)
     return advantages_S + signed_S * sequence_logp_old_S.detach()
@@ -170,9 +176,10 @@ def gae(
     discount: float = 1.0,
     decay: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_t = sum_k (discount * decay)^k delta_{t+k}, delta_t = R_t + discount * V_{t+1} - V_t, V after the end 0.
+    """A_t = sum_k (discount * decay)^k delta_{t+k}, delta_t = R_t + discount * V_{t+1} - V_t.
 
-    Tokens outside the mask (a tool's answer, a prompt) are skipped: the next token in the mask follows.
+    V after the end is 0. Tokens outside the mask (a tool's answer, a prompt) are skipped: the next
+    one in the mask follows.
 
     Args:
         rewards_T: Reward of each token; a verifier's verdict stands at the last one.
@@ -199,7 +206,7 @@ def gae(
     )
     advantages_SN = torch.zeros_like(values_SN)
     next_advantage_S = next_value_S = torch.zeros_like(values_SN[:, 0])
-    # Padding stands after the end with value, reward and hence advantage 0: exactly the boundary condition.
+    # Padding after the end has value, reward and so advantage 0: just the boundary condition.
     for n in reversed(range(values_SN.shape[1])):
         delta_S = rewards_SN[:, n] + discount * next_value_S - values_SN[:, n]
         next_advantage_S = delta_S + discount * decay * next_advantage_S

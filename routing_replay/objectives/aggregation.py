@@ -11,8 +11,8 @@ from .tokens import Tokens
 AGGREGATIONS = {
     "token-mean": "sum over all tokens / tokens of the step",
     "seq-mean-token-sum": "sum over all tokens / sequences of the step",
-    "seq-mean-token-mean": "sum over sequences of the mean over the sequence's tokens / sequences of the step",
-    "seq-mean-token-sum-norm": "sum over all tokens / (sequences of the step * longest allowed response)",
+    "seq-mean-token-mean": "sum over sequences of their token means / sequences of the step",
+    "seq-mean-token-sum-norm": "sum over all tokens / (sequences of the step * horizon)",
 }
 
 
@@ -23,8 +23,8 @@ def aggregate(
 
     Args:
         values_T: One value per token, 0 where it does not count.
-        tokens: Structure and denominators. A dropped token stays in its denominator, so dropping never
-            enlarges the other tokens' weight.
+        tokens: Structure and denominators. A dropped token stays in its denominator, so dropping
+            never enlarges the other tokens' weight.
         how: One of AGGREGATIONS.
         horizon: The constant of `seq-mean-token-sum-norm`; the denominators' `max_length` if None.
 

@@ -1,4 +1,4 @@
-"""Weights and masks that mend the gap between the engines; they multiply the policy term of any surrogate.
+"""Weights and masks that mend the gap between the engines, for the policy term of any surrogate.
 
 None of them has a gradient, and none changes a denominator. They act on m = pi_old / mu, except the
 off-policy mask of DeepSeek-V3.2, which sees pi_theta as well.
@@ -26,7 +26,7 @@ def weight(tokens: Tokens, p) -> torch.Tensor:
 
 
 def importance(tokens: Tokens, level: str) -> torch.Tensor:
-    """m of each token, or of its sequence: the product (`sequence`) or the geometric mean (`geometric`)."""
+    """m of each token, or over its sequence the product (`sequence`) or `geometric` mean."""
     if level == "token":
         return tokens.log_m_T.exp()
     combine = tokens.sum_S if level == "sequence" else tokens.mean_S
@@ -35,7 +35,7 @@ def importance(tokens: Tokens, level: str) -> torch.Tensor:
 
 
 def keep(tokens: Tokens, p) -> torch.Tensor:
-    """bool per token: no mask of the parameters, nor the caller's `keep_T`, drops its policy term."""
+    """bool per token: neither a mask of the parameters nor the caller's `keep_T` drops it."""
     kept_T = torch.ones_like(tokens.inputs.mask_T)
     if tokens.inputs.keep_T is not None:
         kept_T = kept_T & tokens.inputs.keep_T
@@ -51,7 +51,7 @@ def keep(tokens: Tokens, p) -> torch.Tensor:
 
 
 def geometric_mask(tokens: Tokens, low: float | None, high: float | None) -> torch.Tensor:
-    """Keep a sequence iff low <= (product of m)^(1/T) <= high. Source: richardli.xyz/rl-collapse."""
+    """Keep a sequence iff low <= (product of m)^(1/T) <= high (richardli.xyz/rl-collapse)."""
     ratio_T = importance(tokens, "geometric")
     kept_T = torch.ones_like(tokens.inputs.mask_T)
     if low is not None:
@@ -62,23 +62,24 @@ def geometric_mask(tokens: Tokens, low: float | None, high: float | None) -> tor
 
 
 def k3_mask(tokens: Tokens, highest: float) -> torch.Tensor:
-    """Keep a sequence iff its mean of m - 1 - log m, an estimate of KL(mu || pi_old), is at most `highest`."""
+    """Keep a sequence iff its mean of m - 1 - log m, estimating KL(mu || pi_old), is low enough."""
     k3_T = tokens.log_m_T.expm1() - tokens.log_m_T
     return tokens.spread(tokens.mean_S(k3_T)) <= highest
 
 
 def veto_mask(tokens: Tokens, lowest: float) -> torch.Tensor:
     """Drop a whole sequence if any of its tokens has m < lowest."""
-    # Counted by a sum, which context-parallel ranks already share, instead of a minimum, which they do not.
+    # A count instead of a minimum: sums are what context-parallel ranks share.
     vetoed_T = (tokens.log_m_T.exp() < lowest).to(tokens.log_m_T.dtype)
     return tokens.spread(tokens.sum_S(vetoed_T)) == 0
 
 
 def off_policy_mask(tokens: Tokens, delta: float, anchor: str) -> torch.Tensor:
-    """DeepSeek-V3.2: drop a token iff A < 0 and its sequence's mean of log(anchor / pi_theta) > delta.
+    """DeepSeek-V3.2: drop where A < 0 and the sequence's mean of log(anchor / pi_theta) > delta.
 
-    The paper's anchor is the inference engine's log-prob (`mu`); the KL term is not masked. Its delta is
-    not published. Implementations that take the trainer's `old` measure staleness without discrepancy.
+    The paper's anchor is the inference engine's log-prob (`mu`); the KL term is not masked. Its
+    delta is not published. Implementations that take the trainer's `old` measure staleness without
+    discrepancy.
 
     Source: 2512.02556 equations 8 and 9.
     """

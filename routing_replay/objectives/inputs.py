@@ -15,17 +15,19 @@ from ..metrics import Metric
 class Denominators:
     """What sums are divided by: counts over the whole optimizer step, never over a microbatch.
 
-    Counted once per step over all ranks and microbatches, before anything is filtered, so that the step's
-    loss is the plain sum of the microbatch losses and does not depend on how tokens were split.
+    Counted once per step over all ranks and microbatches, before anything is filtered, so that the
+    step's loss is the plain sum of the microbatch losses and does not depend on how tokens were
+    split.
 
-    Megatron averages: its schedule divides a loss by the number of microbatches, and its data-parallel
-    gradient reduction by the data-parallel size. Return `loss * num_microbatches * data_parallel_size`
-    (without context parallelism: the schedule multiplies by that size itself) from a two-valued loss function.
+    Megatron averages: its schedule divides a loss by the number of microbatches, its gradient
+    reduction by the number of data-parallel (times context-parallel) ranks. A loss function with
+    two return values undoes that with `loss * num_microbatches * data_parallel_size`, where
+    data_parallel_size is without context parallelism: the schedule multiplies by that itself.
 
     Args:
         num_sequences: Responses in the step, empty ones included.
         num_tokens: Tokens in the loss in the step.
-        max_length: Longest response that the rollout allows: the constant of `seq-mean-token-sum-norm`.
+        max_length: Longest response allowed: the constant of `seq-mean-token-sum-norm`.
     """
 
     num_sequences: int
@@ -46,28 +48,30 @@ class Denominators:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """One microbatch: the tokens of all its sequences, packed one after another or in any other order.
+    """One microbatch: the tokens of all its sequences on one axis, in any order.
 
-    A token whose `mask_T` is false counts for nothing and may hold anything, nan included. A token in the
-    mask whose log-probs or advantage are not finite contributes zero and is counted in the metric
-    `objective/nonfinite_tokens`.
+    A token whose `mask_T` is false counts for nothing and may hold anything, nan included. A token
+    in the mask whose log-probs or advantage are not finite contributes zero and is counted in the
+    metric `objective/nonfinite_tokens`.
 
     Args:
         logp_theta_T: log pi_theta of the sampled token, with gradient.
-        logp_old_T: log pi_old: the trainer at the rollout's weights. Without such a pass, pass `logp_mu_T`.
+        logp_old_T: log pi_old, the trainer at the rollout's weights. Without such a pass: log mu.
         logp_mu_T: log mu, from the inference engine.
         advantages_T: Advantage of the token, usually that of its sequence.
         mask_T: bool; the token is part of the loss.
         sequence_T: int64; the token's sequence in this microbatch, in [0, num_sequences).
         num_sequences: Sequences in this microbatch, empty ones included.
         denominators: Counts over the optimizer step.
-        lengths_S: Tokens in the loss of each whole sequence. Counted from `mask_T` if None, summed over
-            `context_group` when that is given.
-        context_group: Process group whose ranks hold other tokens of the same sequences (context parallelism).
+        lengths_S: Tokens in the loss of each whole sequence. Counted from `mask_T` if None, summed
+            over `context_group` when that is given.
+        context_group: Process group (context parallelism) whose ranks hold other tokens of the
+            same sequences, with the same numbers.
         logp_ref_T: log pi_ref of a frozen reference.
-        entropy_T: Full-vocabulary entropy of pi_theta in nats, with gradient if it is to be rewarded.
-        keep_T: bool; a filter computed over the whole step (M2PO). False drops the policy term only.
-        covariance_T: Covariance of log-prob and advantage, centred over the whole step (Clip-Cov, KL-Cov).
+        entropy_T: Entropy of pi_theta over the vocabulary, in nats; with gradient for a bonus.
+        keep_T: bool; a filter of the whole step (M2PO). False drops the policy term only.
+        covariance_T: Covariance of log-prob and advantage, centred over the whole step (Clip-Cov,
+            KL-Cov).
         uniform_T: Random numbers in [0, 1), equal on all tensor-parallel ranks (Clip-Cov).
         router_shift_T: RSPO's gamma in (0, 1], see `router_shift`.
         sampled_ids_T: int64 token ids; needed by `dppo_topk`, with the next three.
@@ -132,7 +136,7 @@ class LossInputs:
                     expected="a constant: only logp_theta_T and entropy_T are differentiated",
                     fix=f"Pass {name}.detach()",
                 )
-        # On a GPU this check would make the host wait; there an index out of range is a device assertion.
+        # On a GPU this would make the host wait; there an index out of range is a device assertion.
         if self.sequence_T.device.type == "cpu" and self.sequence_T.numel():
             low, high = self.sequence_T.aminmax()
             if low < 0 or high >= self.num_sequences:
@@ -149,8 +153,8 @@ class LossOutputs:
 
     Args:
         loss: Scalar to minimise; its value means little, its gradient is the method's.
-        metrics: Typed, detached; merged over microbatches and reduced over ranks by their own rules.
-        kept_T: bool; the token's policy term has a gradient (neither masked nor clipped nor dropped).
+        metrics: Typed and detached, to be merged over microbatches and reduced over ranks.
+        kept_T: bool; the token's policy term has a gradient: not masked, clipped or dropped.
     """
 
     loss: torch.Tensor

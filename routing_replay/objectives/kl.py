@@ -1,21 +1,23 @@
 """KL terms: estimators from sampled tokens, their place, and the gradient that each really gives.
 
-Samples come from mu. d = log(pi_theta / other) per token. The table says what the expected gradient of the
-term is when it stands in the loss (tests/test_objectives_kl.py proves each row by enumerating a vocabulary):
+Samples come from mu. d = log(pi_theta / other) per token. The table says what the expected gradient
+of the term is when it stands in the loss (tests/test_objectives_kl.py proves each row by
+enumerating a vocabulary):
 
 | direction | ratio | k1 | k2 | k3 |
 | --- | --- | --- | --- | --- |
-| reverse, sampled from pi_theta itself | none | 0 | grad KL(pi_theta, other) | grad KL(other, pi_theta) |
-| reverse | graph | grad KL(pi_theta, other), noisy | wrong | grad KL(pi_theta, other) |
-| reverse | stopped | 0 | grad KL(pi_theta, other) | grad KL(other, pi_theta) |
-| reverse | none | 0 | biased | biased |
-| forward, other = mu | none | grad KL(mu, pi_theta) | biased | grad KL(mu, pi_theta) |
-| forward | stopped or graph | grad KL(other, pi_theta) | biased | grad KL(other, pi_theta) |
+| reverse, mu = pi_theta | none | 0 | R | F |
+| reverse | none | not a KL's | not a KL's | not a KL's |
+| reverse | stopped | 0 | R | F |
+| reverse | graph | R, noisy | not a KL's | R |
+| forward, other = mu | none | F | not a KL's | F |
+| forward | stopped or graph | F | not a KL's | F |
 
-"reverse, none, sampled from pi_theta itself" is a first mini-step with mu = pi_theta; afterwards it is the
-fourth row. "biased" terms agree with the KL to first order in d only. `k3+` has the value of k3 and k2's gradient.
-As values, k1 and k3 with the right ratio are unbiased and k2 is not. DeepSeek-V3.2 (2512.02556 equation 7) is
-reverse, graph, k3, against ref.
+R is the gradient of KL(pi_theta || other), F that of KL(other || pi_theta).
+
+The first row holds in the first mini-step of equal engines only; afterwards it is the second.
+`k3+` has k3's value and k2's gradient. As values, k1 and k3 with the right ratio are unbiased and
+k2 is not. DeepSeek-V3.2 (2512.02556 equation 7) is reverse, graph, k3, against ref.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .tokens import MAX_LOG_RATIO, Tokens
 
 
 def kl_term(tokens: Tokens, p) -> torch.Tensor:
-    """One value per token of the KL between pi_theta and `p.kl_reference`, with the parameters' gradient."""
+    """One value per token of the KL between pi_theta and `p.kl_reference`."""
     theta_T = tokens.log_theta_T
     other_T = tokens.need(f"logp_{p.kl_reference}_T")
     # A token that the other policy cannot score says nothing about the KL: it gets a KL of zero.
@@ -45,7 +47,8 @@ def kl_term(tokens: Tokens, p) -> torch.Tensor:
 def estimate(log_ratio_T: torch.Tensor, estimator: str) -> torch.Tensor:
     """An estimate of KL(q || p) from one sample of q per token, log_ratio = log(q / p).
 
-    k1 = log(q/p); k2 = log(q/p)^2 / 2; k3 = p/q - 1 - log(p/q); `k3+` = value of k3 with the gradient of k2.
+    k1 = log(q/p); k2 = log(q/p)^2 / 2; k3 = p/q - 1 - log(p/q); `k3+` = value of k3 with the
+    gradient of k2.
 
     Source: joschu.net/blog/kl-approx.html; `k3+` as verl's straight-through form.
     """
@@ -71,10 +74,11 @@ def reward_penalty(
     coefficient: float,
     estimator: str = "k1",
 ) -> torch.Tensor:
-    """KL in the reward: -coefficient * sum over the sequence's tokens, to be added before the advantage.
+    """KL in the reward: -coefficient * sum over the tokens, added before the advantage is taken.
 
-    With k1 the policy gradient of the penalised reward is that of the sequence KL, unbiased; k3 in the
-    reward is known to collapse (A Comedy of Estimators, 2512.21852). Detached: it is part of the reward.
+    With k1 the policy gradient of the penalised reward is that of the sequence KL, unbiased; k3 in
+    the reward is known to collapse (A Comedy of Estimators, 2512.21852). Detached: it is part of
+    the reward.
 
     Args:
         logp_sampled_T: Log-probs of the policy that sampled: pi_old, or mu.

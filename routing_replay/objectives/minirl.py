@@ -30,15 +30,16 @@ class MiniRLLengthNorm(MiniRL):
 
 @objective(MiniRL)
 def minirl(tokens: Tokens, p: MiniRL) -> Surrogate:
-    """REINFORCE per token with the truncated weight pi_theta / mu, masked where pi_theta left pi_old too far.
+    """REINFORCE per token, weighted by pi_theta / mu, masked where pi_theta is far from pi_old.
 
-    Equation: sum over tokens of M * sg[min(w, cap)] * A * log pi_theta; M = 0 where (A > 0 and r > 1 + eps_high)
-        or (A < 0 and r < 1 - eps_low), else 1.
+    Equation: sum over tokens of M * sg[min(w, cap)] * A * log pi_theta;
+        M = 0 where (A > 0 and r > 1 + eps_high) or (A < 0 and r < 1 - eps_low), else 1.
     Reference: MiniRL (2512.01374) equation 7, truncation read literally.
-    Use: The default. With R3 or R2 once a batch is split into several mini-batches; alone on-policy.
-    Pitfalls: The loss value means nothing, only its gradient. Length normalisation or leaving out the
-        weight breaks the first-order argument and, in the paper, the run. DPPO's authors call the mask on r
-        misspecified: it does not see the discrepancy m.
+    Use: The default. With R3 or R2 once a batch is split into several mini-batches; alone
+        on-policy.
+    Pitfalls: The loss value means nothing, only its gradient. Length normalisation or leaving out
+        the weight breaks the first-order argument and, in the paper, the run. DPPO's authors call
+        the mask on r misspecified: it does not see the discrepancy m.
     """
     return weighted_log_prob(tokens, tokens.log_w_T.exp().clamp(max=p.cap), _inside(tokens, p))
 
@@ -84,7 +85,7 @@ def minirl_no_is(tokens: Tokens, p: MiniRL) -> Surrogate:
 def minirl_no_clip(tokens: Tokens, p: MiniRL) -> Surrogate:
     """Ablation: MiniRL without the mask on r.
 
-    Equation: sum over tokens of sg[min(w, cap)] * A * log pi_theta. eps_low and eps_high have no effect.
+    Equation: sum over tokens of sg[min(w, cap)] * A * log pi_theta; eps_* have no effect.
     Reference: MiniRL (2512.01374), ablation "no clipping".
     Use: For study; the same as minirl on-policy.
     Pitfalls: Collapses early off-policy in the paper.

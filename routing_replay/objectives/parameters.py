@@ -78,7 +78,7 @@ def eps_high(default: float, source: str):
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """What can be combined with every surrogate: aggregation, corrections, a KL term, an entropy bonus."""
+    """What goes with every surrogate: aggregation, corrections, a KL term, an entropy bonus."""
 
     aggregation: str = aggregation("seq-mean-token-mean")
     advantage: str = advantage("group-mean-std")
@@ -151,7 +151,7 @@ def _check(f, value):
 
 
 def described(parameters: type[Parameters]) -> list[dict]:
-    """Name, type, default, help, source and choices of every parameter: for flags, YAML and the table."""
+    """Name, type, default, help, source and choices of every parameter."""
     assert all(f.default is not MISSING for f in fields(parameters))
     return [
         {

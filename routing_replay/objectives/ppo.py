@@ -51,11 +51,12 @@ class DecoupledPPO(Clipped):
 def ppo(tokens: Tokens, p: PPO) -> Surrogate:
     """PPO's clip, with the second bound for negative advantages (dual clip).
 
-    Equation: min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A); where A < 0 additionally at least dual_clip * A.
+    Equation: min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A); where A < 0 additionally at least
+        dual_clip * A.
     Reference: PPO (1707.06347) equation 7; dual clip: 1912.09729.
     Use: With a value model (GAE), or as the ancestor that others are compared with.
-    Pitfalls: Sees r only: the engines' discrepancy m goes uncorrected unless `correction` is set. AReaL's
-        examples use 0.4 for eps where the paper has 0.2.
+    Pitfalls: Sees r only: the engines' discrepancy m goes uncorrected unless `correction` is set.
+        AReaL's examples use 0.4 for eps where the paper has 0.2.
     """
     surrogate = clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
     if p.dual_clip is None:
@@ -100,10 +101,11 @@ def dapo(tokens: Tokens, p: DAPO) -> Surrogate:
     """GRPO with a wider upper clip and a token-level mean.
 
     Equation: min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A), mean over all tokens of the step.
-    Reference: DAPO (2503.14476) equation 8; overlong shaping is `overlong_penalty`, dynamic sampling is
-        `informative_groups`.
+    Reference: DAPO (2503.14476) equation 8; overlong shaping is `overlong_penalty`, dynamic
+        sampling is `informative_groups`.
     Use: Long responses, sparse rewards.
-    Pitfalls: Dynamic sampling changes the number of rollouts per step; count it when comparing costs.
+    Pitfalls: Dynamic sampling changes the number of rollouts per step; count it when comparing
+        costs.
     """
     return clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
 

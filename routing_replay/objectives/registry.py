@@ -32,7 +32,7 @@ class Objective:
     surrogate: Callable[[Tokens, Parameters], Surrogate]
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Loss = - policy term + kl_coefficient * KL - entropy_coefficient * entropy, each aggregated alike."""
+        """- policy term + kl_coefficient * KL - entropy_coefficient * entropy, aggregated alike."""
         p, tokens = self.parameters, Tokens(inputs)
         surrogate = self.surrogate(tokens, p)
         kept_T = surrogate.kept_T & keep(tokens, p) & tokens.counted_T
@@ -57,7 +57,7 @@ class Objective:
 
 
 def _metrics(tokens: Tokens, surrogate: Surrogate, kept_T, policy_loss) -> dict:
-    """Shares of tokens are of the tokens in the loss with an advantage; without one nothing can be clipped."""
+    """Fractions are of the tokens with an advantage: without one nothing can be clipped."""
     signal_T = tokens.counted_T & (tokens.advantages_T != 0)
     nonfinite_T = tokens.inputs.mask_T & ~tokens.finite_T
     # .double() before the product: counts of tokens exceed what float32 can count.

@@ -16,7 +16,7 @@ class Surrogate:
     Args:
         value_T: Differentiable; its gradient is the method's, its value may mean nothing.
         kept_T: bool; the token has a gradient.
-        weight_T: The factor of A * grad log pi_theta of a kept token, detached; for the metrics only.
+        weight_T: The factor of A * grad log pi_theta of a kept token; detached, for metrics.
     """
 
     value_T: torch.Tensor
@@ -44,7 +44,7 @@ def trust_region(advantages_T, ratio_T, low: float | None, high: float | None) -
 def clipped(
     tokens: Tokens, ratio_T: torch.Tensor, low: float | None, high: float | None
 ) -> Surrogate:
-    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): PPO's form, for any differentiable ratio."""
+    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): PPO's form on any ratio."""
     advantages_T = tokens.advantages_T
     lowest = None if low is None else 1 - low
     bounded_T = ratio_T.clamp(min=lowest, max=1 + high)

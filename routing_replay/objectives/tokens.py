@@ -16,7 +16,7 @@ MAX_LOG_RATIO = 20.0
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group whose ranks' losses are added: every rank's loss depends on every rank's part."""
+    """Sum over ranks whose losses are added: each of their losses depends on each rank's part."""
 
     @staticmethod
     def forward(ctx, values, group):
@@ -34,7 +34,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Tokens:
-    """LossInputs with every uncounted token replaced by harmless constants (log-ratios 0, advantage 0).
+    """LossInputs with every uncounted token made harmless: log-ratios 0, advantage 0.
 
     Replacing before the exponential, not after it, is what keeps nan out of the gradient: the
     derivative of where(mask, exp(x), 0) at x = inf is 0 * inf.
@@ -93,7 +93,7 @@ class Tokens:
 
     @cached_property
     def lengths_S(self) -> torch.Tensor:
-        """Tokens in the loss of each whole sequence; at least 1, so that empty sequences divide safely."""
+        """Tokens in the loss of each whole sequence, at least 1: empty ones divide safely."""
         lengths_S = self.inputs.lengths_S
         if lengths_S is None:
             lengths_S = self.sum_S(self.inputs.mask_T.to(self.inputs.logp_theta_T.dtype))
@@ -107,7 +107,7 @@ class Tokens:
         return sums_S if group is None else _SumOverRanks.apply(sums_S, group)
 
     def mean_S(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Mean per sequence over its tokens in the loss; 0 for an empty sequence. Uncounted values must be 0."""
+        """Mean per sequence over its tokens in the loss, 0 if empty; uncounted values must be 0."""
         return self.sum_S(values_T) / self.lengths_S
 
     def spread(self, values_S: torch.Tensor) -> torch.Tensor:
