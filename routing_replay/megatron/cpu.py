@@ -3,6 +3,9 @@
 Megatron names CUDA devices, streams and generators in its code. Each redirection below undoes one
 such assumption and says where it bites. Nothing here changes a value that Megatron computes, and
 nothing is touched where `torch.cuda.is_available()`.
+
+Modules of ours that import Megatron import this one first: it makes that import possible (see
+`_hide_unloadable_flash_mla`); the redirections start with `enable_cpu()`.
 """
 
 import contextlib
@@ -14,18 +17,26 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
+def _hide_unloadable_flash_mla():
+    """SGLang's wheel of that name raises OSError without libcuda; Megatron expects ImportError."""
+    if not torch.cuda.is_available():
+        sys.modules.setdefault("flash_mla", None)
+
+
+_hide_unloadable_flash_mla()
+
+
 @functools.cache
 def enable_cpu() -> bool:
     """Redirects what megatron-core expects of CUDA to the CPU, once per process and for good.
 
-    Call it before the first `import megatron`. Where a CUDA device is available it does nothing.
+    `parallel.initialize` calls it. Where a CUDA device is available it does nothing.
 
     Returns:
         Whether the redirections are active.
     """
     if torch.cuda.is_available():
         return False
-    _hide_unloadable_flash_mla()
     _run_compiled_functions_eagerly()
     _redirect_current_device()
     _redirect_streams_and_events()
@@ -35,11 +46,6 @@ def enable_cpu() -> bool:
     _redirect_rng_helpers()
     _redirect_split_sizes_to_host()
     return True
-
-
-def _hide_unloadable_flash_mla():
-    """SGLang's wheel of that name raises OSError without libcuda; Megatron expects ImportError."""
-    sys.modules.setdefault("flash_mla", None)
 
 
 def _run_compiled_functions_eagerly():

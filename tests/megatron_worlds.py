@@ -1,0 +1,151 @@
+"""Real Megatron on several CPU processes: `run_world` spawns gloo ranks and returns their results.
+
+Starting a rank costs 10 s and more of imports, so one world should serve many configurations:
+
+    def check(rank, folder):                      # at the top level of a test module
+        for layout in (ParallelLayout(tensor=2), ParallelLayout(expert=2)):
+            with megatron(layout):
+                ...
+        return values                             # pickled; one per rank comes back
+
+    results = run_world(check, 2, folder)
+"""
+
+import contextlib
+import importlib
+import os
+import socket
+import sys
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+TESTS = str(Path(__file__).parent)
+
+
+class RankError(AssertionError):
+    """A rank of a spawned world failed; the message is that rank's traceback."""
+
+
+def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
+    """Runs `function(rank, *args)` on `nproc` spawned ranks that form one gloo world.
+
+    Args:
+        function: A function at the top level of a module in `tests/` (it is passed by name).
+        nproc: Number of ranks.
+        *args: Pickled to every rank.
+        timeout_s: After this long the ranks are killed and TimeoutError is raised.
+
+    Returns:
+        The ranks' return values, by rank.
+
+    Raises:
+        RankError: The first failed rank's traceback; the other ranks are ended.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    where = (function.__module__, function.__qualname__)
+    port = _free_port()
+    ranks, pipes = [], []
+    for rank in range(nproc):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_run_rank, args=(theirs, where, rank, nproc, port, args), daemon=True
+        )
+        with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
+            process.start()
+        theirs.close()
+        ranks.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(pipes, timeout_s)
+    finally:
+        for process in ranks:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def megatron(layout, seed=1):
+    """Megatron initialized for `layout` inside the `with`; the world itself stays."""
+    from routing_replay.megatron import parallel
+
+    parallel.initialize(layout, seed)
+    try:
+        yield
+    finally:
+        parallel.destroy(keep_world=True)
+
+
+def _collect(pipes, timeout_s):
+    """One result per rank, in rank order; the first failure to arrive ends the wait."""
+    results, waiting = {}, {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} gave no result in {timeout_s} s")
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                failed, value = pipe.recv()
+            except EOFError:
+                failed, value = True, "the process ended without a result (killed?)"
+            if failed:
+                raise RankError(f"rank {rank} of {len(pipes)} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run_rank(pipe, where, rank, nproc, port, args):
+    try:
+        value = _call(where, rank, nproc, port, args)
+        pipe.send((False, value))
+    except BaseException:
+        pipe.send((True, traceback.format_exc()))
+    finally:
+        pipe.close()
+    # A failed rank leaves its peers inside collectives; a rank that is done waits for none of them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _call(where, rank, nproc, port, args):
+    from routing_replay.megatron.cpu import enable_cpu
+
+    torch.set_num_threads(1)
+    enable_cpu()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=nproc
+    )
+    if TESTS not in sys.path:
+        sys.path.insert(0, TESTS)
+    module, name = where
+    value = getattr(importlib.import_module(module), name)(rank, *args)
+    torch.distributed.barrier()  # rank 0 holds the store: nobody leaves before all are done
+    return value
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
