@@ -175,6 +175,28 @@ class RouteTable:
         rows[: stop - start] = np.where(covered_T, np.arange(start, stop), -1)
         return rows
 
+    def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
+        """Expert ids of some layers and rows, in the compact dtype; reads nothing else.
+
+        Args:
+            layers: Global layer indices.
+            rows_T: int64 rows; -1 reads row 0 (the caller knows that it must not be used).
+
+        Returns:
+            [len(layers), T, K], uint8 or uint16.
+        """
+        return _take_rows(self.expert_ids_LTK, self._places(layers), rows_T)
+
+    def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
+        """Gate probabilities like `gather`, float16; None if they were not captured."""
+        if self.gate_probs_LTK is None:
+            return None
+        return _take_rows(self.gate_probs_LTK, self._places(layers), rows_T)
+
+    def _places(self, layers: Sequence[int]) -> list[int]:
+        place = {layer: i for i, layer in enumerate(self.model.layers)}
+        return [place[layer] for layer in layers]
+
     def sequence(self, number: int) -> Routes:
         """The routes of one sequence."""
         rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
@@ -272,6 +294,16 @@ class RouteTable:
             rows_N=np.array(self.logit_rows_N[kept]) - rows.start,
             values_NLE=np.array(self.logits_NLE[kept]),
         )
+
+
+def _take_rows(values_LTK: np.ndarray, places: list[int], rows_T: np.ndarray) -> np.ndarray:
+    num_rows, top_k = values_LTK.shape[1:]
+    taken_LTK = np.zeros((len(places), len(rows_T), top_k), values_LTK.dtype)
+    if num_rows:
+        for taken_TK, place in zip(taken_LTK, places, strict=True):
+            # "clip" reads row 0 for -1, and unlike "raise" needs no buffer for `out`.
+            np.take(values_LTK[place], rows_T, axis=0, out=taken_TK, mode="clip")
+    return taken_LTK
 
 
 def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:

@@ -1,0 +1,104 @@
+"""Live against replayed routes, on a sample of a replaying pass's tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..agreement import LayerAgreement, RouterView, log_router_probs, router_kl, router_probs
+from ..table import RouteTable
+from .passes import to_device
+from .routers import RouterSeam
+from .selection import LiveTopK
+
+
+class AgreementSample:
+    """The tokens of one microbatch on which live and replayed routes are compared.
+
+    The sample is fixed on the host, evenly spaced, so that comparing costs one top-k over the
+    sample and no sync. Tokens whose engine logits were captured are compared exactly as well.
+
+    Args:
+        agreement: Where the sums go.
+        table: The replayed routes, perhaps with gates and logits.
+        layers: Global layers of the chunk.
+        rows_T: Rows of the tokens in router order.
+        counts_T: bool, tokens that count (the response); None for all.
+        max_tokens: Size of the sample; 0 takes all.
+        device: Where the routers run.
+    """
+
+    def __init__(
+        self,
+        agreement: LayerAgreement,
+        table: RouteTable,
+        layers: tuple[int, ...],
+        rows_T: np.ndarray,
+        counts_T: np.ndarray | None,
+        max_tokens: int,
+        device: torch.device,
+    ):
+        self._agreement = agreement
+        self._layers = layers
+        is_candidate_T = rows_T >= 0 if counts_T is None else (rows_T >= 0) & counts_T
+        tokens_M = evenly_spaced(np.flatnonzero(is_candidate_T), max_tokens)
+        rows_M = rows_T[tokens_M]
+        self._tokens_M = to_device(torch.from_numpy(tokens_M), device)
+        self._rows_M = to_device(torch.from_numpy(rows_M), device)
+        gates_LMK = table.gather_gates(layers, rows_M)
+        self._gates_LMK = (
+            None if gates_LMK is None else to_device(torch.from_numpy(gates_LMK), device)
+        )
+        self._valid_M = torch.ones(len(tokens_M), dtype=torch.bool, device=device)
+        self._find_logits(table, rows_T, is_candidate_T, device)
+
+    @torch.no_grad()
+    def observe(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None:
+        """Compare one router call; part of the forward pass, so nothing here waits."""
+        place = self._layers.index(seam.layer)
+        if len(self._tokens_M):
+            scores_ME = live.scores_TE.detach()[self._tokens_M]
+            view = RouterView(
+                replayed_ids_TK=ids_TK[self._tokens_M],
+                live_ids_TK=live.ids_of(self._tokens_M),
+                values_TE=scores_ME,
+                probs_TE=self._probs(seam, scores_ME),
+                valid_T=self._valid_M,
+                token_rows_T=self._rows_M,
+                gate_probs_TK=None if self._gates_LMK is None else self._gates_LMK[place],
+            )
+            self._agreement.observe(seam.layer, view)
+        if self._logits_LNE is not None:
+            scores_NE = live.scores_TE.detach()[self._logit_tokens_N]
+            log_pi_NE = self._probs(seam, scores_NE).double().log()
+            score_function = seam.router.score_function
+            log_mu_NE = log_router_probs(self._logits_LNE[place], score_function)
+            valid_N = torch.ones_like(self._logit_tokens_N, dtype=torch.bool)
+            self._agreement.observe_kl(seam.layer, router_kl(log_mu_NE, log_pi_NE), valid_N)
+
+    @staticmethod
+    def _probs(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
+        router = seam.router
+        if router.score_function == "softmax":
+            form = "probs" if router.config.moe_router_pre_softmax else "logits"
+            return router_probs(scores_XE, form)
+        return router_probs(scores_XE, "scores", router.expert_bias)
+
+    def _find_logits(self, table, rows_T, is_candidate_T, device) -> None:
+        self._logits_LNE = self._logit_tokens_N = None
+        if table.logit_rows_N is None or not len(table.logit_rows_N):
+            return
+        at_T = np.searchsorted(table.logit_rows_N, rows_T).clip(max=len(table.logit_rows_N) - 1)
+        tokens_N = np.flatnonzero(is_candidate_T & (table.logit_rows_N[at_T] == rows_T))
+        if len(tokens_N):
+            places = [table.model.layers.index(layer) for layer in self._layers]
+            logits_LNE = table.logits_NLE[at_T[tokens_N]][:, places].swapaxes(0, 1)
+            self._logits_LNE = to_device(torch.from_numpy(np.ascontiguousarray(logits_LNE)), device)
+            self._logit_tokens_N = to_device(torch.from_numpy(tokens_N), device)
+
+
+def evenly_spaced(tokens_C: np.ndarray, max_tokens: int) -> np.ndarray:
+    """At most `max_tokens` of the candidates, spread over all of them; 0 takes all."""
+    if not max_tokens or len(tokens_C) <= max_tokens:
+        return tokens_C
+    return tokens_C[np.arange(max_tokens) * len(tokens_C) // max_tokens]

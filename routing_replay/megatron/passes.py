@@ -1,0 +1,169 @@
+"""A pass: one model chunk's forward over one microbatch, and its recomputation in backward.
+
+A pass is found by identity, never by order: in the forward it is the one whose chunk is running; in
+a backward it is the one whose output received the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..errors import ReplayError
+from ..table import RouteTable
+from .routers import RouterSeam
+from .selection import LiveTopK, Selection, replay
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """What every pass counts, and the live pass: stock selection within a scope.
+
+    Args:
+        number: Of the microbatch within its scope and chunk.
+        chunk: Index of the model chunk on this rank.
+        layers: Global layers of the chunk's routers.
+        rows_T: Rows of the tokens in router order, -1 for live; host memory.
+    """
+
+    number: int
+    chunk: int
+    layers: tuple[int, ...]
+    rows_T: np.ndarray
+    is_closed: bool = False
+    forward_calls: dict[int, int] = field(default_factory=dict)
+    recompute_calls: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"chunk {self.chunk}, microbatch {self.number}"
+
+    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        """The selection of one router call."""
+        self._count(seam, live, is_recompute)
+        return seam.stock(live)
+
+    def end_forward(self) -> None:
+        """The chunk's forward has returned."""
+
+    def _count(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> None:
+        where = f"layer {seam.layer}, {self.where}"
+        if self.is_closed:
+            raise ReplayError(
+                "a forward is recomputed after its scope was closed",
+                expected="backward within `with replay.replaying(...)`",
+                where=where,
+                fix="Run the whole forward-backward schedule inside the scope",
+            )
+        if live.scores_TE.shape[0] != len(self.rows_T):
+            raise ReplayError(
+                "the router sees another number of tokens than token_rows name",
+                expected=len(self.rows_T),
+                got=live.scores_TE.shape[0],
+                where=where,
+                fix="Slice token_rows exactly as input_ids: packing, padding, context parallelism",
+            )
+        calls = self.recompute_calls if is_recompute else self.forward_calls
+        calls[seam.layer] = calls.get(seam.layer, 0) + 1
+        if calls[seam.layer] > 1:
+            raise ReplayError(
+                "a router ran twice in one microbatch",
+                expected="each layer once" + (" in recomputation" if is_recompute else ""),
+                got=f"{calls[seam.layer]} calls",
+                where=where,
+                fix="Open one replay.microbatch(token_rows) for each forward of the model",
+            )
+
+
+@dataclass(kw_only=True)
+class RecordingPass(Pass):
+    """Selects live and keeps the ids, in the compact dtype, for a table (R2)."""
+
+    num_experts: int
+    recorded: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        self._count(seam, live, is_recompute)
+        selection = seam.stock(live)
+        if not is_recompute:
+            self.recorded[seam.layer] = compact(selection[1], self.num_experts)
+        return selection
+
+    def end_forward(self) -> None:
+        self.recorded = {layer: _to_host(ids_TK) for layer, ids_TK in self.recorded.items()}
+
+
+@dataclass(kw_only=True)
+class ReplayingPass(Pass):
+    """Replays the table's rows; live selection for the tokens without one.
+
+    Device memory: the microbatch's ids of the chunk's layers in the compact dtype, until the
+    pass is released; one layer's slice is widened at use.
+    """
+
+    table: RouteTable
+    seams: Sequence[RouterSeam]
+    device: torch.device
+    record_live: bool = False
+    num_experts: int = 0
+    observer: object | None = None
+    live_ids: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_replayed: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        ids_LTK = torch.from_numpy(self.table.gather(self.layers, self.rows_T))
+        if ids_LTK.dtype == torch.uint16:
+            ids_LTK = ids_LTK.view(torch.int16)  # ids stay below 2**15; few kernels take uint16
+        self._ids_LTK = to_device(ids_LTK, self.device)
+        live_F = np.flatnonzero(self.rows_T < 0)
+        self._num_live = len(live_F)
+        self._live_F = to_device(torch.from_numpy(live_F), self.device) if len(live_F) else None
+
+    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        self._count(seam, live, is_recompute)
+        ids_TK = self._ids_LTK[self.layers.index(seam.layer)].long()
+        if not is_recompute:
+            self.num_replayed[seam.layer] = len(self.rows_T) - self._num_live
+            self._look_at_live(seam, live, ids_TK)
+        # A no-grad pass of the trainer left its slots in an order of its own, and a no-grad pass
+        # that replays it must round alike; everything else takes the order of a training pass.
+        keep_slots = self.table.source == "training" and not torch.is_grad_enabled()
+        return replay(live, ids_TK, self._live_F, keep_slots)
+
+    def end_forward(self) -> None:
+        self.live_ids = {layer: _to_host(ids_TK) for layer, ids_TK in self.live_ids.items()}
+
+    def release(self) -> None:
+        """Free the device memory: no recomputation of this pass can follow."""
+        self._ids_LTK = None
+        self._live_F = None
+
+    def _look_at_live(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None:
+        if self.record_live:
+            with torch.no_grad():
+                self.live_ids[seam.layer] = compact(seam.stock(live)[1], self.num_experts)
+        if self.observer is not None:
+            self.observer.observe(seam, live, ids_TK)
+
+
+def compact(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Ids in one byte, or two (int16: few kernels take uint16, and ids stay below 2**15)."""
+    return ids_TK.to(torch.uint8 if num_experts <= 256 else torch.int16)
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host to device without making the host wait."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """Device to pinned host memory, enqueued: whoever reads it synchronises first."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

@@ -1,0 +1,456 @@
+"""`attach`: routing replay on the model chunks of a stock Megatron job.
+
+    replay = attach(model_chunks, ReplayConfig(mode="R3"))
+    with replay.replaying(table):
+        # inside forward_step_func, on every pipeline stage:
+        with replay.microbatch(token_rows):
+            output = model(...)
+
+Outside every scope the model is stock, bitwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..agreement import LayerAgreement
+from ..config import ReplayConfig
+from ..errors import ReplayError
+from ..metrics import Metric, all_reduce
+from ..table import RouteTable
+from . import preflight
+from .layout import as_rows, router_order
+from .observer import AgreementSample
+from .passes import Pass, RecordingPass, ReplayingPass
+from .receipt import Receipt
+from .recording import Recording
+from .routers import RouterSeam, describe_model, find_routers
+from .selection import LiveTopK, Selection
+
+
+@dataclass(kw_only=True)
+class Scope:
+    """One `recording` or `replaying` block: its passes, and at its end its receipt."""
+
+    num_rows: int
+    table: RouteTable | None = None
+    recorded: Recording | None = None
+    agreement: LayerAgreement | None = None
+    passes: list[Pass] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Microbatch:
+    """What `replay.microbatch` announced, until the model has run."""
+
+    rows_BS: np.ndarray
+    counts_BS: np.ndarray | None
+    is_live: bool = False
+    chunks: set[int] = field(default_factory=set)
+
+
+def attach(
+    model_chunks: torch.nn.Module | Sequence[torch.nn.Module], config: ReplayConfig | None = None
+) -> Replay:
+    """Attach routing replay to this rank's model chunks; collective over the pipeline group.
+
+    Args:
+        model_chunks: What Megatron's get_model returned (wrapped or not), all chunks of this rank.
+        config: Mode and telemetry; `ReplayConfig()` if None.
+
+    Returns:
+        A handle: use it as a context manager or call `.remove()`.
+
+    Raises:
+        PreflightError: A configuration under which replay would be wrong; cause and fix are named.
+        ReplayError: The model is attached already.
+    """
+    if isinstance(model_chunks, torch.nn.Module):
+        model_chunks = [model_chunks]
+    return Replay(list(model_chunks), config or ReplayConfig())
+
+
+class Replay:
+    """The handle of an attached model; made by `attach`.
+
+    Attributes:
+        config: As given.
+        model: Layers of all pipeline stages, number of experts, top-k.
+        receipt: Of the last scope that ended well; None before.
+    """
+
+    def __init__(self, model_chunks: list[torch.nn.Module], config: ReplayConfig):
+        self.config = config
+        self.receipt: Receipt | None = None
+        self._chunks = model_chunks
+        self._scope: Scope | None = None
+        self._microbatch: Microbatch | None = None
+        self._forward: Pass | None = None  # the pass whose chunk is running
+        self._backward: Pass | None = None  # the pass whose backward is running
+        self._agreement: LayerAgreement | None = None
+        self._hooks: list = []
+        self._seams: list[RouterSeam] = []
+        found = find_routers(model_chunks)
+        if any(isinstance(item.router.router_replay, RouterSeam) for item in found):
+            raise ReplayError(
+                "routing replay is attached to this model already",
+                expected="one attach for a model",
+                fix="Use the first handle, or call its .remove() before attaching again",
+            )
+        self._model_config = _config_of(model_chunks, found)
+        preflight.require(self._model_config, config)
+        self.model = describe_model(found, self._model_config)
+        self._install(found)
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if exception[0] is not None:
+            self._reset()
+        self.remove()
+
+    def remove(self) -> None:
+        """Make the model stock again; calling it twice does nothing.
+
+        Raises:
+            ReplayError: A scope is open: its backward would route live, unnoticed.
+        """
+        if self._scope is not None:
+            raise ReplayError(
+                "routing replay is removed in mid-step",
+                expected="no open scope",
+                fix="Leave `with replay.replaying(...)` or `recording(...)` first",
+            )
+        for hook in self._hooks:
+            hook.remove()
+        for seam in self._seams:
+            seam.remove()
+        self._hooks, self._seams = [], []
+
+    @contextlib.contextmanager
+    def recording(self, lengths: Sequence[int]) -> Iterator[Recording]:
+        """Within: live routing, recorded (R2). After: `recorded.table()`.
+
+        Args:
+            lengths: Rows of each sequence of the step, alike on all ranks: tokens - 1.
+        """
+        recorded = Recording(self.model, lengths, self._is_writer)
+        with self._open(Scope(num_rows=recorded.num_rows, recorded=recorded)):
+            yield recorded
+
+    @contextlib.contextmanager
+    def replaying(self, table: RouteTable, record_live: bool = False) -> Iterator[Recording | None]:
+        """Within: the table's routes (R3: the rollout's; R2: recorded ones).
+
+        Args:
+            table: The step's routes, of this model.
+            record_live: Record the live routes of the same passes as well: yields the recording,
+                whose rows are numbered as the table's. Costs one top-k per router.
+
+        Raises:
+            ReplayError: At the end: a layer or microbatch that was not replayed exactly once.
+            TableError: The table belongs to another model.
+        """
+        self._check_source(table)
+        table.check_model(self.model, of="the attached model")
+        lengths = np.diff(table.offsets_S1)
+        recorded = Recording(self.model, lengths, self._is_writer) if record_live else None
+        agreement = None
+        if self.config.agreement_every:
+            agreement = LayerAgreement(self.model.layers, table.num_rows, self._device)
+        scope = Scope(num_rows=table.num_rows, table=table, recorded=recorded, agreement=agreement)
+        with self._open(scope):
+            yield recorded
+
+    @contextlib.contextmanager
+    def microbatch(
+        self, token_rows: torch.Tensor | np.ndarray, counts: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Around one forward of one model chunk: whose tokens these are.
+
+        Outside every scope it does nothing, so a forward_step_func needs no case of its own.
+
+        Args:
+            token_rows: int64 on the CPU, the local shape of `input_ids`; -1 routes live.
+            counts: bool on the CPU, same shape: tokens that the agreement metrics look at
+                (the response). All, if None.
+        """
+        if self._scope is None:
+            yield
+            return
+        rows_BS = as_rows(token_rows, self._scope.num_rows)
+        counts_BS = None if counts is None else np.asarray(counts).reshape(rows_BS.shape)
+        with self._announce(Microbatch(rows_BS=rows_BS, counts_BS=counts_BS)):
+            yield
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Within a scope: a forward that routes live (an evaluation in the middle, say)."""
+        nothing = np.empty((0, 0), np.int64)
+        with self._announce(Microbatch(rows_BS=nothing, counts_BS=None, is_live=True)):
+            yield
+
+    def metrics(self, group=None) -> dict[str, Metric]:
+        """Receipt and agreement of the last replaying scope, over all ranks; collective.
+
+        Args:
+            group: Process group; the world if None.
+        """
+        device = self._device if _backend() == "nccl" else "cpu"
+        found = all_reduce(self.receipt.metrics() if self.receipt else {}, group, device)
+        if self._agreement is not None:
+            found |= self._agreement.reduced(group, device)
+        return found
+
+    # Scopes
+
+    @contextlib.contextmanager
+    def _open(self, scope: Scope) -> Iterator[None]:
+        if not self._seams:
+            raise ReplayError("routing replay was removed from this model", fix="attach() again")
+        if self._scope is not None:
+            raise ReplayError(
+                "a scope is open already",
+                expected="recording and replaying one after the other",
+                fix="Use replaying(table, record_live=True) to do both in one pass",
+            )
+        self._scope = scope
+        try:
+            yield
+            receipt = Receipt.of(p for p in scope.passes if not _is_live(p))
+            self._check_passes(scope)
+            receipt.check(_rank())
+            if scope.recorded is not None:
+                scope.recorded.complete(scope.passes)
+            self.receipt, self._agreement = receipt, scope.agreement
+        finally:
+            self._reset()
+
+    @contextlib.contextmanager
+    def _announce(self, microbatch: Microbatch) -> Iterator[None]:
+        if self._microbatch is not None:
+            raise ReplayError("a microbatch is announced within another", fix="Do not nest them")
+        self._microbatch = microbatch
+        try:
+            yield
+            if not microbatch.chunks and self._scope is not None and not microbatch.is_live:
+                raise ReplayError(
+                    "a microbatch was announced but no model chunk ran",
+                    expected="model(...) inside `with replay.microbatch(token_rows)`",
+                    where=f"rank {_rank()}",
+                    fix="Attach to the chunks that forward_step_func calls",
+                )
+        finally:
+            self._microbatch = self._forward = None
+
+    def _reset(self) -> None:
+        """No scope: stock again, and a late recomputation of a closed pass raises."""
+        for p in self._scope.passes if self._scope else ():
+            p.is_closed = True
+            if isinstance(p, ReplayingPass):
+                p.release()
+        self._scope = self._microbatch = self._forward = self._backward = None
+
+    def _check_passes(self, scope: Scope) -> None:
+        passes = [p for p in scope.passes if not _is_live(p)]
+        numbers = [sum(p.chunk == chunk for p in passes) for chunk in range(len(self._chunks))]
+        if not passes or min(numbers) != max(numbers):
+            raise ReplayError(
+                "not every model chunk ran for every microbatch of the scope",
+                expected="the same number of microbatches, at least 1, for each chunk",
+                got=f"{numbers} for chunks 0..{len(numbers) - 1}",
+                where=f"rank {_rank()}",
+                fix="Run the whole schedule inside the scope",
+            )
+
+    def _check_source(self, table: RouteTable) -> None:
+        wanted = {"R2": "training", "R3": "rollout"}.get(self.config.mode)
+        if wanted and table.source != wanted:
+            raise ReplayError(
+                f"mode {self.config.mode} replays the {wanted} engine's routes",
+                expected=f"a table of source {wanted!r}",
+                got=repr(table.source),
+                where=table.where,
+                fix="R2: record first, with replay.recording(lengths); R3: pass SGLang's routes",
+            )
+
+    # Hooks
+
+    def _install(self, found) -> None:
+        for item in found:
+            seam = RouterSeam(item.router, item.chunk, item.layer, item.name, self._select)
+            if self.config.unset_router_fusion and item.router.config.moe_router_fusion:
+                item.router.config = copy.copy(item.router.config)
+                item.router.config.moe_router_fusion = False
+            seam.install()
+            self._seams.append(seam)
+        for chunk, model in enumerate(self._chunks):
+            self._hooks.append(model.register_forward_pre_hook(self._before_chunk(chunk)))
+            self._hooks.append(model.register_forward_hook(self._after_chunk))
+
+    def _before_chunk(self, chunk: int):
+        def hook(module, arguments):
+            if self._scope is not None:
+                self._forward = self._begin(chunk)
+
+        return hook
+
+    def _begin(self, chunk: int) -> Pass:
+        microbatch = self._microbatch
+        where = f"chunk {chunk}, rank {_rank()}"
+        if microbatch is None:
+            raise ReplayError(
+                "the model runs inside a scope, but no microbatch was announced",
+                expected="with replay.microbatch(token_rows): model(...)",
+                where=where,
+                fix="Or replay.live() for a forward that shall route live",
+            )
+        if chunk in microbatch.chunks and not microbatch.is_live:
+            raise ReplayError(
+                "a model chunk ran twice in one microbatch",
+                expected="one forward for each replay.microbatch(token_rows)",
+                where=where,
+                fix="Announce each forward; use replay.live() for extra ones",
+            )
+        microbatch.chunks.add(chunk)
+        begun = self._new_pass(chunk, microbatch)
+        self._scope.passes.append(begun)
+        return begun
+
+    def _new_pass(self, chunk: int, microbatch: Microbatch) -> Pass:
+        scope, seams = self._scope, [s for s in self._seams if s.chunk == chunk]
+        number = sum(p.chunk == chunk and not _is_live(p) for p in scope.passes)
+        common = {"number": number, "chunk": chunk, "layers": tuple(s.layer for s in seams)}
+        if microbatch.is_live:
+            return LivePass(**common, rows_T=np.empty(0, np.int64))
+        common["rows_T"] = self._router_order(seams, microbatch.rows_BS)
+        num_experts = self.model.num_experts
+        if scope.table is None:
+            return RecordingPass(**common, num_experts=num_experts)
+        return ReplayingPass(
+            **common,
+            table=scope.table,
+            seams=seams,
+            device=self._device,
+            record_live=scope.recorded is not None,
+            num_experts=num_experts,
+            observer=self._observer(seams, number, common["rows_T"], microbatch.counts_BS),
+        )
+
+    def _observer(self, seams, number, rows_T, counts_BS) -> AgreementSample | None:
+        every = self.config.agreement_every
+        if not every or number % every or not seams:
+            return None
+        return AgreementSample(
+            self._scope.agreement,
+            self._scope.table,
+            tuple(s.layer for s in seams),
+            rows_T,
+            None if counts_BS is None else self._router_order(seams, counts_BS),
+            self.config.agreement_tokens,
+            self._device,
+        )
+
+    def _router_order(self, seams: list[RouterSeam], values_BS: np.ndarray) -> np.ndarray:
+        if not (seams and self._model_config.sequence_parallel):
+            return router_order(values_BS, 1, 0)
+        group = seams[0].router.tp_group
+        return router_order(values_BS, group.size(), group.rank())
+
+    def _after_chunk(self, module, arguments, output) -> None:
+        done, self._forward = self._forward, None
+        if done is None:
+            return
+        done.end_forward()
+        tensors = [t for t in _tensors(output) if t.requires_grad]
+        for tensor in tensors:
+            # A hook's return value would replace the gradient: this one returns None.
+            tensor.register_hook(lambda gradient: self._begin_backward(done))
+        if not tensors and isinstance(done, ReplayingPass):
+            done.release()
+
+    def _begin_backward(self, begun: Pass) -> None:
+        """The gradient of a chunk's output arrives before anything else of its backward."""
+        self._backward = begun
+        done = functools.partial(self._end_backward, begun)
+        torch.autograd.Variable._execution_engine.queue_callback(done)
+
+    def _end_backward(self, ended: Pass) -> None:
+        if isinstance(ended, ReplayingPass):
+            ended.release()
+        if self._backward is ended:
+            self._backward = None
+
+    def _select(self, seam: RouterSeam, live: LiveTopK) -> Selection:
+        is_recompute = torch._C._current_graph_task_id() != -1
+        current = self._backward if is_recompute else self._forward
+        if current is not None:
+            return current.select(seam, live, is_recompute)
+        if self._scope is None:
+            return seam.stock(live)
+        raise ReplayError(
+            "a router ran outside every announced microbatch of its scope",
+            expected="routers run inside a forward of the attached chunks, or its recomputation",
+            where=f"layer {seam.layer} ({seam.name}), rank {_rank()}",
+            fix="Attach to the modules that forward_step_func calls",
+        )
+
+    @property
+    def _is_writer(self) -> bool:
+        """Without sequence parallelism the tensor-parallel ranks see the same tokens: one records."""
+        if not self._seams or self._model_config.sequence_parallel:
+            return True
+        return self._seams[0].router.tp_group.rank() == 0
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._chunks[0].parameters()).device
+
+
+class LivePass(Pass):
+    """A forward that routes live within a scope: nothing is promised, so nothing is counted."""
+
+    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        return seam.stock(live)
+
+
+def _is_live(p: Pass) -> bool:
+    return isinstance(p, LivePass)
+
+
+def _config_of(model_chunks, found):
+    if found:
+        return found[0].router.config
+    for module in model_chunks[0].modules():  # a stage without routed layers
+        if hasattr(module, "config"):
+            return module.config
+    raise ReplayError(
+        "the model chunks carry no Megatron configuration", fix="Pass Megatron models"
+    )
+
+
+def _tensors(output) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for item in output:
+            yield from _tensors(item)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _backend() -> str | None:
+    return dist.get_backend() if dist.is_initialized() else None

@@ -1,0 +1,82 @@
+"""The mathematics of replay: only the selection changes.
+
+The router's own scores are gathered at the replayed experts, and Megatron normalises, scales and
+scatters them as always. So every score function keeps its meaning, and the router its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .cpu import enable_cpu  # noqa: F401  isort: skip  (makes the next import possible)
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
+
+Selection = tuple[torch.Tensor, torch.Tensor]
+
+
+class LiveTopK:
+    """The stock selection of one router call, for all tokens or for some of them.
+
+    Args:
+        scores_TE: What Megatron passes to its top-k (logits, probabilities, or biased scores).
+        top_k: Experts per token.
+        num_groups: Groups of group-limited routing, or None.
+        group_top_k: Groups per token, or None.
+        stock: Megatron's own `default_compute_topk`.
+    """
+
+    def __init__(
+        self,
+        scores_TE: torch.Tensor,
+        top_k: int,
+        num_groups: int | None,
+        group_top_k: int | None,
+        stock: Callable[..., Selection],
+    ):
+        self.scores_TE = scores_TE
+        self.top_k = top_k
+        self.num_groups = num_groups
+        self.group_top_k = group_top_k
+        self.stock = stock
+
+    def __call__(self) -> Selection:
+        """Scores and ids of every token, exactly as without replay."""
+        return self.stock(self.scores_TE, self.top_k, self.num_groups, self.group_top_k)
+
+    @torch.no_grad()
+    def ids_of(self, tokens_M: torch.Tensor) -> torch.Tensor:
+        """Ids [M, K] of some tokens only: top-k works row by row, so they equal the full call's."""
+        scores_ME = self.scores_TE.detach()[tokens_M]
+        if not self.group_top_k:
+            return self.stock(scores_ME, self.top_k, self.num_groups, self.group_top_k)[1]
+        # Megatron's closure has the number of all tokens built in; the function beneath has not.
+        return group_limited_topk(
+            scores_ME, self.top_k, *scores_ME.shape, self.num_groups, self.group_top_k
+        )[1]
+
+
+def replay(
+    live: LiveTopK,
+    ids_TK: torch.Tensor,
+    live_tokens_F: torch.Tensor | None,
+    keep_slots: bool,
+) -> Selection:
+    """Scores and ids of the replayed experts; gradients flow into the scores.
+
+    Args:
+        live: The router call.
+        ids_TK: int64 replayed ids; rows of `live_tokens_F` may hold anything in range.
+        live_tokens_F: Tokens that take the live selection, or None.
+        keep_slots: Leave the slots in the given order. Otherwise they are put into the stock
+            order of a training pass, descending score, so that sums over slots round alike.
+    """
+    scores_TE = live.scores_TE
+    if live_tokens_F is not None:
+        ids_TK = ids_TK.index_copy(0, live_tokens_F, live.ids_of(live_tokens_F))
+    if not keep_slots:
+        with torch.no_grad():
+            order_TK = scores_TE.gather(1, ids_TK).argsort(dim=1, descending=True, stable=True)
+            ids_TK = ids_TK.gather(1, order_TK)
+    return scores_TE.gather(1, ids_TK), ids_TK
