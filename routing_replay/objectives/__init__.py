@@ -8,7 +8,7 @@
 """
 
 # Importing registers the objectives, in the order of the documentation.
-from . import minirl, ppo  # noqa: F401
+from . import minirl, ppo, token_level, sequence_level, divergence, masks  # noqa: F401, I001
 from .advantages import (
     ADVANTAGES,
     advantages,
@@ -26,7 +26,9 @@ from .aggregation import AGGREGATIONS
 from .inputs import Denominators, LossInputs, LossOutputs
 from .kl import reward_penalty
 from .parameters import Parameters
+from .masks import second_moment_mask, token_covariance
 from .registry import Objective, get, names, parameters_of, table
+from .sequence_level import router_shift
 
 __all__ = [
     "ADVANTAGES",
@@ -49,6 +51,9 @@ __all__ = [
     "overlong_penalty",
     "parameters_of",
     "reward_penalty",
+    "router_shift",
+    "second_moment_mask",
     "spread_over_tokens",
     "table",
+    "token_covariance",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,7 @@ _PAPER = "paper, section 4"
 
 @dataclass(frozen=True, kw_only=True)
 class MiniRL(Parameters):
+    has_m: ClassVar[bool] = True
     aggregation: str = aggregation("seq-mean-token-sum", "equation 7; the divisor is implied")
     advantage: str = advantage("group-mean", _PAPER)
     eps_low: float = eps_low(0.2, _PAPER)

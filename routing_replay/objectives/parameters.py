@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar
 
 from ..errors import ConfigError
 from .advantages import ADVANTAGES
@@ -117,7 +118,16 @@ class Parameters:
     kl_ratio: str = parameter("graph", "importance ratio of the KL term", choices=KL_RATIOS)
     entropy_coefficient: float = parameter(0.0, "weight of the entropy bonus", least=0)
 
+    # The method's own weight holds m already: correcting by m again would square it.
+    has_m: ClassVar[bool] = False
+
     def __post_init__(self):
+        if self.has_m and self.correction != "none":
+            raise ConfigError(
+                f"correction {self.correction!r} would count m twice",
+                expected="'none': the objective weights by m or w itself",
+                fix="Masks (geometric_*, veto_below, off_policy_delta) are free to combine",
+            )
         for f in fields(self):
             _check(f, getattr(self, f.name))
 

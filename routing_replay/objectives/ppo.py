@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,7 @@ class DAPO(Clipped):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoupledPPO(Clipped):
+    has_m: ClassVar[bool] = True
     aggregation: str = aggregation("token-mean", "AReaL")
     cap: float | None = parameter(
         None, "truncation of m; none: as in the equation", source="equation", above=0
