@@ -121,7 +121,7 @@ def drpo(tokens: Tokens, p: DRPO) -> Surrogate:
 
 
 def bernoulli_kl(logp_T: torch.Tensor, logq_T: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of "this token or another", from the token's log-probs; finite at probability 1."""
+    """KL(p || q) of "this token or another", from the token's log-probs; finite at 1."""
     rest_p_T, rest_q_T = (-torch.expm1(logs_T) for logs_T in (logp_T, logq_T))
     log_rest_T = rest_p_T.clamp(min=MIN_REST).log() - rest_q_T.clamp(min=MIN_REST).log()
     return logp_T.exp() * (logp_T - logq_T) + rest_p_T * log_rest_T
