@@ -1,0 +1,152 @@
+"""What stands out in a run, in words. Quiet for a healthy run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .report_data import Run, first_known, flatten
+
+ENTROPY_NAMES = ("entropy", "train/entropy", "policy/entropy", "actor/entropy")
+
+# The R3 paper (2510.11370) and its follow-up report k3 = 1e-3 for live bf16 engines, up to 4e-3.
+HIGH_KL_K3 = 1e-2
+# The same paper: F(2) below 2e-3 in healthy live runs, above 0.1 at the collapse.
+MANY_EXTREMES, TOO_MANY_EXTREMES = 1e-2, 1e-1
+# Half of the gap gone is what the papers report as the least useful effect of replay.
+USEFUL_REPLAY_RATIO = 2.0
+# Below this k3 the engines agree so well that the ratio of two such numbers says nothing.
+NEGLIGIBLE_KL_K3 = 1e-5
+# About 10 % of a layer's routers differ between two bf16 engines (same paper): twice that stands
+# out, and so does a layer that differs three times as often as the median layer.
+MANY_DIFFER, NOTABLE_DIFFER, OUTLIER_FACTOR = 0.2, 0.02, 3.0
+# A margin at which bf16 noise of the router's logits (2^-8 of their size, about 4) decides.
+SMALL_MARGIN = 2.0**-6
+# An exact-set rate of unrelated routes is near zero; of related ones it never falls this low.
+UNRELATED_EXACT_MATCH = 0.05
+# Effective share of the samples under which most of a batch's gradient is lost to few tokens.
+LOW_ESS = 0.5
+ENTROPY_COLLAPSE = 0.2
+SHOWN_LAYERS = 4
+MODE = re.compile(r"(^|\.|routing_replay_)mode$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One sentence about a run. `severity` is "bad", "warn" or "note"."""
+
+    severity: str
+    text: str
+
+
+def findings_of(run: Run) -> list[Finding]:
+    """All findings of a run, the worst first."""
+    found = [
+        *_policy_findings(run),
+        *_layer_findings(run),
+        *_coverage_findings(run),
+        *_training_findings(run),
+        *(Finding(severity="note", text=note) for note in run.notes),
+    ]
+    return sorted(found, key=lambda finding: ("bad", "warn", "note").index(finding.severity))
+
+
+def _policy_findings(run: Run) -> list[Finding]:
+    found = []
+    replayed, live = run.recent("train_infer/kl_k3"), run.recent("train_infer/kl_k3_live")
+    if replayed is not None and replayed > HIGH_KL_K3:
+        text = (
+            f"The train-inference KL (k3) is {replayed:.2g}, above {HIGH_KL_K3:g}: "
+            "see docs/high_kl.md."
+        )
+        found.append(Finding(severity="bad", text=text))
+    replays = not any(MODE.search(k) and v == "disabled" for k, v in flatten(run.config).items())
+    if replays and replayed is not None and live is not None and live > NEGLIGIBLE_KL_K3:
+        if replayed >= live:
+            text = (
+                f"Replay raises the KL (k3 {live:.2g} live, {replayed:.2g} replayed): the routes "
+                "that are replayed are not the ones that the rollout took."
+            )
+            found.append(Finding(severity="bad", text=text))
+        elif live < USEFUL_REPLAY_RATIO * replayed:
+            text = (
+                f"Replay lowers the KL only {live / replayed:.1f}x (k3 {live:.2g} live, "
+                f"{replayed:.2g} replayed): most of the gap is not routing."
+            )
+            found.append(Finding(severity="warn", text=text))
+    extreme = run.recent("train_infer/extreme_tau2")
+    if extreme is not None and extreme > MANY_EXTREMES:
+        severity = "bad" if extreme > TOO_MANY_EXTREMES else "warn"
+        text = f"{_percent(extreme)} of tokens have probabilities a factor 2 apart."
+        found.append(Finding(severity=severity, text=text))
+    for name, label in (("train_infer", "discrepancy m"), ("staleness", "staleness r")):
+        ess = run.recent(f"{name}/ess")
+        if ess is not None and ess < LOW_ESS:
+            text = f"The weights of the {label} leave {_percent(ess)} of the samples effective."
+            found.append(Finding(severity="warn", text=text))
+    broken = max((v or 0 for v in run.series.get("train_infer/nonfinite_tokens", [])), default=0)
+    if broken:
+        text = f"Up to {broken:.0f} tokens of a step have no finite log-prob."
+        found.append(Finding(severity="bad", text=text))
+    return found
+
+
+def _layer_findings(run: Run) -> list[Finding]:
+    layers = run.layers("routing_replay/exact_match")
+    differ = {i: run.recent(f"routing_replay/exact_match_layer_{i}") for i in layers}
+    differ = {i: 1 - match for i, match in differ.items() if match is not None}
+    if not differ:
+        return []
+    median = sorted(differ.values())[(len(differ) - 1) // 2]
+    found = []
+    standing_out = [
+        i
+        for i, share in differ.items()
+        if share > MANY_DIFFER or share > max(NOTABLE_DIFFER, OUTLIER_FACTOR * median)
+    ]
+    standing_out.sort(key=lambda i: -differ[i])
+    for i in standing_out[:SHOWN_LAYERS]:
+        severity = "bad" if 1 - differ[i] < UNRELATED_EXACT_MATCH else "warn"
+        text = f"Layer {i} differs on {_percent(differ[i])} of tokens (the median layer on "
+        text += f"{_percent(median)}); {_cause(run, i, differ[i])}."
+        found.append(Finding(severity=severity, text=text))
+    if len(standing_out) > SHOWN_LAYERS:
+        text = f"{len(standing_out) - SHOWN_LAYERS} further layers differ as clearly."
+        found.append(Finding(severity="warn", text=text))
+    return found
+
+
+def _cause(run: Run, layer: int, differ: float) -> str:
+    if 1 - differ < UNRELATED_EXACT_MATCH:
+        return "routes so far apart are not of this layer or not of these tokens"
+    margin = run.recent(f"routing_replay/margin_layer_{layer}")
+    if margin is None:
+        return "no margin was recorded"
+    if margin < SMALL_MARGIN:
+        return f"its router's margin is small ({margin:.2g}), so rounding decides"
+    return f"its router's margin is not small ({margin:.2g}), so compare this layer's precision"
+
+
+def _coverage_findings(run: Run) -> list[Finding]:
+    found = []
+    coverage = run.recent("routing_replay/coverage")
+    if coverage is not None and coverage == 0:
+        text = "No token has routes: the server or a gateway dropped them (`routing-replay doctor`)"
+        found.append(Finding(severity="bad", text=text))
+    elif coverage is not None and coverage < 1 - 1e-6:
+        text = f"{_percent(1 - coverage)} of tokens had no routes and took the live ones."
+        found.append(Finding(severity="warn", text=text))
+    return found
+
+
+def _training_findings(run: Run) -> list[Finding]:
+    name = first_known(run, ENTROPY_NAMES)
+    before, after = (run.earliest(name), run.recent(name)) if name else (None, None)
+    if before and after is not None and after < ENTROPY_COLLAPSE * before:
+        text = f"The entropy fell from {before:.2g} to {after:.2g}."
+        return [Finding(severity="warn", text=text)]
+    return []
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"

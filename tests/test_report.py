@@ -1,0 +1,286 @@
+"""The report: what it reads, what it says, and how a real browser shows it."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from routing_replay.errors import DataError
+from routing_replay.report import write_report
+from routing_replay.report_charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
+from routing_replay.report_data import read_run
+from routing_replay.report_findings import findings_of
+
+LAYERS = range(8)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# A profile of its own, and nothing that reaches out on its own account.
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=2000"]
+
+
+def healthy_row(step):
+    row = {
+        "step": step,
+        "time_s": 10.0,
+        "reward": 0.2 + 0.005 * step,
+        "entropy": 1.0 - 0.002 * step,
+        "train_infer/kl_k3": 1e-4 * (1.1 + math.sin(step)),
+        "train_infer/kl_k3_live": 6e-4 * (1.1 + math.sin(step)),
+        "train_infer/extreme_tau2": 1e-5,
+        "train_infer/ess": 0.99,
+        "staleness/kl_k3": 2e-4,
+        "routing_replay/coverage": 1.0,
+    }
+    for i in LAYERS:
+        row[f"routing_replay/exact_match_layer_{i}"] = 0.97
+        row[f"routing_replay/overlap_layer_{i}"] = 0.99
+        row[f"routing_replay/margin_layer_{i}"] = 0.3
+        row[f"routing_replay/router_kl_bound_layer_{i}"] = 1e-4
+    return row
+
+
+def write_run(path, rows, config=None):
+    path.mkdir()
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (path / "metrics.jsonl").write_text("".join(lines))
+    (path / "config.json").write_text(json.dumps(config or {"mode": "R3", "parallel": {"tp": 2}}))
+    return path
+
+
+@pytest.fixture
+def healthy(tmp_path):
+    return write_run(tmp_path / "healthy", [healthy_row(step) for step in range(40)])
+
+
+def sick(tmp_path, name="sick", **changes):
+    return write_run(tmp_path / name, [{**healthy_row(s), **changes} for s in range(40)])
+
+
+def texts(path):
+    return [f"{finding.severity}: {finding.text}" for finding in findings_of(read_run(path))]
+
+
+def test_a_healthy_run_has_no_findings(healthy):
+    assert findings_of(read_run(healthy)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {
+                "routing_replay/exact_match_layer_5": 0.78,
+                "routing_replay/margin_layer_5": 0.004,
+            },
+            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
+            "margin is small (0.004), so rounding decides.",
+        ),
+        (
+            {"routing_replay/exact_match_layer_5": 0.78},
+            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
+            "margin is not small (0.3), so compare this layer's precision.",
+        ),
+        (
+            {"routing_replay/exact_match_layer_2": 0.01},
+            "bad: Layer 2 differs on 99 % of tokens (the median layer on 3 %); routes so far apart "
+            "are not of this layer or not of these tokens.",
+        ),
+        (
+            {"train_infer/kl_k3": 7e-4, "train_infer/kl_k3_live": 8e-4},
+            "warn: Replay lowers the KL only 1.1x (k3 0.0008 live, 0.0007 replayed): most of the "
+            "gap is not routing.",
+        ),
+        (
+            {"train_infer/kl_k3": 9e-3, "train_infer/kl_k3_live": 8e-4},
+            "bad: Replay raises the KL (k3 0.0008 live, 0.009 replayed): the routes that are "
+            "replayed are not the ones that the rollout took.",
+        ),
+        (
+            {"routing_replay/coverage": 0.9},
+            "warn: 10 % of tokens had no routes and took the live ones.",
+        ),
+        (
+            {"train_infer/extreme_tau2": 0.2},
+            "bad: 20 % of tokens have probabilities a factor 2 apart.",
+        ),
+        (
+            {"train_infer/nonfinite_tokens": 3},
+            "bad: Up to 3 tokens of a step have no finite log-prob.",
+        ),
+        (
+            {"train_infer/ess": 0.3},
+            "warn: The weights of the discrepancy m leave 30 % of the samples effective.",
+        ),
+    ],
+)
+def test_a_symptom_is_said_in_words_and_nothing_else_is(tmp_path, changes, expected):
+    assert texts(sick(tmp_path, **changes)) == [expected]
+
+
+def test_an_entropy_collapse_is_said(tmp_path):
+    rows = [{**healthy_row(s), "entropy": 1.0 if s < 20 else 0.05} for s in range(40)]
+    assert texts(write_run(tmp_path / "run", rows)) == ["warn: The entropy fell from 1 to 0.05."]
+
+
+def test_a_run_without_replay_is_not_blamed_for_it(tmp_path):
+    rows = [healthy_row(s) | {"train_infer/kl_k3": 6e-4} for s in range(8)]
+    rows = [row | {"train_infer/kl_k3_live": 6e-4} for row in rows]
+    path = write_run(tmp_path / "run", rows, {"routing_replay": {"mode": "disabled"}})
+    assert texts(path) == []
+
+
+def test_a_resumed_run_counts_each_step_once_and_a_cut_line_is_left_out(tmp_path):
+    path = write_run(tmp_path / "run", [{"step": s, "reward": s} for s in (0, 1, 2, 1, 2, 3)])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')
+    run = read_run(path)
+    assert run.steps == (0, 1, 2, 3)
+    assert run.series["reward"] == [0, 1, 2, 3]
+    assert run.notes == (
+        "The last line of metrics.jsonl was cut short and is left out.",
+        "2 steps were written twice (a resumed run); the later ones count.",
+    )
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = write_run(tmp_path / "run", [{"step": 0}])
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"reward": 1}\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r'integer "step"; got \{"reward": 1\} .*line 2'):
+        read_run(path)
+
+
+def test_a_directory_without_metrics_is_refused(tmp_path):
+    with pytest.raises(DataError, match="not a run directory.*metrics.jsonl, one JSON object"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_values_that_are_not_finite_are_gaps_not_points(tmp_path):
+    (tmp_path / "run").mkdir()
+    text = '{"step": 0, "x": NaN}\n{"step": 1, "x": 2}\n{"step": 2, "x": null}\n'
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    run = read_run(tmp_path / "run")
+    assert run.series["x"] == [None, 2.0, None]
+    assert run.recent("x") is None and run.notes == ("The run has no config.json.",)
+
+
+def test_a_line_is_drawn_where_its_values_are():
+    line = Line(label="a", steps=[0, 1, 2, 4], values=[0.0, 1.0, None, 0.5])
+    text = line_chart("t", "c", [line])
+    # Scale 0..1 (ticks each 0.25), steps 0..4: (0, 100), (25, 0), a gap, and (100, 50).
+    assert 'd="M0.00 100.00h0L25.00 0.00M100.00 50.00h0"' in text
+    assert line_chart("t", "c", [Line(label="a", steps=[0], values=[None])]) == ""
+
+
+def test_a_long_run_is_averaged_into_few_points():
+    line = Line(label="a", steps=range(4000), values=[float(s % 10) for s in range(4000)])
+    data = json.loads(re.search(r"json\">(.*)</script>", line_chart("t", "c", [line]))[1])
+    assert data["lines"][0]["steps"][:2] == [0, 10]
+    assert set(data["lines"][0]["values"]) == {4.5}  # the mean of 0..9
+
+
+def test_the_pixels_of_a_heat_map_are_the_values(tmp_path):
+    import base64
+    import struct
+    import zlib
+
+    values = [[0.0, 0.5], [1.0, None]]
+    bounds = bounds_of([v for row in values for v in row], is_log=False)
+    text = heat_map(
+        "t", "c", Grid(label="x", rows=[0, 1], steps=[0, 1], values=values, bounds=bounds)
+    )
+    png = base64.b64decode(re.search(r"base64,([^\"]+)", text)[1])
+    assert struct.unpack(">II", png[16:24]) == (2, 2)
+    at = png.index(b"IDAT")
+    size = struct.unpack(">I", png[at - 4 : at])[0]
+    # Each row starts with filter type 0; 254 is full, 255 is the grey of a missing value.
+    assert list(zlib.decompress(png[at + 4 : at + 4 + size])) == [0, 0, 127, 0, 254, 255]
+
+
+def test_a_share_that_is_zero_everywhere_looks_empty():
+    assert bounds_of([0.0, None, 0.0], is_log=False) == (0.0, 1e-9)
+
+
+def test_bars_show_their_intervals():
+    text = bar_chart("t", "c", [("layer 3", 2.0, 1.0, 4.0)])
+    assert "layer 3" in text and "left:25.00%;width:75.00%" in text  # 1..4 of 0..4
+
+
+def test_several_runs_are_compared_and_their_differing_settings_come_first(healthy, tmp_path):
+    other = write_run(
+        tmp_path / "other",
+        [healthy_row(s) for s in range(20)],
+        {"mode": "R2", "parallel": {"tp": 2}},
+    )
+    page = write_report([healthy, other], tmp_path / "report.html").read_text()
+    assert page.count('class="line series-1"') >= 5
+    settings = re.findall(r"<tr><th>(mode|parallel.tp)</th>(.*?)</tr>", page)
+    assert [name for name, _ in settings] == ["mode", "parallel.tp"]
+    assert "differs" in settings[0][1] and "differs" not in settings[1][1]
+    assert "other: nothing stands out." in page
+
+
+def test_attribution_and_receipts_are_shown_where_a_run_has_them(tmp_path):
+    path = sick(tmp_path, **{"routing_replay/fallback_fraction": 0.0125})
+    part = {"name": "routing", "kl": 5e-4, "interval": [4e-4, 6e-4]}
+    layer = {"layer": 3, "leave_out": 1e-4, "leave_out_interval": [0.5e-4, 1.5e-4]}
+    (path / "attribution.json").write_text(json.dumps({"parts": [part], "layers": [layer]}))
+    page = write_report([path], tmp_path / "report.html").read_text()
+    assert "Where the KL comes from" in page and "Cost of each layer&#x27;s routing" in page
+    assert "<td>routing_replay/fallback_fraction</td><td>0.0125</td>" in page
+
+
+def test_the_page_needs_no_network_and_escapes_what_it_shows(tmp_path):
+    path = write_run(tmp_path / "run", [healthy_row(0)], {"name": "</script><img src=//evil>"})
+    page = write_report([path], tmp_path / "report.html", title="<b>a & b</b>").read_text()
+    assert "<img src=//evil>" not in page and html.escape("<b>a & b</b>") in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def in_browser(page, probe, width, dark, folder):
+    """Open a copy of the page with a script that leaves its result in the title; return that."""
+    copy = folder / "page.html"
+    script = f"<script>document.title = JSON.stringify((() => {{ {probe} }})())</script></body>"
+    copy.write_text(page.read_text().replace("</body>", script))
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    command = [CHROMIUM, *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--window-size={width},1000", "--dump-dom", copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+
+
+PROBE = """
+const area = document.querySelector(".area");
+const box = area.getBoundingClientRect();
+area.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2}));
+return {
+  overflow: document.documentElement.scrollWidth - window.innerWidth,
+  background: getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number),
+  columns: getComputedStyle(document.querySelector(".cards")).gridTemplateColumns.split(" ").length,
+  narrowest: Math.min(...[...document.querySelectorAll(".area")].map((a) => a.clientWidth)),
+  images: [...document.images].every((image) => image.complete && image.naturalWidth > 0),
+  readout: document.querySelector(".readout").textContent,
+};
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize(("width", "dark", "columns"), [(500, True, 1), (1280, False, 3)])
+def test_a_browser_shows_it_on_a_phone_and_a_desk_dark_and_light(
+    healthy, tmp_path, width, dark, columns
+):
+    # 500 is the least width that headless Chromium opens; the layout has one column below 800.
+    page = write_report([healthy], tmp_path / "report.html")
+    seen = in_browser(page, PROBE, width, dark, tmp_path)
+    assert seen["overflow"] <= 0
+    assert (max(seen["background"]) < 64) == dark
+    assert seen["columns"] == columns
+    assert seen["narrowest"] > 200
+    assert seen["images"]
+    # The middle of steps 0..39 is 19.5; the first of the two nearest steps is read.
+    assert seen["readout"] == "step 19 · healthy: 0.295"
