@@ -18,7 +18,17 @@ from routing_replay.report_findings import findings_of
 LAYERS = range(8)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # A profile of its own, and nothing that reaches out on its own account.
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=2000"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--virtual-time-budget=2000",
+]
 
 
 def healthy_row(step):
