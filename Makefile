@@ -1,0 +1,58 @@
+# The only commands a newcomer needs: `make recipe`, then `make test`. Everything builds .venv first.
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+EXTRAS  := sglang,megatron,recipe,test
+SOURCES := routing_replay recipes tools tests
+# Options: PYTHON=path names the Python 3.12 to build from; `make recipe RECIPE_ARGS="--seed 1"`;
+# `make test PYTEST_ARGS="-k table"`.
+RECIPE_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help env recipe test test-matrix check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP)  ## build .venv: both engines, 10 GB of disk; about 1 minute with uv, 5 with pip alone
+
+recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 8 minutes
+	$(PY) -m recipes.minirl $(RECIPE_ARGS)
+
+test: env  ## every test that needs no GPU, except the long matrix; at most 15 minutes on 2 cores
+	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: env  ## lint and format, without changing a file
+	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
+	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
+
+bench: env  ## the benchmarks of tools/, one after another
+	@set -e; for file in $(wildcard tools/bench_*.py); do \
+	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
+
+clean:  ## remove .venv and all caches; the runs in runs/ stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Rebuilt when the metadata or the pins change. The stamp is written last, so that an interrupted
+# installation is taken up again by the next `make`.
+$(STAMP): setup.py constraints.txt .ci/find_python
+	@if [ ! -x $(PY) ]; then \
+	  python=$$(.ci/find_python) || exit 1; \
+	  echo "Creating $(VENV) with $$python"; \
+	  "$$python" -m venv $(VENV); \
+	fi
+	@echo "Installing into $(VENV): about 1 minute with uv, 5 minutes if only pip is at hand"
+	@$(PY) -m pip install --quiet uv || echo "uv is not at hand: pip does the work"
+	@if [ -x $(VENV)/bin/uv ] && $(VENV)/bin/uv pip install --python $(PY) \
+	    --constraint constraints.txt --editable ".[$(EXTRAS)]"; then :; else \
+	  echo "Installing with pip"; \
+	  $(PY) -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]"; \
+	fi
+	@touch $@
+	@echo "$(VENV) is ready"

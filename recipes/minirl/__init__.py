@@ -1,0 +1,5 @@
+"""The reference recipe: synchronous RL with verifiable rewards, MiniRL, and routing replay.
+
+`python -m recipes.minirl --help` explains itself. `__main__` prepares, launches and supervises;
+`train` is the loop, one process per trainer rank.
+"""

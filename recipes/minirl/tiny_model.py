@@ -1,0 +1,155 @@
+"""The tiny model: a Qwen3-MoE checkpoint with a tokenizer, warmed up on the task's answers.
+
+Run as `python -m recipes.minirl.tiny_model CONFIG.json` by the launcher: a child process, so that
+its memory is free again before the engines start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from .config import RecipeConfig
+from .prompts import Prompt, read_prompts, take
+from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
+
+# With transformers' default of 0.02 so small a model has flat logits and learns nothing for long.
+INITIALIZER_RANGE = 0.05
+# Random weights that nobody trains need a spread at which their logits, and so the discrepancy of
+# two engines, are not flat.
+RANDOM_INITIALIZER_RANGE = 0.12
+BATCH_SIZE = 128
+LEARNING_RATE = 3e-3
+RAMP_STEPS = 20
+NUM_PROBES = 256
+PROBE_EVERY = 10
+IGNORE = -100  # the label that cross_entropy leaves out
+
+
+def checkpoint_folder(config: RecipeConfig) -> Path:
+    """Where the tiny model of this configuration is or will be."""
+    m = config.model
+    described = [m.tiny_layers, m.tiny_experts, m.tiny_top_k, m.warmup_target, m.warmup_steps]
+    text = json.dumps([*described, config.run.seed, VOCABULARY, config.data.prompts])
+    return Path(m.cache_dir) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def prepare(config: RecipeConfig, report=print) -> Path:
+    """Write checkpoint, tokenizer and task of this configuration unless they are there.
+
+    Returns:
+        The checkpoint's folder; the task's files lie in it.
+    """
+    folder = checkpoint_folder(config)
+    if (folder / "config.json").is_file():
+        report(f"Tiny model: {folder} (kept from an earlier run)")
+        return folder
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        train_path, heldout_path = write_task(partial)
+        write_tokenizer(partial)
+        model = make_model(config)
+        if config.model.warmup_target > 0:
+            warm_up(model, read_prompts(train_path), read_prompts(heldout_path), config, report)
+        model.save_pretrained(partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def make_model(config: RecipeConfig):
+    """A random Qwen3-MoE, float32."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    m = config.model
+    torch.manual_seed(config.run.seed)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=128,
+            intermediate_size=256,
+            moe_intermediate_size=64,
+            num_hidden_layers=m.tiny_layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=64,  # SGLang's CPU attention is safe with it
+            num_experts=m.tiny_experts,
+            num_experts_per_tok=m.tiny_top_k,
+            norm_topk_prob=True,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            initializer_range=INITIALIZER_RANGE if m.warmup_target else RANDOM_INITIALIZER_RANGE,
+            bos_token_id=None,
+            eos_token_id=VOCABULARY.index(EOS),
+            pad_token_id=VOCABULARY.index(PAD),
+        )
+    ).float()
+
+
+def warm_up(model, train: list[Prompt], probes: list[Prompt], config: RecipeConfig, report) -> None:
+    """Supervised steps on the answers until the model is right often enough to learn from rewards.
+
+    It ends at a sampled accuracy instead of a step count: how soon a tiny model gets the idea of a
+    carry differs between seeds by a factor of two, and RL should start from the same place.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    probe = _encode(probes[:NUM_PROBES])
+    for step in range(1, config.model.warmup_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / RAMP_STEPS)
+        batch = take(train, (step - 1) * BATCH_SIZE, BATCH_SIZE, config.run.seed)
+        logits, labels = _logits_and_labels(model, *_encode(batch))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % PROBE_EVERY == 0:
+            accuracy = _sampled_accuracy(model, *probe)
+            report(f"Warm-up step {step}: loss {loss:.3f}, sampled accuracy {accuracy:.2f}")
+            if accuracy >= config.model.warmup_target:
+                return
+
+
+@torch.no_grad()
+def _sampled_accuracy(model, tokens_ST, labels_ST) -> float:
+    """Probability, mean over prompts, that a sample at temperature 1 is the answer: exact."""
+    logits, labels = _logits_and_labels(model, tokens_ST, labels_ST)
+    nll_ST = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE
+    )
+    return (-nll_ST.sum(1)).exp().mean().item()
+
+
+def _logits_and_labels(model, tokens_ST, labels_ST):
+    return model(tokens_ST).logits[:, :-1], labels_ST[:, 1:]
+
+
+def _encode(prompts: list[Prompt]):
+    """Token ids and labels [S, T]; everything but the answer and its end is masked."""
+    ids = {token: number for number, token in enumerate(VOCABULARY)}
+    length = max(len(p.prompt) + len(p.answer) for p in prompts) + 1
+    tokens_ST = torch.full((len(prompts), length), ids[PAD])
+    labels_ST = torch.full((len(prompts), length), IGNORE)
+    for row, p in enumerate(prompts):
+        sequence = [ids[c] for c in p.prompt + p.answer] + [ids[EOS]]
+        tokens_ST[row, : len(sequence)] = torch.tensor(sequence)
+        labels_ST[row, len(p.prompt) : len(sequence)] = torch.tensor(sequence[len(p.prompt) :])
+    return tokens_ST, labels_ST
+
+
+def main(config_path: str) -> None:
+    values = json.loads(Path(config_path).read_text())
+    prepare(RecipeConfig.from_mapping(values), lambda text: print(text, flush=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
