@@ -163,8 +163,8 @@ def differential_smoothing(
 
     Source: 2511.19942, as implemented publicly; the theory puts the base model into the reward.
     """
-    signed_S = torch.where(correct_S, -gamma_correct, gamma_wrong)
-    return advantages_S + signed_S * sequence_logp_old_S.detach()
+    logp_S = sequence_logp_old_S.detach()
+    return advantages_S + torch.where(correct_S, -gamma_correct * logp_S, gamma_wrong * logp_S)
 
 
 def gae(

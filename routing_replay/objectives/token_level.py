@@ -76,7 +76,8 @@ def sapo(tokens: Tokens, p: SAPO) -> Surrogate:
     Pitfalls: The gate's slope 4 s (1 - s) is 1 at r = 1 and never quite 0. No m.
     """
     r_T = tokens.log_r_T.exp()
-    tau_T = torch.where(tokens.advantages_T > 0, p.tau_positive, p.tau_negative).to(r_T.dtype)
+    tau_T = torch.full_like(r_T, p.tau_negative)
+    tau_T = tau_T.masked_fill(tokens.advantages_T > 0, p.tau_positive)
     gate_T = torch.sigmoid(tau_T * (r_T - 1))
     return Surrogate(
         value_T=4 / tau_T * gate_T * tokens.advantages_T,
