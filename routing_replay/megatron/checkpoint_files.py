@@ -1,0 +1,208 @@
+"""Files of a Hugging Face checkpoint: reading slices, and writing a folder whole or not at all."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from routing_replay.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Files beside the weights that a saved checkpoint needs to be usable: config, tokenizer, template.
+_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+class CheckpointReader:
+    """Slices of the safetensors files of one folder; a context manager that closes them.
+
+    Args:
+        folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: No such files, or damaged ones.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self._stack = contextlib.ExitStack()
+        self._open = {}
+        self._file_of = self._list_tensors()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._open.clear()
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def read(self, name: str, shape: tuple, axis: int, start: int, stop: int) -> torch.Tensor:
+        """Reads rows (axis 0) or columns (axis 1) `start:stop` of a tensor of the given shape.
+
+        Raises:
+            CheckpointError: The tensor has another shape, or its file is damaged.
+        """
+        with self._readable(self._file_of[name]):
+            view = self._file(self._file_of[name]).get_slice(name)
+            if tuple(view.get_shape()) != tuple(shape):
+                raise CheckpointError(
+                    f"A tensor of the checkpoint has the wrong shape: {name}",
+                    expected=tuple(shape),
+                    got=tuple(view.get_shape()),
+                    where=str(self.folder / self._file_of[name]),
+                    fix="config.json and the weights are not of the same model.",
+                )
+            return view[start:stop] if axis == 0 else view[:, start:stop]
+
+    def _list_tensors(self):
+        index = self.folder / INDEX
+        if index.exists():
+            with self._readable(INDEX):
+                return dict(json.loads(index.read_text())["weight_map"])
+        if (self.folder / SINGLE).exists():
+            with self._readable(SINGLE):
+                return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        raise CheckpointError(
+            "The checkpoint has no weights", expected=f"{SINGLE} or {INDEX}", where=str(self.folder)
+        )
+
+    def _file(self, name):
+        if name not in self._open:
+            handle = safe_open(self.folder / name, framework="pt", device="cpu")
+            self._open[name] = self._stack.enter_context(handle)
+        return self._open[name]
+
+    @contextlib.contextmanager
+    def _readable(self, name):
+        try:
+            yield
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                "A file of the checkpoint cannot be read",
+                got=f"{type(error).__name__}: {error}",
+                where=str(self.folder / name),
+                fix="It is damaged or incomplete: copy the checkpoint again.",
+            ) from error
+
+
+class CheckpointWriter:
+    """Writes a checkpoint into a folder beside the final one, which `finish` puts in its place.
+
+    Invariant: until `finish` returns, the final folder is as it was. `abandon` removes what was
+    written.
+
+    Args:
+        folder: The checkpoint's final folder; an earlier checkpoint there is replaced as a whole.
+        source: Folder to copy config and tokenizer files from.
+        config_changes: Keys of config.json to set.
+        max_shard_bytes: A file's size limit (one tensor may exceed it); bounds the memory used.
+    """
+
+    def __init__(self, folder, *, source, config_changes=None, max_shard_bytes=4 << 30):
+        self.folder, self.source = Path(folder), Path(source)
+        self.config_changes = dict(config_changes or {})
+        self.max_shard_bytes = max_shard_bytes
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._pending, self._pending_bytes = {}, 0
+        self._shards = []  # the names in each file
+        self._total_bytes = 0
+
+    def start(self):
+        """Makes the folder to write into; remains of an interrupted save are removed."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def add(self, name: str, tensor: torch.Tensor):
+        """Takes one whole tensor; writes a file when enough have come."""
+        size_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size_bytes > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size_bytes
+        self._total_bytes += size_bytes
+
+    def finish(self):
+        """Writes what is pending, the index and the side files, and moves the folder into place."""
+        self._flush()
+        self._name_shards()
+        self._copy_side_files()
+        for path in [*self.partial.iterdir(), self.partial]:
+            _sync(path)
+        self._replace()
+
+    def abandon(self):
+        """Removes what was written; the final folder is as before."""
+        self._pending.clear()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _flush(self):
+        if self._pending:
+            # transformers refuses files whose metadata does not name the framework.
+            path = self.partial / f"{len(self._shards)}.safetensors"
+            save_file(self._pending, path, metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self):
+        count = len(self._shards)
+        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            files = [SINGLE]
+        for i, file in enumerate(files):
+            (self.partial / f"{i}.safetensors").rename(self.partial / file)
+        if count > 1:
+            weight_map = {
+                name: file
+                for file, names in zip(files, self._shards, strict=True)
+                for name in names
+            }
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _copy_side_files(self):
+        for path in sorted(self.source.iterdir()):
+            if path.is_file() and path.suffix in _SIDE_FILES and path.name != INDEX:
+                shutil.copyfile(path, self.partial / path.name)
+        path = self.partial / "config.json"
+        config = json.loads(path.read_text()) | self.config_changes
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def _replace(self):
+        # A rename cannot replace a folder that holds files, so the earlier one steps aside first. A
+        # crash between the two renames leaves it under that name, whole.
+        earlier = self.folder.with_name(f".{self.folder.name}.earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(earlier)
+        try:
+            self.partial.rename(self.folder)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(self.folder)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
+        _sync(self.folder.parent)
+
+
+def natural_order(name: str) -> list:
+    """Sorting key that puts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

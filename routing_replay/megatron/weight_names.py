@@ -1,0 +1,215 @@
+"""Which slices of which Hugging Face tensors make up a Megatron parameter: arithmetic on names.
+
+A Megatron parameter is described as a list of Pieces: slices of Hugging Face tensors which, one
+below the other, are the parameter's shard on this rank. Loading reads the pieces; saving writes
+them back. Names of the local spec and of Transformer Engine's modules mean the same pieces.
+"""
+
+import dataclasses
+import re
+
+from routing_replay.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A slice of one Hugging Face tensor.
+
+    Args:
+        name: The tensor's name in the checkpoint.
+        shape: The whole tensor's shape.
+        axis: The sliced axis.
+        start, stop: Bounds on that axis, 0 <= start <= stop <= shape[axis].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Size along the sliced axis."""
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardPosition:
+    """Where a rank stands: its shard of dense tensors, of experts' tensors, and its experts."""
+
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    expert_tensor_rank: int = 0
+    expert_tensor_size: int = 1
+    first_expert: int = 0
+
+
+# Transformer Engine puts a norm into the linear that follows it, and all experts of a rank into one
+# module with a parameter for each.
+_TE_NAMES = [
+    (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
+    (
+        r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$",
+        r"mlp.experts.local_experts.\2.\1.weight",
+    ),
+]
+
+# Tensors that every rank of a stage holds whole: Megatron's name in a layer -> Hugging Face's.
+_WHOLE = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
+}
+
+_MLP = re.compile(
+    r"mlp\.(?P<kind>shared_experts\.|experts\.local_experts\.(?P<expert>\d+)\.|)"
+    r"linear_fc(?P<half>[12])\.weight$"
+)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a Megatron parameter belongs to routed experts (and so to the expert groups)."""
+    return ".mlp.experts." in name
+
+
+def is_whole(name: str) -> bool:
+    """Whether every tensor-parallel rank holds the whole of this Megatron parameter."""
+    local = _local_spec_name(name)
+    return local == "decoder.final_layernorm.weight" or _in_layer(local)[1] in _WHOLE
+
+
+def pieces(name: str, config, position: ShardPosition) -> list[Piece]:
+    """The pieces of one Megatron parameter on one rank, in order.
+
+    Args:
+        name: Megatron's name with the layer's global index, of either spec; an expert's index is
+            the rank's own.
+        config: The model's ModelConfig.
+        position: The rank's shards.
+
+    Raises:
+        CheckpointError: No Hugging Face tensor corresponds to this parameter.
+    """
+    local = _local_spec_name(name)
+    if local == "embedding.word_embeddings.weight":
+        return [_vocabulary("model.embed_tokens.weight", config, position)]
+    if local == "output_layer.weight":
+        name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+        return [_vocabulary(name, config, position)]
+    if local == "decoder.final_layernorm.weight":
+        return [_whole("model.norm.weight", (config.hidden_size,))]
+    layer, local = _in_layer(local)
+    found = _layer_pieces(local, f"model.layers.{layer}.", config, position)
+    if layer is None or not found:
+        raise CheckpointError(
+            "A Megatron parameter has no counterpart in the Hugging Face checkpoint",
+            got=name,
+            where=f"architecture {config.architecture}",
+            fix="Leave out the module that owns it, or extend routing_replay/megatron/"
+            "weight_names.py.",
+        )
+    return found
+
+
+def _layer_pieces(local, prefix, config, position):
+    if local in _WHOLE:
+        return [_whole(prefix + _WHOLE[local], _whole_shape(local, config))]
+    if local in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+        return _qkv(prefix + "self_attn.", local.rpartition(".")[2], config, position)
+    if local == "self_attention.linear_proj.weight":
+        width = config.num_attention_heads * config.kv_channels
+        shape = (config.hidden_size, width)
+        rank, size = position.tensor_rank, position.tensor_size
+        return [_split(prefix + "self_attn.o_proj.weight", shape, 1, rank, size)]
+    match = _MLP.match(local)
+    return _mlp(match, prefix, config, position) if match else []
+
+
+def _mlp(match, prefix, config, position):
+    rank, size = position.tensor_rank, position.tensor_size
+    if match["expert"] is not None:
+        rank, size = position.expert_tensor_rank, position.expert_tensor_size
+        prefix += f"mlp.experts.{position.first_expert + int(match['expert'])}."
+        width = config.moe_ffn_hidden_size
+    elif match["kind"]:
+        prefix += "mlp.shared_experts."
+        width = config.moe_shared_expert_intermediate_size
+    else:
+        prefix += "mlp."
+        width = config.ffn_hidden_size
+    if match["half"] == "2":
+        shape = (config.hidden_size, width)
+        return [_split(prefix + "down_proj.weight", shape, 1, rank, size)]
+    shape = (width, config.hidden_size)
+    return [
+        _split(prefix + half, shape, 0, rank, size)
+        for half in ("gate_proj.weight", "up_proj.weight")
+    ]
+
+
+def _qkv(prefix, kind, config, position):
+    """Megatron keeps a group's queries, key and value together; shards hold whole groups."""
+    groups, head = config.num_query_groups, config.kv_channels
+    rows = {"q": config.num_attention_heads // groups * head, "k": head, "v": head}  # of a group
+    own = groups // position.tensor_size
+    first = position.tensor_rank * own
+    columns = (config.hidden_size,) if kind == "weight" else ()
+    return [
+        Piece(
+            name=f"{prefix}{part}_proj.{kind}",
+            shape=(groups * rows[part], *columns),
+            axis=0,
+            start=group * rows[part],
+            stop=(group + 1) * rows[part],
+        )
+        for group in range(first, first + own)
+        for part in ("q", "k", "v")
+    ]
+
+
+def _vocabulary(name, config, position):
+    # The last ranks hold padding rows below (or instead of) the checkpoint's.
+    rows = config.padded_vocab_size // position.tensor_size
+    start = position.tensor_rank * rows
+    return Piece(
+        name=name,
+        shape=(config.vocab_size, config.hidden_size),
+        axis=0,
+        start=min(start, config.vocab_size),
+        stop=min(start + rows, config.vocab_size),
+    )
+
+
+def _split(name, shape, axis, rank, size):
+    length = shape[axis] // size
+    return Piece(name=name, shape=shape, axis=axis, start=rank * length, stop=(rank + 1) * length)
+
+
+def _whole(name, shape):
+    return _split(name, shape, 0, 0, 1)
+
+
+def _whole_shape(local, config):
+    if local == "mlp.router.weight":
+        return (config.num_moe_experts, config.hidden_size)
+    if local == "mlp.router.expert_bias":
+        return (config.num_moe_experts,)
+    if local.startswith("self_attention."):
+        return (config.kv_channels,)
+    return (config.hidden_size,)
+
+
+def _local_spec_name(name):
+    for pattern, replacement in _TE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _in_layer(name):
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    return (int(match[1]), match[2]) if match else (None, name)

@@ -1,0 +1,359 @@
+"""Weights between Hugging Face's files and Megatron's chunks, in both directions, any layout."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+from safetensors import SafetensorError
+
+from routing_replay.errors import CheckpointError
+from routing_replay.megatron import cpu  # noqa: F401  (makes Megatron importable)
+
+# isort: split
+from megatron.core import parallel_state
+
+# isort: split
+from routing_replay.megatron import weight_names
+from routing_replay.megatron.checkpoint_files import (
+    CheckpointReader,
+    CheckpointWriter,
+    natural_order,
+)
+
+# Names shown in an error before "and N more".
+_NAMES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parameter:
+    """One Megatron parameter of this rank and the pieces that it is made of."""
+
+    name: str
+    tensor: torch.Tensor
+    pieces: list[weight_names.Piece]
+    is_primary: bool  # of the ranks with the same content, the one that saves it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A piece and where in the world it is."""
+
+    rank: int
+    parameter: int
+    index: int
+    piece: weight_names.Piece
+    dtype: torch.dtype
+
+
+def load_hf(model_chunks: list, hf_dir):
+    """Fills the chunks from a Hugging Face checkpoint; collective.
+
+    Each rank reads only its own slices. Every tensor of the checkpoint is used exactly once and
+    every parameter is filled exactly once. The values take the parameters' dtype. An optimizer with
+    its own copy of the parameters must reload it (`reload_model_params`).
+
+    Args:
+        model_chunks: From `build_model`, wrapped (DDP, Float16Module) or not.
+        hf_dir: The checkpoint's folder.
+
+    Raises:
+        CheckpointError: Missing, extra, misshapen or unreadable tensors, by name.
+    """
+    parameters = _together(lambda: _local_parameters(model_chunks))
+    plan = _gather_plan(parameters)
+    config = _unwrap(model_chunks[0]).config
+
+    def read():
+        with CheckpointReader(hf_dir) as reader:
+            names = {name for name in reader.names if not _is_ignored(name, config)}
+            _require_equal(set(plan), names, hf_dir)
+            for parameter in parameters:
+                _fill(parameter, reader)
+
+    _together(read)
+
+
+def named_hf_tensors(
+    model_chunks: list, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yields every Hugging Face tensor of the model, whole, one at a time; collective.
+
+    All ranks must exhaust it. Memory beyond the model: one tensor, on rank 0.
+
+    Args:
+        model_chunks: As for `load_hf`.
+        dtype: Of the yielded tensors; None keeps the parameters'.
+
+    Yields:
+        (name, tensor on the CPU) on global rank 0, (name, None) elsewhere; layer by layer.
+    """
+    parameters = _together(lambda: _local_parameters(model_chunks))
+    plan = _gather_plan(parameters)
+    for name in sorted(plan, key=natural_order):
+        tensor = _gather_tensor(plan[name], parameters)
+        if tensor is not None and dtype is not None and _is_weight(name):
+            tensor = tensor.to(dtype)
+        yield name, tensor
+
+
+def save_hf(
+    model_chunks: list,
+    hf_dir,
+    *,
+    source,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 4 << 30,
+):
+    """Writes the model as a Hugging Face checkpoint, whole or not at all; collective.
+
+    Global rank 0 writes into a folder beside `hf_dir` and renames it: an earlier checkpoint there
+    stays whole until then.
+
+    Args:
+        model_chunks: As for `load_hf`.
+        hf_dir: Folder of the new checkpoint.
+        source: Folder of the checkpoint that config and tokenizer files are copied from.
+        dtype: Of the saved weights; None keeps the parameters'.
+        max_shard_bytes: Size limit of a file, and of rank 0's additional memory.
+
+    Raises:
+        CheckpointError: The files cannot be written (on every rank).
+    """
+    config = _unwrap(model_chunks[0]).config
+    saved = str(dtype or config.params_dtype).removeprefix("torch.")
+    writer = CheckpointWriter(
+        hf_dir,
+        source=source,
+        config_changes={"dtype": saved} | _LOST_PARTS.get(config.architecture, {}),
+        max_shard_bytes=max_shard_bytes,
+    )
+    error = _attempt(writer.start)
+    for name, tensor in named_hf_tensors(model_chunks, dtype):
+        # After a failure the other ranks still send what was planned, and must be heard out.
+        if error is None:
+            error = _attempt(functools.partial(writer.add, name, tensor))
+    if error is None:
+        error = _attempt(writer.finish)
+    if error is not None:
+        writer.abandon()
+    _together(lambda: _raise_unwritten(error, hf_dir))
+
+
+def _raise_unwritten(error, folder):
+    if error is not None:
+        raise CheckpointError(
+            "The checkpoint could not be written",
+            got=f"{type(error).__name__}: {error}",
+            where=str(folder),
+            fix="Free space or choose another folder; what was there before is untouched.",
+        ) from error
+
+
+# Multi-token prediction layers are not built, so a saved checkpoint has none.
+_LOST_PARTS = {"glm4_moe": {"num_nextn_predict_layers": 0}}
+
+
+def _is_ignored(name, config):
+    """Tensors that transformers leaves unused too: a tied head, multi-token prediction layers."""
+    if name == "lm_head.weight":
+        return config.tie_embeddings
+    layer = name.removeprefix("model.layers.").split(".")[0]
+    return (
+        config.architecture in _LOST_PARTS and layer.isdigit() and int(layer) >= config.num_layers
+    )
+
+
+def _is_weight(name):
+    # Routing biases stay float32: in bfloat16 the selection would change.
+    return not name.endswith("e_score_correction_bias")
+
+
+def _local_parameters(model_chunks):
+    chunks = [_unwrap(chunk) for chunk in model_chunks]
+    position = _position(chunks[0].config)
+    found = []
+    for chunk in chunks:
+        tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
+        for name, tensor in _named_tensors(chunk):
+            is_primary = _is_first_replica(name) and not (tied_copy and "output_layer" in name)
+            pieces = weight_names.pieces(name, chunk.config, position)
+            found.append(_Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary))
+    return found
+
+
+def _named_tensors(chunk):
+    """Parameters and the routing bias (a buffer), under the layers' global indices."""
+    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    buffers = [(n, b) for n, b in chunk.named_buffers() if n.endswith("router.expert_bias")]
+    for name, tensor in [*chunk.named_parameters(), *buffers]:
+        if name.startswith("decoder.layers."):
+            index, _, rest = name.removeprefix("decoder.layers.").partition(".")
+            name = f"decoder.layers.{int(index) + offset}.{rest}"
+        if tensor is not None:
+            yield name, tensor.data
+
+
+def _unwrap(chunk):
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _position(config):
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    experts = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+    return weight_names.ShardPosition(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        first_expert=expert_rank * experts,
+    )
+
+
+def _is_first_replica(name):
+    if weight_names.is_expert(name):
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
+        return False
+    return not weight_names.is_whole(name) or parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _gather_plan(parameters):
+    """For every Hugging Face tensor, the parts that tile it exactly; the same on every rank."""
+    rank = torch.distributed.get_rank()
+    own = [
+        _Part(rank=rank, parameter=i, index=j, piece=piece, dtype=parameter.tensor.dtype)
+        for i, parameter in enumerate(parameters)
+        if parameter.is_primary
+        for j, piece in enumerate(parameter.pieces)
+        if piece.length
+    ]
+    plan = {}
+    for parts in _all_gather(own):
+        for part in parts:
+            plan.setdefault(part.piece.name, []).append(part)
+    for name, parts in plan.items():
+        _check_tiling(name, parts)
+    return plan
+
+
+def _check_tiling(name, parts):
+    reached = 0
+    for piece in sorted((part.piece for part in parts), key=lambda piece: piece.start):
+        if piece.start != reached:
+            break
+        reached = piece.stop
+    whole = parts[0].piece
+    if reached != whole.shape[whole.axis] or sum(p.piece.length for p in parts) != reached:
+        raise CheckpointError(
+            f"The ranks do not hold every part of {name} exactly once",
+            expected=f"parts that make up shape {whole.shape} along axis {whole.axis}",
+            got=sorted((part.piece.start, part.piece.stop, part.rank) for part in parts),
+            fix="The model was not built for the layout that Megatron was initialized with.",
+        )
+
+
+def _require_equal(expected, got, folder):
+    for what, names in (
+        ("The checkpoint lacks tensors of the model", expected - got),
+        ("The checkpoint has tensors that the model does not", got - expected),
+    ):
+        if names:
+            shown = sorted(names, key=natural_order)[:_NAMES_SHOWN]
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            raise CheckpointError(
+                what,
+                expected=f"{len(expected)} tensors",
+                got=f"{len(got)}; the difference: {', '.join(shown)}{more}",
+                where=str(folder),
+                fix="config.json and the weights are not of the same model, or a file is missing.",
+            )
+
+
+def _fill(parameter, reader):
+    pieces = [piece for piece in parameter.pieces if piece.length]
+    rows = 0
+    for piece in pieces:
+        part = reader.read(piece.name, piece.shape, piece.axis, piece.start, piece.stop)
+        target = parameter.tensor[rows : rows + part.shape[0]]
+        if target.shape != part.shape:
+            raise CheckpointError(
+                f"The Megatron parameter {parameter.name} has an unexpected shape",
+                expected=f"rows {rows}:{rows + part.shape[0]} of shape {tuple(part.shape)}",
+                got=tuple(parameter.tensor.shape),
+                fix="The model was not built from this checkpoint's config.",
+            )
+        target.copy_(part)
+        rows += part.shape[0]
+    # Only the vocabulary is padded (see `_vocabulary`); any other remainder was never filled.
+    if rows < parameter.tensor.shape[0] and not _is_vocabulary(parameter.name):
+        raise CheckpointError(
+            f"The Megatron parameter {parameter.name} was filled in part only",
+            expected=f"{parameter.tensor.shape[0]} rows",
+            got=rows,
+        )
+    parameter.tensor[rows:].zero_()
+
+
+def _is_vocabulary(name):
+    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def _gather_tensor(parts, parameters):
+    """The whole tensor on rank 0, None elsewhere."""
+    rank = torch.distributed.get_rank()
+    whole = torch.empty(parts[0].piece.shape, dtype=parts[0].dtype) if rank == 0 else None
+    for part in parts:
+        piece = part.piece
+        if part.rank == rank:
+            values = _values(parameters[part.parameter], part.index)
+            if rank > 0:
+                torch.distributed.send(values.contiguous(), dst=0)
+        elif rank == 0:
+            shape = list(piece.shape)
+            shape[piece.axis] = piece.length
+            values = torch.empty(shape, dtype=part.dtype, device=torch.cuda.current_device())
+            torch.distributed.recv(values, src=part.rank)
+        if rank == 0:
+            whole.narrow(piece.axis, piece.start, piece.length).copy_(values)
+    return whole
+
+
+def _values(parameter, index):
+    piece = parameter.pieces[index]
+    if piece.axis == 1:  # such a parameter has one piece: all of it
+        return parameter.tensor
+    start = sum(earlier.length for earlier in parameter.pieces[:index])
+    return parameter.tensor[start : start + piece.length]
+
+
+def _attempt(work):
+    """Runs `work` on rank 0 and returns how it failed, or None."""
+    if torch.distributed.get_rank() > 0:
+        return None
+    try:
+        work()
+    except (OSError, SafetensorError, ValueError) as error:
+        return error
+    return None
+
+
+def _all_gather(value):
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _together(work):
+    """Runs `work` on every rank; a CheckpointError of one rank is raised on all of them."""
+    result, error = None, None
+    try:
+        result = work()
+    except CheckpointError as caught:
+        error = caught
+    for failure in _all_gather(error):
+        if failure is not None:
+            raise failure
+    return result
