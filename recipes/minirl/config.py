@@ -60,7 +60,7 @@ class DataSettings:
         "the addition task if empty",
     )
     heldout_prompts: str = setting("", "the same for evaluation; needed with --prompts")
-    heldout_limit: int = setting(256, "held-out prompts used per evaluation; 0: all")
+    heldout_limit: int = setting(0, "held-out prompts used per evaluation; 0: all")
     chat_template: bool = setting(False, "wrap prompts in the tokenizer's chat template")
     prompts_per_step: int = setting(64, "prompts per rollout batch")
     samples_per_prompt: int = setting(8, "responses per prompt (the group of the advantage)")
@@ -78,6 +78,7 @@ class RolloutSettings:
         "the e4m3 grid with a scale per row",
         ("checkpoint", "fp8-grid"),
     )
+    server_port: int = setting(0, "TCP port of a launched server; 0: a free one")
     server_arguments: tuple[str, ...] = setting((), "further arguments of a launched server")
     max_new_tokens: int = setting(5, "longest response in tokens")
     temperature: float = setting(1.0, "of sampling; the trainer scores with the same")

@@ -1,0 +1,189 @@
+"""The launcher: `python -m recipes.minirl`. Prepares, starts servers and trainer, watches both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from routing_replay.errors import ConfigError, RoutingReplayError
+from routing_replay.report import write_report
+from routing_replay.sglang.server import Server, ServerOptions, launch
+
+from . import journal
+from .children import Child
+from .config import RecipeConfig, parse
+from .train import inputs_of
+
+POLL_S = 0.25
+# How long the other side of a broken connection gets to say itself why it ended.
+GRACE_S = 3.0
+
+
+class TrainingError(RoutingReplayError):
+    """A trainer that ended without a message of its own."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(parse(argv))
+    except RoutingReplayError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: RecipeConfig) -> None:
+    """Prepare, start the servers, train under torchrun, report."""
+    start = time.monotonic()
+    config = resolve_mode(config)
+    run_dir = open_run(config)
+    print(f"Run: {run_dir}", flush=True)
+    prepare(config, run_dir)
+    base, _, _ = inputs_of(config)
+    with contextlib.ExitStack() as stack:
+        servers = [] if config.rollout.rollout_url else [start_server(config, run_dir, base)]
+        for server in servers:
+            stack.enter_context(server)
+        urls = config.rollout.rollout_url or [server.url for server in servers]
+        trainer = stack.enter_context(start_trainer(config, run_dir, urls))
+        watch(trainer, servers, run_dir)
+    report = write_report([run_dir], run_dir / "report.html")
+    print(result_line(run_dir, time.monotonic() - start))
+    print(f"Report: {report or run_dir / 'report.html'}")
+
+
+def resolve_mode(config: RecipeConfig) -> RecipeConfig:
+    """The configuration with `auto` decided, and said why."""
+    resolved = config.replay.resolve(config.num_mini_batches)
+    if resolved.mode != config.replay.mode:
+        print(
+            f"Routing replay: auto chose {resolved.mode}, for global batch / mini batch = "
+            f"{config.batch_size} / {config.training.minibatch_size} = {config.num_mini_batches}"
+        )
+    return replace(config, replay=resolved)
+
+
+def open_run(config: RecipeConfig) -> Path:
+    """Make the run's folder and write its configuration there.
+
+    Raises:
+        ConfigError: The folder holds another run, or cannot be made.
+    """
+    run_dir = Path(config.run.run_dir or f"runs/minirl-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (run_dir / "config.json").exists() and not config.run.resume:
+        raise ConfigError(
+            "the folder holds a run already",
+            where=run_dir,
+            fix="Continue it with --resume, or choose another --run-dir",
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / "config.json.tmp"
+        partial.write_text(json.dumps(config.to_mapping(), indent=2) + "\n")
+        partial.replace(run_dir / "config.json")
+    except OSError as error:
+        raise ConfigError("the run's folder cannot be used", got=error, where=run_dir) from error
+    for stale in run_dir.glob("error_rank_*.txt"):
+        stale.unlink()
+    return run_dir
+
+
+def prepare(config: RecipeConfig, run_dir: Path) -> None:
+    """Make the tiny model in a child process: its memory is free again before the engines start."""
+    if config.model.model != "tiny":
+        return
+    command = [sys.executable, "-m", "recipes.minirl.tiny_model", str(run_dir / "config.json")]
+    with Child(command, run_dir / "logs" / "prepare.log") as child:
+        while child.status is None:
+            time.sleep(POLL_S)
+    if child.status:
+        raise TrainingError(
+            "the tiny model could not be made",
+            got=f"status {child.status}",
+            where=child.log_path,
+            fix=f"Its last lines:\n{child.last_lines()}",
+        )
+
+
+def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
+    """One SGLang server with our plugin, on a free port."""
+    print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
+    is_r3 = config.replay.mode == "R3"
+    options = ServerOptions(
+        port=config.rollout.server_port or None,
+        capture=config.replay.capture if is_r3 else "off",
+        log_path=run_dir / "logs" / "sglang.log",
+        arguments=("--dtype", config.rollout.rollout_dtype, *config.rollout.server_arguments),
+    )
+    server = launch(base, options)
+    print(f"SGLang serves at {server.url}, log {server.log_path}", flush=True)
+    return server
+
+
+def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> Child:
+    """torchrun with one process per rank."""
+    print("Starting the trainer ...", flush=True)
+    nproc = config.run.nproc
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nproc), "-m", "recipes.minirl.train", str(run_dir)]
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return Child([*command, "--rollout-url", *urls], run_dir / "logs" / "trainer.log", environment)
+
+
+def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
+    """Wait for the trainer; raise if it or a server ends badly."""
+    while trainer.status is None:
+        for server in servers:
+            server.check()
+        time.sleep(POLL_S)
+    if trainer.status == 0:
+        return
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        for server in servers:
+            server.check()  # a dead server explains the trainer's complaint better than it does
+        time.sleep(POLL_S)
+    messages = sorted(run_dir.glob("error_rank_*.txt"), key=os.path.getmtime)
+    resume = f"Continue with: python -m recipes.minirl --run-dir {run_dir} --resume"
+    if messages:
+        raise TrainingError(messages[0].read_text(), fix=resume)
+    raise TrainingError(
+        f"the trainer ended with status {trainer.status}",
+        where=trainer.log_path,
+        fix=f"{resume}. Its last lines:\n{trainer.last_lines()}",
+    )
+
+
+def result_line(run_dir: Path, seconds: float) -> str:
+    """The run in one line."""
+    records = journal.read(run_dir / "metrics.jsonl")
+    evaluations = [r["eval/reward"] for r in records if "eval/reward" in r]
+    parts = [f"{records[-1]['step']} steps in {seconds / 60:.1f} min"]
+    if len(evaluations) > 1:
+        gain = evaluations[-1] - evaluations[0]
+        parts.append(f"held-out reward {evaluations[0]:.3f} -> {evaluations[-1]:.3f} ({gain:+.3f})")
+    replayed, live = (
+        [r[name] for r in records if name in r]
+        for name in ("train_infer/kl_k3", "train_infer/kl_k3_live")
+    )
+    if replayed and live and sum(replayed):
+        mean_live, mean_replayed = sum(live) / len(live), sum(replayed) / len(replayed)
+        ratio = mean_live / mean_replayed
+        parts.append(f"k3 KL live {mean_live:.2e}, trained {mean_replayed:.2e} ({ratio:.1f}x)")
+    return "Result: " + "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

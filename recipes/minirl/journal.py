@@ -1,0 +1,107 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard, a progress bar and one line per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+WORST_LAYERS = 2
+
+
+class Journal:
+    """Records of the run's steps; only the first rank has one.
+
+    Args:
+        run_dir: Folder of the run; records after `last_step` are cut off, as after a crash.
+        last_step: The last step that counts.
+        num_steps: Steps of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, last_step: int, num_steps: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        self.num_steps = num_steps
+        truncate(self.path, last_step)
+        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
+        # Standard output: the trainer's standard error goes to a log file.
+        self._bar = tqdm(
+            total=num_steps, initial=last_step, unit="step", file=sys.stdout, dynamic_ncols=True
+        )
+
+    def phase(self, name: str) -> None:
+        """Show what is being done."""
+        self._bar.set_description(name)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a finished step, durably: a step on record is never half there."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | finite) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in finite.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if step:
+            self._bar.update()
+        self._bar.write(line(step, self.num_steps, finite), file=sys.stdout)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._tensorboard.close()
+
+
+def read(path: Path) -> list[dict]:
+    """All whole records of a metrics file."""
+    if not path.is_file():
+        return []
+    records = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(text))
+        except ValueError:
+            break  # cut short by a crash: nothing whole can follow
+    return records
+
+
+def truncate(path: Path, last_step: int) -> None:
+    """Keep the records up to a step; an interruption leaves the earlier file or the new one."""
+    kept = [record for record in read(path) if record["step"] <= last_step]
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    """One step in one line."""
+    parts = [f"step {step:3d}/{num_steps}"]
+    for name, label, form in (
+        ("eval/reward", "held-out reward", ".3f"),
+        ("reward", "reward", ".3f"),
+        ("entropy", "entropy", ".3f"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {metrics[name]:{form}}")
+    replayed, live = (metrics.get(f"train_infer/kl_k3{s}") for s in ("", "_live"))
+    if replayed is not None:
+        parts.append(f"KL {replayed:.2e}" + (f" (live {live:.2e})" if live is not None else ""))
+    worst = worst_layers(metrics)
+    if worst:
+        shown = ", ".join(f"{layer} ({overlap:.3f})" for layer, overlap in worst)
+        parts.append(f"lowest overlap: layers {shown}")
+    if "time_s" in metrics:
+        parts.append(f"{metrics['time_s']:.1f} s")
+    return "  ".join(parts)
+
+
+def worst_layers(metrics: dict[str, float]) -> list[tuple[int, float]]:
+    """The layers whose live routes overlap least with the replayed ones."""
+    prefix = "routing_replay/overlap_layer_"
+    layers = [(int(n.removeprefix(prefix)), v) for n, v in metrics.items() if n.startswith(prefix)]
+    return sorted(layers, key=lambda pair: pair[1])[:WORST_LAYERS]

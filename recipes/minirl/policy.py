@@ -1,0 +1,288 @@
+"""The trained policy on this rank: Megatron model, optimizer, replay, passes over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from routing_replay.errors import ConfigError
+from routing_replay.logprobs import TokenScores, token_logprobs
+from routing_replay.megatron import parallel
+from routing_replay.megatron.model import build_model, transformer_config
+from routing_replay.megatron.replay import attach
+from routing_replay.megatron.weights import load_hf
+from routing_replay.metrics import Metric, all_reduce, masked_mean, merge
+from routing_replay.objectives import Denominators, LossInputs, Objective
+from routing_replay.policy_kl import policy_metrics
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from .batch import Batch, Cut, Microbatch
+from .config import RecipeConfig, TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probs and entropies of this rank's tokens, per minibatch and microbatch.
+
+    Empty lists on ranks before the last pipeline stage.
+    """
+
+    parts: list[list[TokenScores]]
+
+
+class Policy:
+    """Model, optimizer and replay of this rank.
+
+    Args:
+        config: The recipe's configuration, `auto` resolved.
+        checkpoint: Hugging Face folder that the weights are read from.
+    """
+
+    def __init__(self, config: RecipeConfig, checkpoint: Path):
+        t = config.training
+        self.config = config
+        self.layout = layout_of(t)
+        parallel.initialize(self.layout, seed=config.run.seed + 1)
+        dtype = getattr(torch, t.trainer_dtype)
+        self.model_config = transformer_config(
+            checkpoint, self.layout, dtype=dtype, recompute=t.recompute
+        )
+        if self.model_config.padded_vocab_size != self.model_config.vocab_size:
+            raise ConfigError(
+                "tensor_parallel must divide the vocabulary",
+                expected=f"a divisor of {self.model_config.vocab_size}",
+                got=t.tensor_parallel,
+            )
+        self.model_config.finalize_model_grads_func = finalize_model_grads
+        chunks = build_model(self.model_config, self.layout)
+        load_hf(chunks, checkpoint)
+        self.chunks = [self._wrap(chunk) for chunk in chunks]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(t, dtype), self.chunks)
+        self.replay = attach(self.chunks, config.replay)
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        self.cut = Cut(
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=parallel_state.get_context_parallel_world_size(),
+            minibatch_size=t.minibatch_size,
+            microbatch_size=t.microbatch_size,
+            device=next(self.chunks[0].parameters()).device,
+        )
+
+    @property
+    def length_multiple(self) -> int:
+        """What the layout divides a padded sequence by: tensor ranks, two chunks per context."""
+        context = self.layout.context
+        return self.layout.tensor * (2 * context if context > 1 else 1)
+
+    # Passes
+
+    def score(self, batch: Batch, token_rows_ST: torch.Tensor) -> Scores:
+        """Forward passes over this rank's part of the batch, without gradient.
+
+        Which routes are taken is decided by the scope of `self.replay` that is open around it.
+        """
+        plan = self.cut.sequences(len(batch.lengths_S))
+        microbatches = [
+            self.cut.microbatch(batch, sequences, token_rows_ST)
+            for minibatch in plan
+            for sequences in minibatch
+        ]
+
+        def on_output(microbatch: Microbatch, logits, non_loss_data: bool = True):
+            return self._token_scores(microbatch, logits)
+
+        with torch.no_grad():
+            collected = self._run(
+                microbatches, on_output, forward_only=True, collect_non_loss_data=True
+            )
+        parts = iter(collected)
+        if not self.is_last_stage:
+            return Scores(parts=[])
+        return Scores(parts=[[next(parts) for _ in minibatch] for minibatch in plan])
+
+    def update(
+        self,
+        batch: Batch,
+        token_rows_ST: torch.Tensor,
+        old: Scores,
+        objective: Objective,
+        number: int,
+    ) -> dict[str, Metric]:
+        """One optimizer step on one minibatch.
+
+        Args:
+            batch: The whole step's batch.
+            token_rows_ST: Rows of the table that is replayed around this call, or -1.
+            old: pi_old's scores of the batch.
+            objective: The loss.
+            number: Of the minibatch.
+
+        Returns:
+            This rank's metrics.
+        """
+        plan = self.cut.sequences(len(batch.lengths_S))[number]
+        microbatches = [self.cut.microbatch(batch, s, token_rows_ST) for s in plan]
+        old_parts = iter(old.parts[number] if self.is_last_stage else ())
+        first = number * self.cut.minibatch_size
+        mask_ST = batch.mask_ST[first : first + self.cut.minibatch_size]
+        denominators = Denominators(
+            num_sequences=len(mask_ST),
+            num_tokens=int(mask_ST.sum()),
+            max_length=self.config.rollout.max_new_tokens,
+        )
+        # Megatron averages over microbatches and data-parallel ranks; our denominators are global.
+        scale = len(microbatches) * self.cut.data_size
+
+        def on_output(microbatch: Microbatch, logits):
+            scores = self._token_scores(microbatch, logits)
+            inputs = self._loss_inputs(microbatch, scores, next(old_parts), denominators)
+            outputs = objective(inputs)
+            return outputs.loss * scale, outputs.metrics | _staleness(inputs)
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self._run(microbatches, on_output, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        metrics: dict[str, Metric] = {}
+        for of_microbatch in collected:
+            metrics = merge(metrics, of_microbatch)
+        if self.is_last_stage and grad_norm is not None:
+            metrics["grad_norm"] = masked_mean(torch.tensor([grad_norm]), torch.ones(1))
+        return metrics
+
+    def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
+        """This rank's train-inference metrics of a pass: its scores against the engine's."""
+        metrics: dict[str, Metric] = {}
+        plan = self.cut.sequences(len(batch.lengths_S))
+        all_live = batch.token_rows(None)
+        for minibatch, of_minibatch in zip(plan, scores.parts, strict=self.is_last_stage):
+            for sequences, part in zip(minibatch, of_minibatch, strict=True):
+                m = self.cut.microbatch(batch, sequences, all_live)
+                mask_T, logp_mu_T = m.mask_BT.flatten().to(self.cut.device), m.logp_mu_BT.flatten()
+                found = policy_metrics(part.logp_T, logp_mu_T, mask_T, suffix=suffix)
+                if not suffix:
+                    found["entropy"] = masked_mean(part.entropy_T, mask_T)
+                metrics = merge(metrics, found)
+        return metrics
+
+    def reduce(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """Metrics of tokens over all ranks; collective.
+
+        Tensor-parallel ranks hold the same tokens, so one of them speaks for all.
+        """
+        is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0
+        device = "cpu" if self.cut.device.type == "cpu" else self.cut.device
+        return all_reduce(metrics if is_speaker else {}, device=device)
+
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        on_output: Callable,
+        **options,
+    ) -> list:
+        """Megatron's schedule over the microbatches; what `on_output` gave, on the last stage."""
+
+        def forward_step(iterator: Iterator[Microbatch], model):
+            m = next(iterator)
+            with self.replay.microbatch(m.token_rows_BT, counts=m.mask_BT):
+                output = model(m.input_ids_BT, m.position_ids_BT, None)
+            return output, lambda *args, **kwargs: on_output(m, *args, **kwargs)
+
+        several = len(self.chunks) > 1
+        iterators = [iter(microbatches) for _ in self.chunks]
+        size, length = microbatches[0].input_ids_BT.shape
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(microbatches),
+            seq_length=length * self.cut.context_size,
+            micro_batch_size=size,
+            **options,
+        )
+
+    def _token_scores(self, microbatch: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
+        return token_logprobs(
+            logits_BTV.flatten(0, 1),
+            microbatch.labels_BT.flatten(),
+            temperature=self.config.rollout.temperature,
+            group=self.tensor_group if self.layout.tensor > 1 else None,
+            reuse_logits=True,
+        )
+
+    def _loss_inputs(self, m: Microbatch, scores, old: TokenScores, denominators) -> LossInputs:
+        size, length = m.mask_BT.shape
+        sequence_T = torch.arange(size, device=self.cut.device).repeat_interleave(length)
+        has_context = self.cut.context_size > 1
+        return LossInputs(
+            logp_theta_T=scores.logp_T,
+            entropy_T=scores.entropy_T,
+            logp_old_T=old.logp_T,
+            logp_mu_T=m.logp_mu_BT.flatten(),
+            advantages_T=m.advantages_BT.flatten(),
+            mask_T=m.mask_BT.flatten().to(self.cut.device),
+            sequence_T=sequence_T,
+            num_sequences=size,
+            denominators=denominators,
+            context_group=parallel_state.get_context_parallel_group() if has_context else None,
+        )
+
+    def _wrap(self, chunk):
+        if self.model_config.bf16:
+            chunk = Float16Module(self.model_config, chunk)
+        t = self.config.training
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
+        )
+        return DistributedDataParallel(self.model_config, ddp_config, chunk)
+
+
+def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
+    """The parallel layout of the settings."""
+    return parallel.ParallelLayout(
+        tensor=t.tensor_parallel,
+        pipeline=t.pipeline_parallel,
+        virtual_pipeline=t.virtual_pipeline,
+        context=t.context_parallel,
+        expert=t.expert_parallel,
+        # Small experts are not worth splitting; expert parallelism spreads whole ones.
+        expert_tensor=1,
+    )
+
+
+def _optimizer_config(t: TrainingSettings, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=t.learning_rate,
+        weight_decay=t.weight_decay,
+        adam_beta2=t.adam_beta2,
+        clip_grad=t.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=t.distributed_optimizer,
+    )
+
+
+def _staleness(inputs: LossInputs) -> dict[str, Metric]:
+    """r = pi_theta / pi_old and w = pi_theta / mu; m is measured before the first update."""
+    theta_T = inputs.logp_theta_T.detach()
+    return policy_metrics(
+        theta_T, inputs.logp_old_T, inputs.mask_T, prefix="staleness"
+    ) | policy_metrics(theta_T, inputs.logp_mu_T, inputs.mask_T, prefix="off_policy")

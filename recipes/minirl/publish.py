@@ -1,0 +1,60 @@
+"""New weights for the rollout servers, as they are or rounded to the FP8 grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from routing_replay.megatron.weights import save_hf
+
+from .policy import Policy
+
+# Largest finite value of float8_e4m3fn.
+E4M3_MAX = 448.0
+
+
+def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
+    """Write what the servers shall load; collective.
+
+    Args:
+        policy: The trained policy.
+        folder: Folder of the weights; replaced as a whole.
+        checkpoint: Where config and tokenizer are copied from.
+
+    Returns:
+        The folder.
+    """
+    rollout = policy.config.rollout
+    save_hf(policy.chunks, folder, source=checkpoint, dtype=getattr(torch, rollout.rollout_dtype))
+    if rollout.rollout_weights == "fp8-grid" and torch.distributed.get_rank() == 0:
+        for path in sorted(folder.glob("*.safetensors")):
+            _round_file(path)
+    return folder
+
+
+def round_to_fp8_grid(weight: torch.Tensor) -> torch.Tensor:
+    """The nearest weight of the form (scale of its row) * (float8 e4m3 number), in its own dtype.
+
+    An emulation: real FP8 inference also quantises activations and multiplies on other hardware.
+    """
+    values = weight.float()
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale / E4M3_MAX
+    grid = (values / scale).to(torch.float8_e4m3fn).float()
+    return (grid * scale).to(weight.dtype)
+
+
+def _round_file(path: Path) -> None:
+    """Round the projections of one file; router, norms, embedding and head stay as they are."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for name in tensors:
+        if name.endswith("_proj.weight"):
+            tensors[name] = round_to_fp8_grid(tensors[name])
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)

@@ -1,0 +1,292 @@
+"""The training loop: `torchrun ... -m recipes.minirl.train RUN_DIR --rollout-url URL ...`.
+
+Every rank runs it. The first rank talks to the servers and keeps the journal; the batch and its
+routes reach the others as memory-mapped files in the run's scratch folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from routing_replay.errors import RoutingReplayError
+from routing_replay.megatron import parallel
+from routing_replay.metrics import Metric, merge, to_floats
+from routing_replay.objectives import advantages
+from routing_replay.table import RouteTable
+
+from . import checkpoints, tiny_model
+from .batch import Batch
+from .config import RecipeConfig
+from .journal import Journal
+from .policy import Policy, Scores
+from .prompts import read_prompts, take
+from .publish import write_weights
+from .rollout import Rollout, mean_reward
+
+POLL_S = 0.02
+
+
+def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
+    """The whole run: what happens in a step stands here from top to bottom."""
+    base, train_prompts, heldout_prompts = inputs_of(config)
+    checkpoint = checkpoints.newest(run_dir)
+    progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
+    policy = Policy(config, checkpoint or base)
+    if checkpoint:
+        checkpoints.load_trainer(policy, checkpoint)
+    objective = config.make_objective()
+    first_rank = FirstRank(run_dir / "scratch")
+    rollout = journal = None
+    if first_rank.is_me:
+        rollout = Rollout(config, urls, base, policy.replay.model)
+        journal = Journal(run_dir, progress.step, config.run.steps)
+
+    def publish(step: int) -> None:
+        folder = write_weights(policy, run_dir / "weights", base)
+        first_rank.does(f"published_{step}", lambda: rollout.client.update_weights(folder, step))
+
+    def evaluate(metrics: dict[str, float]) -> None:
+        samples = rollout.sample(heldout_prompts, 1, capture="off")
+        metrics["eval/reward"] = mean_reward(samples)
+
+    publish(progress.step)
+    if not progress.step:
+        metrics: dict[str, float] = {}
+        first_rank.does("evaluated_0", lambda: evaluate(metrics))
+        if journal:
+            journal.write(0, metrics)
+
+    for step in range(progress.step + 1, config.run.steps + 1):
+        clock, scratch = Clock(journal), first_rank.new_folder(f"step_{step:06d}")
+
+        # 1. Rollout and rewards, on the first rank.
+        with clock("rollout"):
+            prompts = take(
+                train_prompts,
+                progress.prompts_consumed,
+                config.data.prompts_per_step,
+                config.run.seed,
+            )
+            found: dict[str, float] = {}
+            first_rank.does(
+                f"sampled_{step}",
+                lambda: found.update(sample_batch(policy, rollout, prompts, scratch)),
+            )
+            batch, table = open_batch(scratch)
+
+        # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
+        with clock("old log-probs"):
+            old, replayed, token_rows_ST = score_old(policy, batch, table, scratch)
+            metrics_of_ranks = policy.reduce(policy.discrepancy(batch, old))
+            if replayed is table and table is not None:
+                metrics_of_ranks |= policy.replay.metrics()
+        with clock("live log-probs"):
+            metrics_of_ranks |= policy.reduce(live_discrepancy(policy, batch, old, table))
+
+        # 3. N updates, each on its own minibatch, with the same routes.
+        with clock("update"):
+            updates: dict[str, Metric] = {}
+            for minibatch in range(config.num_mini_batches):
+                with replaying(policy, replayed):
+                    updates = merge(
+                        updates, policy.update(batch, token_rows_ST, old, objective, minibatch)
+                    )
+            metrics_of_ranks |= policy.reduce(updates)
+
+        # 4. New weights for the servers.
+        with clock("weights"):
+            publish(step)
+
+        # 5. Metrics, now and then an evaluation, and a checkpoint.
+        progress = checkpoints.Progress(
+            step=step, prompts_consumed=progress.prompts_consumed + len(prompts)
+        )
+        if is_due(step, config.run.evaluate_every, config.run.steps):
+            with clock("evaluation"):
+                first_rank.does(f"evaluated_{step}", lambda: evaluate(found))
+        if journal:
+            journal.write(step, found | to_floats(metrics_of_ranks) | clock.times())
+        if is_due(step, config.run.checkpoint_every, config.run.steps):
+            checkpoints.save(policy, run_dir, progress, base)
+        first_rank.remove(scratch)
+    if journal:
+        journal.close()
+
+
+def inputs_of(config: RecipeConfig):
+    """The checkpoint that training starts from, training prompts, held-out prompts."""
+    is_tiny = config.model.model == "tiny"
+    base = tiny_model.checkpoint_folder(config) if is_tiny else Path(config.model.model)
+    train_prompts = read_prompts(config.data.prompts or base / "train.jsonl")
+    heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
+    return base, train_prompts, heldout[: config.data.heldout_limit or None]
+
+
+def sample_batch(policy: Policy, rollout: Rollout, prompts, scratch: Path) -> dict[str, float]:
+    """Sample, reward, and save the batch and its routes for all ranks; the rollout's metrics."""
+    config = policy.config
+    replay, group_size = config.replay, config.data.samples_per_prompt
+    capture = replay.capture if replay.mode == "R3" else "off"
+    samples = rollout.sample(prompts, group_size, capture=capture)
+    rewards_S = torch.tensor([sample.reward for sample in samples])
+    group_S = torch.arange(len(samples)) // group_size
+    advantage = config.make_objective().parameters.advantage
+    batch = Batch.from_samples(
+        samples, advantages(advantage, rewards_S, group_S), policy.length_multiple
+    )
+    batch.save(scratch / "batch.safetensors")
+    if capture != "off":
+        table = RouteTable.from_routes([sample.routes for sample in samples])
+        table.save(scratch / "routes.safetensors")
+    lengths_S = batch.mask_ST.sum(1).double()
+    solved_G = rewards_S.view(-1, group_size).mean(1)
+    limit = config.rollout.max_new_tokens
+    return {
+        "reward": rewards_S.mean().item(),
+        "rollout/response_length": lengths_S.mean().item(),
+        "rollout/truncated_fraction": (lengths_S == limit).double().mean().item(),
+        # Groups whose responses all fail or all succeed teach nothing.
+        "rollout/informative_groups": ((solved_G > 0) & (solved_G < 1)).double().mean().item(),
+    }
+
+
+def open_batch(scratch: Path) -> tuple[Batch, RouteTable | None]:
+    """The batch and its routes, memory-mapped; one rank of a node verifies the checksums."""
+    path = scratch / "routes.safetensors"
+    is_verifier = os.environ.get("LOCAL_RANK", "0") == "0"
+    table = RouteTable.open(path, verify=is_verifier) if path.exists() else None
+    return Batch.open(scratch / "batch.safetensors"), table
+
+
+def score_old(
+    policy: Policy, batch: Batch, table: RouteTable | None, scratch: Path
+) -> tuple[Scores, RouteTable | None, torch.Tensor]:
+    """pi_old's scores; the routes that the updates replay; the rows that name them."""
+    match policy.config.replay.mode:
+        case "R3":
+            token_rows_ST = batch.token_rows(table.rows)
+            with policy.replay.replaying(table):
+                return policy.score(batch, token_rows_ST), table, token_rows_ST
+        case "R2":
+            with policy.replay.recording((batch.lengths_S - 1).tolist()) as recorded:
+                old = policy.score(batch, batch.token_rows(recorded.rows))
+            recorded_table = recorded.table(scratch / "recorded.safetensors")
+            return old, recorded_table, batch.token_rows(recorded_table.rows)
+        case _:
+            token_rows_ST = batch.token_rows(None)
+            return policy.score(batch, token_rows_ST), None, token_rows_ST
+
+
+def live_discrepancy(
+    policy: Policy, batch: Batch, old: Scores, table: RouteTable | None
+) -> dict[str, Metric]:
+    """Train-inference metrics of the same batch without replay: the engines' real gap."""
+    if table is None:  # R2 and disabled: the old policy routed live
+        return policy.discrepancy(batch, old, "_live")
+    return policy.discrepancy(batch, policy.score(batch, batch.token_rows(None)), "_live")
+
+
+def replaying(policy: Policy, table: RouteTable | None):
+    """The scope of an update."""
+    return policy.replay.replaying(table) if table is not None else contextlib.nullcontext()
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and after the last one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+class FirstRank:
+    """Work of one rank that the others wait for asleep, however long it takes.
+
+    A collective would time out while a server samples, so they look for a file instead.
+
+    Args:
+        folder: On a disk that all ranks see; emptied at the start.
+    """
+
+    def __init__(self, folder: Path):
+        self.is_me = dist.get_rank() == 0
+        self.folder = folder
+        if self.is_me:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        dist.barrier()
+
+    def does(self, name: str, work: Callable[[], object]) -> None:
+        """The first rank works; nobody goes on before it is done."""
+        marker = self.folder / name
+        if self.is_me:
+            work()
+            marker.touch()
+        while not marker.exists():
+            time.sleep(POLL_S)
+
+    def new_folder(self, name: str) -> Path:
+        """A folder for files of the first rank that the others open."""
+        path = self.folder / name
+        if self.is_me:
+            path.mkdir()
+        return path
+
+    def remove(self, path: Path) -> None:
+        """Remove such a folder once all ranks have finished with it."""
+        dist.barrier()
+        if self.is_me:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self, journal: Journal | None):
+        self._journal = journal
+        self._start = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._journal:
+            self._journal.phase(phase)
+        start = time.monotonic()
+        yield
+        self._phases[phase] = time.monotonic() - start
+
+    def times(self) -> dict[str, float]:
+        phases = {f"time/{k.replace(' ', '_')}_s": v for k, v in self._phases.items()}
+        return {"time_s": time.monotonic() - self._start} | phases
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank; a user's error is left as a message for the launcher."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.minirl.train", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder with config.json")
+    parser.add_argument("--rollout-url", nargs="+", required=True, help="the rollout servers")
+    arguments = parser.parse_args(argv)
+    values = json.loads((arguments.run_dir / "config.json").read_text())
+    try:
+        train(RecipeConfig.from_mapping(values), arguments.run_dir, arguments.rollout_url)
+    except RoutingReplayError as error:
+        rank = os.environ.get("RANK", "0")
+        (arguments.run_dir / f"error_rank_{rank}.txt").write_text(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        # The other ranks are inside collectives; leaving the group in order would wait for them.
+        sys.stderr.flush()
+        os._exit(1)
+    parallel.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
