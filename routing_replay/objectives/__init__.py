@@ -23,6 +23,7 @@ from .advantages import (
     spread_over_tokens,
 )
 from .aggregation import AGGREGATIONS
+from .documentation import help_text
 from .inputs import Denominators, LossInputs, LossOutputs
 from .kl import reward_penalty
 from .parameters import Parameters
@@ -45,6 +46,7 @@ __all__ = [
     "get",
     "group_mean",
     "group_mean_std",
+    "help_text",
     "informative_groups",
     "leave_one_out",
     "names",

@@ -38,7 +38,12 @@ class DPPOKL(DPPO):
 
 @dataclass(frozen=True, kw_only=True)
 class DPPOTopK(DPPO):
-    divergence: str = parameter("tv", "divergence on the reduced support", choices=("tv", "kl"))
+    divergence: str = parameter(
+        "tv",
+        "divergence on the reduced support",
+        source="DPPO names it first",
+        choices=("tv", "kl"),
+    )
     delta: float = parameter(
         0.15, "largest divergence", source="ours: that of the binary TV", above=0
     )

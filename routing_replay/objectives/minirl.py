@@ -77,7 +77,7 @@ def minirl_no_is(tokens: Tokens, p: MiniRL) -> Surrogate:
 
     Equation: sum over tokens of M * sg[min(r, cap)] * A * log pi_theta; on-policy the weight is 1.
     Reference: MiniRL (2512.01374), ablation "without train-infer IS"; r off-policy is our reading.
-    Use: For study.
+    Use: For study of what the weight m does.
     Pitfalls: Collapses quickly in the paper, with replay too.
     """
     return weighted_log_prob(tokens, tokens.log_r_T.exp().clamp(max=p.cap), _inside(tokens, p))
