@@ -1,0 +1,454 @@
+"""Routes on the wire: our compact payload, SGLang's stock int32, and vLLM's arrays.
+
+The compact payload is one byte string, little-endian, base64 in JSON:
+
+    header        `HEADER` below, 40 bytes
+    layers        bitmap of the global indices of the routed layers, `layer_bytes` bytes
+    runs          `RUN` each: so many rows from here on have this origin and weight version
+    body          deflated or not: ids [T, L, K] uint8 (E <= 256) or uint16, then, if flagged,
+                  gates [T, L, K] float16, then the logits' rows [N] uint32 and values
+                  [N, L, E] float32
+    checksum      CRC-32 of everything before it
+
+Its first four bytes are no possible expert id, so a stock payload is told apart by looking. Every
+size is computed in Python integers and compared with the bytes at hand before anything is
+allocated; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .errors import PayloadError
+from .routes import Origin, RouterLogits, Routes, compact_dtype
+
+MAGIC, VERSION = b"RRPL", 1
+# magic, version, flags, codec, rows, start, layers, bytes of the bitmap, top-k, experts, runs,
+# sampled logits, bytes of the stored body
+HEADER = struct.Struct("<4sHBBIIHHHHIIQ")
+RUN = np.dtype([("num_rows", "<u4"), ("origin", "u1"), ("weight_version", "<i8")])
+CHECKSUM = struct.Struct("<I")
+HAS_GATES, HAS_LOGITS = 1, 2
+RAW, DEFLATE = 0, 1
+# No deflate stream expands further (zlib's documentation); a header that says so is a lie.
+MAX_EXPANSION = 1032
+# numpy's own bound for the textual header of an .npy file.
+MAX_NPY_HEADER = 10_000
+FIELD = "routed_experts"
+
+
+class ModelShape(Protocol):
+    """What must agree between a payload and the model; `TableModel` is one."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+
+def encode(routes: Routes, *, start: int = 0, deflate: bool = False) -> bytes:
+    """The compact payload of some routes.
+
+    Args:
+        routes: The rows to send, the first of them being row `start` of the sequence.
+        start: Row of the sequence at which they begin.
+        deflate: Entropy-code the body; kept only where it makes the payload smaller.
+    """
+    body = _body_of(routes)
+    stored = _deflate(body) if deflate else body
+    codec = DEFLATE if len(stored) < len(body) else RAW
+    stored = stored if codec == DEFLATE else body
+    runs = _runs_of(routes)
+    bitmap = _bitmap_of(routes.layers)
+    logits = routes.router_logits
+    flags = HAS_GATES * (routes.gate_probs_TLK is not None) | HAS_LOGITS * (logits is not None)
+    header = HEADER.pack(
+        *(MAGIC, VERSION, flags, codec, routes.num_rows, start, len(routes.layers), len(bitmap)),
+        *(routes.top_k, routes.num_experts, len(runs), 0 if logits is None else len(logits.rows_N)),
+        len(stored),
+    )
+    content = b"".join([header, bitmap, runs.tobytes(), stored])
+    return content + CHECKSUM.pack(zlib.crc32(content))
+
+
+def decode(
+    meta_info: Mapping,
+    *,
+    num_tokens: int,
+    model: ModelShape | None = None,
+    start: int = 0,
+    accept_stock: bool = True,
+) -> Routes:
+    """The routes in the `meta_info` of a finished SGLang request.
+
+    Args:
+        meta_info: Holds the payload under "routed_experts", and perhaps "num_retractions".
+        num_tokens: Prompt and output tokens of the request: it has `num_tokens - 1` rows.
+        model: The model that will replay them; needed for a stock payload, compared otherwise.
+        start: The `routed_experts_start_len` of the request; row `start` comes first.
+        accept_stock: Whether SGLang's own payload will do; it has no checksum and no origins.
+
+    Returns:
+        `num_tokens - 1 - start` rows. Rows that nobody can vouch for are not covered: those of a
+        stock payload after a retraction, and those that were never captured.
+
+    Raises:
+        PayloadError: No routes, damaged or foreign bytes, another model, wrong counts.
+        RoutesError: The content cannot be true.
+    """
+    data = from_base64(meta_info.get(FIELD))
+    if data[: len(MAGIC)] == MAGIC:
+        routes, got_start = decode_compact(data)
+        _check_model(model, routes)
+    elif not accept_stock:
+        raise PayloadError(
+            "the server answered with SGLang's own payload",
+            expected="a compact payload",
+            got=f"{len(data)} bytes without its mark",
+            fix="Install routing_replay beside the server and start it with a capture level",
+        )
+    else:
+        routes, got_start = _decode_stock(data, meta_info, num_tokens - 1 - start, model), start
+    if (got_start, routes.num_rows) != (start, num_tokens - 1 - start):
+        raise PayloadError(
+            "the payload covers other tokens",
+            expected=f"{num_tokens - 1 - start} rows from row {start}",
+            got=f"{routes.num_rows} rows from row {got_start}",
+            fix="Decode with the prompt, output and start of the same request",
+        )
+    return routes
+
+
+def decode_compact(data: bytes) -> tuple[Routes, int]:
+    """The routes of a compact payload and the row of the sequence at which they begin.
+
+    Raises:
+        PayloadError: Damaged, cut short, of another version, or a lying header.
+        RoutesError: The content cannot be true.
+    """
+    if len(data) < HEADER.size + CHECKSUM.size or data[: len(MAGIC)] != MAGIC:
+        raise _damaged("a compact payload", f"{len(data)} bytes: {data[:8]!r}")
+    version = HEADER.unpack_from(data)[1]
+    if version != VERSION:
+        raise PayloadError(
+            "a payload of another version",
+            expected=VERSION,
+            got=version,
+            fix="Install the same routing_replay beside the server and the trainer",
+        )
+    (checksum,) = CHECKSUM.unpack_from(data, len(data) - CHECKSUM.size)
+    if zlib.crc32(memoryview(data)[: -CHECKSUM.size]) != checksum:
+        raise _damaged("its checksum", "another")
+    return _unpack(data)
+
+
+def decode_vllm(
+    choice: Mapping, *, num_tokens: int, model: ModelShape, num_prompt_tokens: int | None = None
+) -> Routes:
+    """The routes of one choice of vLLM: written from its documented formats, not run against it.
+
+    Since 0.22 `routed_experts` is a base64 .npy of uint8 or uint16 [num_tokens - 1, L, K]; 0.21
+    sent `prompt_routed_experts` [P, L, K] apart; before it nested lists came. L is the number of
+    routed layers or of all layers.
+
+    Raises:
+        PayloadError: No routes, damaged bytes, wrong counts or layers.
+        RoutesError: The content cannot be true.
+    """
+    parts = [choice[name] for name in ("prompt_" + FIELD, FIELD) if choice.get(name) is not None]
+    if not parts:
+        raise _absent("vLLM's answer")
+    try:
+        ids_TLK = np.concatenate([_array_of(part) for part in parts])
+    except ValueError as error:
+        raise _damaged("arrays of one shape", error) from error
+    if ids_TLK.ndim != 3 or ids_TLK.shape[2] != model.top_k or len(ids_TLK) != num_tokens - 1:
+        raise PayloadError(
+            "vLLM's routes have another shape",
+            expected=f"({num_tokens - 1}, L, {model.top_k})",
+            got=ids_TLK.shape,
+        )
+    origin_T = None
+    if num_prompt_tokens is not None:
+        rows_T = np.arange(num_tokens - 1)
+        origin_T = np.where(rows_T < num_prompt_tokens, Origin.PREFILL, Origin.DECODE)
+        origin_T = origin_T.astype(np.uint8)
+    return _from_wide(ids_TLK, model, origin_T=origin_T)
+
+
+def from_base64(text) -> bytes:
+    """The bytes of a payload's JSON string.
+
+    Raises:
+        PayloadError: There is none, or it is not base64.
+    """
+    if text is None:
+        raise _absent("the answer")
+    if not isinstance(text, (str, bytes)):
+        raise _damaged("a base64 string", type(text).__name__)
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _damaged("base64", error) from error
+
+
+def _body_of(routes: Routes) -> bytes:
+    dtype = routes.expert_ids_TLK.dtype.newbyteorder("<")
+    parts = [np.ascontiguousarray(routes.expert_ids_TLK, dtype).tobytes()]
+    if routes.gate_probs_TLK is not None:
+        parts.append(np.ascontiguousarray(routes.gate_probs_TLK, "<f2").tobytes())
+    if routes.router_logits is not None:
+        parts.append(routes.router_logits.rows_N.astype("<u4").tobytes())
+        parts.append(np.ascontiguousarray(routes.router_logits.values_NLE, "<f4").tobytes())
+    return b"".join(parts)
+
+
+def _deflate(body: bytes) -> bytes:
+    # Routes repeat as symbols, not as strings: Huffman codes alone give what deflate can give.
+    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(body) + coder.flush()
+
+
+def _bitmap_of(layers: Sequence[int]) -> bytes:
+    bits = np.zeros(layers[-1] + 1 if layers else 0, np.bool_)
+    bits[list(layers)] = True
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _runs_of(routes: Routes) -> np.ndarray:
+    """Origins and weight versions, run-length coded; an uncovered row has origin ABSENT."""
+    origin_T = np.where(routes.covered_T, routes.origin_T, Origin.ABSENT)
+    version_T = routes.weight_version_T
+    changes = (origin_T[1:] != origin_T[:-1]) | (version_T[1:] != version_T[:-1])
+    starts = np.append([0], np.flatnonzero(changes) + 1)[: routes.num_rows]
+    runs = np.empty(len(starts), RUN)
+    runs["num_rows"] = np.diff(np.append(starts, routes.num_rows))
+    runs["origin"] = origin_T[starts]
+    runs["weight_version"] = version_T[starts]
+    return runs
+
+
+def _unpack(data: bytes) -> tuple[Routes, int]:
+    (_, _, flags, codec, num_rows, start, num_layers, layer_bytes, top_k, num_experts) = (
+        HEADER.unpack_from(data)[:10]
+    )
+    num_runs, num_logits, stored_bytes = HEADER.unpack_from(data)[10:]
+    runs_at = HEADER.size + layer_bytes
+    body_at = runs_at + num_runs * RUN.itemsize
+    if body_at + stored_bytes + CHECKSUM.size != len(data):
+        raise _damaged(f"{len(data)} bytes", f"{body_at + stored_bytes + CHECKSUM.size} announced")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, layer_bytes, HEADER.size), bitorder="little")
+    layers = tuple(np.flatnonzero(bits).tolist())
+    runs = np.frombuffer(data, RUN, num_runs, runs_at)
+    if (
+        not num_layers
+        or len(layers) != num_layers
+        or int(runs["num_rows"].sum(dtype=np.int64)) != num_rows
+    ):
+        raise _damaged("layers and runs that add up", f"{len(layers)} layers, {num_runs} runs")
+    if not 1 <= num_experts <= 1 << 15 or not 1 <= top_k <= num_experts:
+        raise _damaged("a top-k of 1..experts", f"top-{top_k} of {num_experts}")
+    shape = (num_rows, num_layers, top_k)
+    dtype = compact_dtype(num_experts).newbyteorder("<")
+    columns = _columns(flags, shape, dtype, num_logits, num_experts)
+    body = _inflate(data[body_at : body_at + stored_bytes], codec, columns)
+    arrays = _split(body, columns)
+    return _routes_of(arrays, layers, num_experts, runs), start
+
+
+def _columns(flags: int, shape, dtype, num_logits: int, num_experts: int) -> list[tuple]:
+    """Name, dtype and shape of the arrays in the body, in their order."""
+    if flags & ~(HAS_GATES | HAS_LOGITS) or (num_logits and not flags & HAS_LOGITS):
+        raise _damaged("known flags", flags)
+    columns = [("ids", dtype, shape)]
+    if flags & HAS_GATES:
+        columns.append(("gates", np.dtype("<f2"), shape))
+    if flags & HAS_LOGITS:
+        columns.append(("rows", np.dtype("<u4"), (num_logits,)))
+        columns.append(("logits", np.dtype("<f4"), (num_logits, shape[1], num_experts)))
+    return columns
+
+
+def _size_bytes(dtype: np.dtype, shape) -> int:
+    size_bytes = dtype.itemsize
+    for size in shape:  # Python integers: a lying shape cannot overflow
+        size_bytes *= size
+    return size_bytes
+
+
+def _inflate(stored: bytes, codec: int, columns: list[tuple]) -> bytes:
+    body_bytes = sum(_size_bytes(dtype, shape) for _, dtype, shape in columns)
+    if codec == RAW and body_bytes == len(stored):
+        return stored
+    if codec != DEFLATE or body_bytes > MAX_EXPANSION * len(stored):
+        raise _damaged(f"a body of {body_bytes} bytes", f"{len(stored)} in codec {codec}")
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        body = decoder.decompress(stored, body_bytes + 1)
+    except zlib.error as error:
+        raise _damaged("a deflated body", error) from error
+    if len(body) != body_bytes or not decoder.eof or decoder.unused_data:
+        raise _damaged(f"a body of {body_bytes} bytes", len(body))
+    return body
+
+
+def _split(body: bytes, columns: list[tuple]) -> dict[str, np.ndarray]:
+    arrays, at = {}, 0
+    for name, dtype, shape in columns:
+        size_bytes = _size_bytes(dtype, shape)
+        flat = np.frombuffer(body, dtype, size_bytes // dtype.itemsize, at)
+        arrays[name] = flat.astype(dtype.newbyteorder("="), copy=False).reshape(shape)
+        at += size_bytes
+    return arrays
+
+
+def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
+    origin_T = np.repeat(runs["origin"], runs["num_rows"])
+    if len(runs) and runs["origin"].max() > max(Origin):
+        raise _damaged("known origins", runs["origin"].max())
+    logits = None
+    if "rows" in arrays:
+        logits = RouterLogits(rows_N=arrays["rows"].astype(np.int64), values_NLE=arrays["logits"])
+    return Routes(
+        expert_ids_TLK=arrays["ids"],
+        covered_T=origin_T != Origin.ABSENT,
+        layers=layers,
+        num_experts=num_experts,
+        gate_probs_TLK=arrays.get("gates"),
+        router_logits=logits,
+        origin_T=origin_T,
+        weight_version_T=np.repeat(runs["weight_version"], runs["num_rows"]).astype(np.int64),
+    )
+
+
+def _decode_stock(data: bytes, meta_info: Mapping, num_rows: int, model: ModelShape | None):
+    if model is None:
+        raise PayloadError(
+            "a stock payload does not describe itself",
+            expected="the model's layers, number of experts and top-k",
+            got="none",
+            fix="Pass model=TableModel(...), or use the compact payload",
+        )
+    row_bytes = 4 * model.top_k * num_rows
+    num_layers = len(data) // row_bytes if row_bytes > 0 else 0
+    if num_rows < 0 or num_layers * row_bytes != len(data) or (data and not num_layers):
+        raise PayloadError(
+            "a stock payload of another size",
+            expected=f"a multiple of {num_rows} rows x {model.top_k} slots x 4 bytes",
+            got=f"{len(data)} bytes",
+            fix="The server ignored routed_experts_start_len, or runs another model",
+        )
+    ids_TLK = np.frombuffer(data, "<i4").reshape(num_rows, num_layers, model.top_k)
+    return _from_wide(ids_TLK, model, is_retracted=bool(meta_info.get("num_retractions")))
+
+
+def _from_wide(ids_TLK, model: ModelShape, *, is_retracted: bool = False, origin_T=None) -> Routes:
+    """Routes of an array that may hold dense layers too and says nothing of its rows."""
+    num_layers = ids_TLK.shape[1]
+    layers = list(model.layers)
+    if ids_TLK.size and num_layers != len(layers):
+        if num_layers <= max(layers):
+            raise PayloadError(
+                "routes of another number of layers",
+                expected=f"{len(layers)} routed or more than {max(layers)} layers in all",
+                got=num_layers,
+            )
+        dense = np.setdiff1d(np.arange(num_layers), layers)
+        if ids_TLK[:, dense].any():
+            raise PayloadError(
+                "a layer that is said to be dense has routes",
+                expected=f"routed layers {layers}",
+                got=[int(layer) for layer in dense if ids_TLK[:, layer].any()],
+            )
+        ids_TLK = ids_TLK[:, layers]
+    if ids_TLK.size and not 0 <= int(ids_TLK.min()) <= int(ids_TLK.max()) < model.num_experts:
+        raise PayloadError(
+            "expert id out of range",
+            expected=f"0..{model.num_experts - 1}",
+            got=f"{ids_TLK.min()}..{ids_TLK.max()}",
+            fix="The server runs another model, or the bytes are damaged",
+        )
+    shape = (len(ids_TLK), len(layers), model.top_k)
+    ids_TLK = ids_TLK.astype(compact_dtype(model.num_experts)).reshape(shape)
+    # A row that is zero everywhere was never captured; with one slot zero may be a choice.
+    covered_T = ids_TLK.any((1, 2)) if model.top_k > 1 else np.ones(len(ids_TLK), np.bool_)
+    # After a retraction a stock server returns rows of another forward pass and cannot say which.
+    covered_T &= not is_retracted
+    if origin_T is not None:
+        origin_T = np.where(covered_T, origin_T, Origin.ABSENT).astype(np.uint8)
+    return Routes(
+        expert_ids_TLK=ids_TLK,
+        covered_T=covered_T,
+        layers=model.layers,
+        num_experts=model.num_experts,
+        origin_T=origin_T,
+    )
+
+
+def _array_of(value) -> np.ndarray:
+    """An array from a base64 .npy or from nested lists; object arrays are refused."""
+    if not isinstance(value, (str, bytes)):
+        array = np.asarray(value)
+    else:
+        array = _read_npy(from_base64(value))
+    if array.dtype.kind not in "iu":
+        raise _damaged("an array of integers", array.dtype)
+    return array
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """numpy's own reader would allocate whatever the header says before it looks at the bytes."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, is_fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER)
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise _damaged("an .npy header", error) from error
+    rest = data[stream.tell() :]
+    if dtype.hasobject or is_fortran or _size_bytes(dtype, shape) != len(rest):
+        raise _damaged(f"{shape} of {dtype} in C order", f"{len(rest)} bytes")
+    return np.frombuffer(rest, dtype).reshape(shape)
+
+
+def _check_model(model: ModelShape | None, routes: Routes) -> None:
+    if model is None:
+        return
+    ours = (tuple(model.layers), model.num_experts, model.top_k)
+    theirs = (routes.layers, routes.num_experts, routes.top_k)
+    if ours != theirs:
+        raise PayloadError(
+            "the server runs another model",
+            expected="layers {}, {} experts, top-{}".format(*ours),
+            got="layers {}, {} experts, top-{}".format(*theirs),
+            fix="Roll out and train the same checkpoint",
+        )
+
+
+def _absent(where: str) -> PayloadError:
+    return PayloadError(
+        f"no routes in {where}",
+        expected=f"a field {FIELD!r}",
+        got="none",
+        fix="Ask for them in the request and start the server with "
+        "--enable-return-routed-experts; a gateway in between may drop the field: probe() tells",
+    )
+
+
+def _damaged(expected, got) -> PayloadError:
+    return PayloadError(
+        "the payload is damaged",
+        expected=expected,
+        got=got,
+        fix="Ask again; if it stays, something between the server and here changes the bytes",
+    )

@@ -1,0 +1,70 @@
+"""Lets stock SGLang serve on a machine without a CUDA device.
+
+Three things stand in its way: the CPU engine is opt-in, the kernel package cannot be imported, and
+the capture pins host memory through the CUDA runtime. The first two must be told to the server
+before it starts (`server_environment`, `server_arguments`; `server.launch` does it), the third is
+patched inside it (`enable_cpu`; the plugin does it). Where `torch.cuda.is_available()` nothing
+here has any effect.
+
+Every CPU takes SGLang's torch-native path, also those with AMX: its AMX kernels live in a build
+of `sgl_kernel` that no package index carries.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+STUBS = Path(__file__).parent / "cpu_stubs"
+
+
+def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a server process needs in its environment; empty with a CUDA device.
+
+    Args:
+        environment: The environment it would inherit, for its PYTHONPATH.
+    """
+    if torch.cuda.is_available():
+        return {}
+    inherited = environment.get("PYTHONPATH")
+    return {
+        # Without it the rotary embedding imports vllm.
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # On the path rather than in sys.modules: the scheduler is a spawned process.
+        "PYTHONPATH": f"{STUBS}{os.pathsep}{inherited}" if inherited else str(STUBS),
+        # The grouped routers are torch.compile'd: a minute of compiling for nothing on a CPU.
+        "TORCHDYNAMO_DISABLE": "1",
+        "SGLANG_AUTO_NUMA_BIND": "0",
+    }
+
+
+def server_arguments() -> list[str]:
+    """The command-line arguments of a server; none with a CUDA device."""
+    if torch.cuda.is_available():
+        return []
+    return [
+        *("--device", "cpu"),
+        *("--attention-backend", "torch_native"),
+        *("--sampling-backend", "pytorch"),
+        "--disable-cuda-graph",
+    ]
+
+
+def enable_cpu() -> bool:
+    """Inside a server: host buffers become plain memory, there is no device to pin them for.
+
+    Returns:
+        Whether the redirection is active.
+    """
+    if torch.cuda.is_available():
+        return False
+    from sglang.srt.mem_cache.pool_host import common
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = _plain_host_memory
+    return True
+
+
+def _plain_host_memory(dims, *, dtype, device, pin_memory, allocator, **others):
+    """Same signature as SGLang's allocators; there is no device to pin the memory for."""
+    return torch.zeros(dims, dtype=dtype)
