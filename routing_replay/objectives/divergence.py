@@ -41,7 +41,7 @@ class DPPOTopK(DPPO):
     divergence: str = parameter(
         "tv",
         "divergence on the reduced support",
-        source="DPPO names it first",
+        source="ours",
         choices=("tv", "kl"),
     )
     delta: float = parameter(
