@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import DataError
+from .telemetry import LAYER_SUFFIX
 
 # The share of a run's last steps that "now" means in the summary and in the findings.
 RECENT_SHARE = 0.25
-LAYER_SUFFIX = re.compile(r"_layer_(\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)

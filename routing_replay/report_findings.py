@@ -131,10 +131,11 @@ def _coverage_findings(run: Run) -> list[Finding]:
     found = []
     coverage = run.recent("routing_replay/coverage")
     if coverage is not None and coverage == 0:
-        text = "No token has routes: the server or a gateway dropped them (`routing-replay doctor`)"
+        text = "Nothing was replayed: the server or a gateway dropped the routes (see doctor)."
         found.append(Finding(severity="bad", text=text))
-    elif coverage is not None and coverage < 1 - 1e-6:
-        text = f"{_percent(1 - coverage)} of tokens had no routes and took the live ones."
+    missing = run.recent("routing_replay/missing_fraction")
+    if missing:
+        text = f"{_percent(missing)} of tokens had no routes and took the live ones."
         found.append(Finding(severity="warn", text=text))
     return found
 

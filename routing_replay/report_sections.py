@@ -6,8 +6,9 @@ import html
 from collections.abc import Callable, Sequence
 
 from .report_charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
-from .report_data import LAYER_SUFFIX, Run, first_known, flatten
+from .report_data import Run, first_known, flatten
 from .report_findings import ENTROPY_NAMES, findings_of
+from .telemetry import LAYER_SUFFIX
 
 REWARD_NAMES = ("reward", "reward/mean", "train/reward", "rollout/reward", "reward_mean")
 EVALUATION_NAMES = ("eval/reward", "reward/eval", "heldout/reward", "eval_reward", "reward_eval")
@@ -104,7 +105,7 @@ def summary(runs: Sequence[Run]) -> str:
     """One row per run: where it started, where it is now."""
     head = ["run", "steps", "reward, first to last quarter", "entropy"]
     head += ["KL k3 replayed", "KL k3 live", "live / replayed", "tokens with a differing layer"]
-    head += ["tokens with routes", "s per step"]
+    head += ["router rows replayed", "s per step"]
     rows = []
     for run in runs:
         reward = first_known(run, REWARD_NAMES)

@@ -109,8 +109,12 @@ def test_a_healthy_run_has_no_findings(healthy):
             "replayed are not the ones that the rollout took.",
         ),
         (
-            {"routing_replay/coverage": 0.9},
+            {"routing_replay/missing_fraction": 0.1},
             "warn: 10 % of tokens had no routes and took the live ones.",
+        ),
+        (
+            {"routing_replay/coverage": 0.0},
+            "bad: Nothing was replayed: the server or a gateway dropped the routes (see doctor).",
         ),
         (
             {"train_infer/extreme_tau2": 0.2},
