@@ -310,6 +310,10 @@ def _layout_fields(layout, dtype, vocab_size):
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
         "sequence_parallel": layout.sequence,
+        # Megatron's own training arguments demand it too: of two interleaved stages each is the
+        # other's predecessor and successor, and batched messages swap activations and gradients.
+        "overlap_p2p_comm": layout.virtual_pipeline > 1,
+        "batch_p2p_comm": layout.virtual_pipeline == 1,
         "padded_vocab_size": math.ceil(vocab_size / layout.tensor) * layout.tensor,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

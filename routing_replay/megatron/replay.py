@@ -166,7 +166,13 @@ class Replay:
         recorded = Recording(self.model, lengths, self._is_writer) if record_live else None
         agreement = None
         if self.config.agreement_every:
-            agreement = LayerAgreement(self.model.layers, table.num_rows, self._device)
+            agreement = LayerAgreement(
+                self.model.layers,
+                num_rows=table.num_rows,
+                has_gates=table.gate_probs_LTK is not None,
+                has_logits=table.logit_rows_N is not None,
+                device=self._device,
+            )
         scope = Scope(num_rows=table.num_rows, table=table, recorded=recorded, agreement=agreement)
         with self._open(scope):
             yield recorded
@@ -406,7 +412,7 @@ class Replay:
 
     @property
     def _is_writer(self) -> bool:
-        """Without sequence parallelism the tensor-parallel ranks see the same tokens: one records."""
+        """Tensor-parallel ranks without sequence parallelism see the same tokens: one records."""
         if not self._seams or self._model_config.sequence_parallel:
             return True
         return self._seams[0].router.tp_group.rank() == 0

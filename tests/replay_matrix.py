@@ -1,0 +1,577 @@
+"""The configurations of the replay matrix, and what is checked for each on real Megatron.
+
+For every case, on every rank, with the real pipeline schedule:
+
+    (a) a pass's own routes, recorded and replayed, give bitwise the stock losses and gradients
+    (b) random distinct routes per (microbatch, layer, token): every router, in the forward and in
+        every recomputation, dispatched exactly its rows, and the others live
+    (c) attached but outside every scope, the model is bitwise the stock model
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import torch
+
+from routing_replay.megatron.parallel import ParallelLayout
+from routing_replay.table import RouteTable
+
+EXPERTS, TOP_K, VOCAB, HIDDEN = 8, 2, 64, 32
+NUM_MICROBATCHES = 4
+
+# Routers by name: fields of Megatron's configuration.
+ROUTERS = {
+    "softmax": {},
+    "pre_softmax": {"moe_router_pre_softmax": True},
+    "pre_softmax_scaled": {
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 2.5,
+    },
+    "sigmoid": {"moe_router_score_function": "sigmoid"},
+    "sigmoid_bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 1.5,
+    },
+    "sqrtsoftplus_bias": {
+        "moe_router_score_function": "sqrtsoftplus",
+        "moe_router_enable_expert_bias": True,
+    },
+    "groups": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+    },
+    "softmax_groups": {
+        "moe_router_pre_softmax": True,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+    },
+    "fp64": {"moe_router_dtype": "fp64"},
+    "aux_loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
+    "seq_aux_loss": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1},
+    "global_aux_loss": {
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+    },
+    "z_loss": {"moe_z_loss_coeff": 0.1},
+    "shared_experts": {"moe_shared_expert_intermediate_size": 16},
+    "top_4": {"moe_router_topk": 4},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration."""
+
+    layout: ParallelLayout = ParallelLayout()
+    dispatcher: str = "alltoall"
+    recompute: str = "none"
+    router: str = "softmax"
+    is_packed: bool = False
+    dense: tuple[int, ...] = ()  # layers without experts
+    num_layers: int = 4
+    is_ragged: bool = False  # microbatches of different lengths
+    is_contiguous: bool = False  # context-parallel slices in one piece (packed only)
+    padding_mask: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = dataclasses.asdict(self.layout)
+        short = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "context": "cp"}
+        short |= {"expert": "ep", "expert_tensor": "etp"}
+        is_etp = sizes["expert_tensor"] != sizes["tensor"]
+        parts = [
+            f"{short[name]}{size}"
+            for name, size in sizes.items()
+            if size > 1 and (name != "expert_tensor" or is_etp)
+        ]
+        if sizes["expert_tensor"] == 1 and is_etp:
+            parts.append("etp1")
+        parts += [self.dispatcher] if self.dispatcher != "alltoall" else []
+        parts += [f"recompute_{self.recompute}"] if self.recompute != "none" else []
+        parts += [self.router] if self.router != "softmax" else []
+        parts += ["packed"] if self.is_packed else ["padded"]
+        parts += [f"dense{''.join(map(str, self.dense))}"] if self.dense else []
+        parts += ["ragged"] if self.is_ragged else []
+        parts += ["padding_mask"] if self.padding_mask else []
+        return "-".join(parts)
+
+
+def cases(num_ranks: int) -> list[Case]:
+    """All cases of a world of this many ranks."""
+    return {1: _single, 2: _pairs, 4: _quads}[num_ranks]()
+
+
+def _single() -> list[Case]:
+    recomputes = ("none", "full", "block", "moe")
+    found = [
+        Case(recompute=recompute, is_packed=is_packed)
+        for recompute, is_packed in itertools.product(recomputes, (False, True))
+    ]
+    found += [Case(router=router) for router in ROUTERS if router != "softmax"]
+    found += [
+        Case(router=router, recompute=recompute)
+        for router in ("sigmoid_bias", "groups", "aux_loss", "pre_softmax")
+        for recompute in ("full", "moe")
+    ]
+    found += [
+        Case(dense=(0,)),
+        Case(dense=(1, 3), recompute="full"),
+        Case(is_ragged=True),
+        Case(is_ragged=True, is_packed=True, recompute="full"),
+        Case(padding_mask=True, router="aux_loss"),
+    ]
+    return found
+
+
+def _pairs() -> list[Case]:
+    layouts = {
+        "tp": ParallelLayout(tensor=2),
+        "pp": ParallelLayout(pipeline=2),
+        "vpp": ParallelLayout(pipeline=2, virtual_pipeline=2),
+        "cp": ParallelLayout(context=2),
+        "ep": ParallelLayout(expert=2),
+        "etp1": ParallelLayout(tensor=2, expert=2, expert_tensor=1),
+    }
+    found = [
+        Case(layout=layout, recompute=recompute, is_packed=is_packed)
+        for layout in layouts.values()
+        for recompute, is_packed in (("none", False), ("full", True), ("moe", False))
+    ]
+    found += [
+        Case(layout=layouts["ep"], dispatcher="allgather"),
+        Case(layout=layouts["ep"], dispatcher="allgather", recompute="full"),
+        Case(layout=layouts["tp"], dispatcher="allgather"),
+        Case(layout=layouts["pp"], dense=(0,), recompute="full"),
+        Case(layout=layouts["vpp"], dense=(0, 3)),
+        Case(layout=layouts["vpp"], is_ragged=False, router="groups", recompute="full"),
+        Case(layout=layouts["tp"], router="groups"),
+        Case(layout=layouts["tp"], router="seq_aux_loss", recompute="moe"),
+        Case(layout=layouts["cp"], is_packed=True, is_ragged=True),
+        Case(layout=layouts["ep"], is_ragged=True),
+        Case(layout=ParallelLayout()),  # data parallelism
+        Case(layout=ParallelLayout(), is_packed=True, recompute="full"),
+    ]
+    return found
+
+
+def _quads() -> list[Case]:
+    layouts = [
+        ParallelLayout(tensor=2, pipeline=2),
+        ParallelLayout(tensor=2, context=2),
+        ParallelLayout(tensor=2, expert=2),
+        ParallelLayout(tensor=2, expert=4, expert_tensor=1),
+        ParallelLayout(pipeline=2, expert=2),
+        ParallelLayout(pipeline=2, context=2),
+        ParallelLayout(pipeline=2, virtual_pipeline=2, tensor=2),
+        ParallelLayout(pipeline=2, virtual_pipeline=2, context=2),
+        ParallelLayout(pipeline=4),
+        ParallelLayout(context=2, expert=2),
+    ]
+    return [
+        Case(layout=layout, recompute=recompute, is_packed=is_packed)
+        for layout in layouts
+        for recompute, is_packed in (("full", False), ("none", True))
+    ]
+
+
+class Batch:
+    """The step's sequences, and how this rank cuts them into microbatches.
+
+    Every microbatch holds two sequences; the last tokens of the second are padding (row -1).
+    """
+
+    def __init__(self, case: Case, dp_rank: int, dp_size: int, cp_rank: int, cp_size: int):
+        self.case, self.cp = case, (cp_rank, cp_size)
+        generator = np.random.default_rng(7)
+        self.lengths = []  # tokens of each sequence, over all data-parallel ranks
+        for number in range(NUM_MICROBATCHES * dp_size):
+            longest = 16 + 8 * (number % 3) if case.is_ragged else 16
+            self.lengths += [longest, longest - 5]
+        self.tokens = [generator.integers(0, VOCAB, n) for n in self.lengths]
+        self.mine = range(dp_rank * NUM_MICROBATCHES, (dp_rank + 1) * NUM_MICROBATCHES)
+
+    def microbatches(self, rows_of):
+        """Local tensors of this rank's microbatches, sliced by context parallelism.
+
+        Args:
+            rows_of: (sequence, num_tokens) -> its rows.
+        """
+        for number in self.mine:
+            pair = (2 * number, 2 * number + 1)
+            longest = max(self.lengths[s] for s in pair)
+            longest += -longest % 8  # tensor and context parallelism divide it
+            tokens = np.zeros((2, longest), np.int64)
+            rows = np.full((2, longest), -1, np.int64)
+            positions = np.tile(np.arange(longest), (2, 1))
+            for line, s in enumerate(pair):
+                tokens[line, : self.lengths[s]] = self.tokens[s]
+                rows[line, : self.lengths[s]] = rows_of(s, self.lengths[s])
+            is_padding = np.zeros((2, longest), bool)
+            for line, s in enumerate(pair):
+                is_padding[line, self.lengths[s] :] = True
+            yield self._local(tokens, positions, rows, is_padding)
+
+    def _local(self, tokens, positions, rows, is_padding):
+        rank, size = self.cp
+        if size > 1:  # zigzag: the local part of each sequence is two of 2 * size chunks
+            chunk = tokens.shape[1] // (2 * size)
+            mine = np.r_[
+                rank * chunk : (rank + 1) * chunk,
+                (2 * size - 1 - rank) * chunk : (2 * size - rank) * chunk,
+            ]
+            tokens, positions, rows = tokens[:, mine], positions[:, mine], rows[:, mine]
+            is_padding = is_padding[:, mine]
+        length = tokens.shape[1] * size
+        if self.case.is_packed:
+            tokens, positions, rows = (x.reshape(1, -1) for x in (tokens, positions, rows))
+        return {
+            "tokens": torch.from_numpy(np.ascontiguousarray(tokens)),
+            "positions": torch.from_numpy(np.ascontiguousarray(positions)),
+            "rows": torch.from_numpy(np.ascontiguousarray(rows)),
+            "packed": _packed(length) if self.case.is_packed else None,
+            "padding_mask": torch.from_numpy(is_padding) if self.case.padding_mask else None,
+        }
+
+
+def _packed(length):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
+
+
+class Job:
+    """A model under Megatron's own schedule.
+
+    Args:
+        case: The configuration; Megatron is initialized for its layout.
+    """
+
+    def __init__(self, case: Case):
+        from megatron.core import parallel_state as ps
+
+        from routing_replay.megatron.model import build_model
+
+        self.case = case
+        self.config = _config(case)
+        self.chunks = build_model(self.config, case.layout)
+        _spread_expert_bias(self.chunks)
+        self.batch = Batch(
+            case,
+            ps.get_data_parallel_rank(),
+            ps.get_data_parallel_world_size(),
+            ps.get_context_parallel_rank(),
+            ps.get_context_parallel_world_size(),
+        )
+
+    def run(self, replay=None, rows_of=None, forward_only=False):
+        """One step: losses of this rank's microbatches, and gradients by parameter name.
+
+        Args:
+            replay: Handle whose microbatches are announced; None runs stock.
+            rows_of: (sequence, num_tokens) -> rows; none by default.
+            forward_only: No backward: gradients are None.
+        """
+        import contextlib
+
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        losses = []
+        rows_of = rows_of or (lambda s, n: np.full(n, -1, np.int64))
+        for chunk in self.chunks:
+            chunk.zero_grad(set_to_none=True)
+            _reset_statistics(chunk)
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            around = replay.microbatch(batch["rows"]) if replay else contextlib.nullcontext()
+            with around:
+                output = model(
+                    batch["tokens"],
+                    batch["positions"],
+                    None,
+                    labels=batch["tokens"],
+                    packed_seq_params=batch["packed"],
+                    padding_mask=batch["padding_mask"],
+                )
+
+            def loss(output):
+                losses.append(output.detach().clone())
+                return output.float().mean(), {}
+
+            return output, loss
+
+        iterators = [iter(self.batch.microbatches(rows_of)) for _ in self.chunks]
+        with torch.no_grad() if forward_only else contextlib.nullcontext():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=NUM_MICROBATCHES,
+                seq_length=self._sequence_length(),
+                micro_batch_size=1 if self.case.is_packed else 2,
+                forward_only=forward_only,
+            )
+        gradients = {
+            f"{i}.{name}": None if p.grad is None else p.grad.clone()
+            for i, chunk in enumerate(self.chunks)
+            for name, p in chunk.named_parameters()
+        }
+        return losses, gradients
+
+    def _sequence_length(self):
+        # The pipeline's buffers: all microbatches are alike unless sizes are sent along.
+        return (2 if self.case.is_packed else 1) * 16
+
+
+def _config(case):
+    from transformers import Qwen3MoeConfig
+
+    from routing_replay.megatron.model import transformer_config
+
+    hf = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=case.num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        norm_topk_prob=True,
+        mlp_only_layers=list(case.dense),
+        max_position_embeddings=256,
+    )
+    overrides = {"moe_router_topk": TOP_K, **ROUTERS[case.router]}
+    return transformer_config(
+        hf,
+        case.layout,
+        recompute=case.recompute,
+        dispatcher=case.dispatcher,
+        variable_seq_lengths=case.is_ragged,
+        moe_router_bias_update_rate=0.0,
+        init_method=torch.nn.init.normal_,  # wide, so that experts differ and margins are large
+        **overrides,
+    )
+
+
+def _spread_expert_bias(chunks):
+    """A bias that changes selections: zeros would not show a bias that is forgotten."""
+    generator = torch.Generator().manual_seed(3)
+    for chunk in chunks:
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+
+
+def _reset_statistics(chunk):
+    """Every run starts from the same counters, which some losses read."""
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps")):
+            buffer.zero_()
+
+
+def random_table(job: Job, model) -> RouteTable:
+    """Distinct experts, drawn for every (layer, row); every fifth row uncovered."""
+    lengths = [n - 1 for n in job.batch.lengths]
+    table = RouteTable.empty(model, lengths, source="rollout")
+    generator = np.random.default_rng(11)
+    scores = generator.random((len(model.layers), table.num_rows, model.num_experts))
+    table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : model.top_k]
+    table.covered_T[:] = np.arange(table.num_rows) % 5 != 4
+    return table
+
+
+class DispatchedRows:
+    """Oracle of (b): what each router really dispatched, against the table, call by call.
+
+    The order of tokens inside a router is taken from Megatron itself: the rows are sent through its
+    own sequence-parallel scatter, as the embeddings are.
+    """
+
+    def __init__(self, job: Job, table: RouteTable):
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        self.job, self.table, self.wrong, self.calls = job, table, [], 0
+        self.live_rows = 0
+        expected = list(job.batch.microbatches(table.rows))
+        self.rows = [self._router_order(batch["rows"]) for batch in expected]
+        self.forwards: dict[int, int] = {}
+        self.hooks = [
+            module.register_forward_hook(self._check)
+            for chunk in job.chunks
+            for module in chunk.modules()
+            if isinstance(module, TopKRouter)
+        ]
+
+    def _router_order(self, rows):
+        from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+        rows_SB = rows.t().contiguous().double()
+        if self.job.config.sequence_parallel:
+            rows_SB = scatter_to_sequence_parallel_region(rows_SB)
+        return rows_SB.reshape(-1).long()
+
+    def _check(self, router, arguments, output):
+        routing_map_TE = output[1]
+        layer = router.layer_number - 1
+        self.calls += 1
+        is_recompute = torch._C._current_graph_task_id() != -1
+        if is_recompute:
+            # Backward order differs by schedule: the rows must be those of SOME microbatch that is
+            # not yet recomputed; random rows make a coincidence impossible.
+            matching = [
+                n for n, rows in enumerate(self.rows) if self._fits(routing_map_TE, rows, layer)
+            ]
+            if len(matching) != 1:
+                self.wrong.append((layer, "recompute", matching))
+            return
+        number = self.forwards.get(layer, 0)
+        self.forwards[layer] = number + 1
+        if not self._fits(routing_map_TE, self.rows[number], layer):
+            self.wrong.append((layer, "forward", number))
+        self.live_rows += int((self.rows[number] < 0).sum())
+
+    def _fits(self, routing_map_TE, rows_T, layer):
+        if len(rows_T) != len(routing_map_TE):
+            return False
+        replayed_T = rows_T >= 0
+        ids = self.table.gather([layer], rows_T[replayed_T].numpy())[0]
+        expected = torch.zeros_like(routing_map_TE[replayed_T])
+        expected.scatter_(1, torch.from_numpy(ids.astype(np.int64)), True)
+        all_K = (routing_map_TE.sum(1) == self.table.model.top_k).all()
+        return bool(all_K) and torch.equal(routing_map_TE[replayed_T], expected)
+
+    def remove(self):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def check_case(case: Case) -> list[str]:
+    """Run one case on this rank; returns what is wrong, nothing if all holds."""
+    from routing_replay.config import ReplayConfig
+    from routing_replay.megatron.replay import attach
+
+    job = Job(case)
+    stock = job.run()
+    wrong = []
+    config = ReplayConfig(mode="auto", agreement_every=1, agreement_tokens=8)
+    with attach(job.chunks, config) as replay:
+        wrong += _differences("(c) attached, off", stock, job.run())
+        lengths = [n - 1 for n in job.batch.lengths]
+        with replay.recording(lengths) as recorded:
+            recording = job.run(replay, recorded.rows)
+        wrong += _differences("(a) recording", stock, recording)
+        table = recorded.table()
+        if not table.covered_T.all():
+            wrong.append("(a) rows that were not recorded")
+        with replay.replaying(table):
+            again = job.run(replay, table.rows)
+        wrong += _differences("(a) own routes replayed", stock, again)
+        wrong += _own_agreement(replay)
+        wrong += _no_grad_record(job, replay, stock, lengths)
+        wrong += _random_routes(job, replay)
+        with replay.replaying(random_table(job, replay.model)):
+            pass_through = replay.live  # evaluation in the middle of a scope is stock
+            stock_losses, _ = stock
+            losses = _run_live(job, replay, pass_through)
+        wrong += _differences("live() inside a scope", (stock_losses, {}), (losses, {}))
+    wrong += _differences("removed", stock, job.run())
+    return [f"{case.name}: {text}" for text in wrong]
+
+
+def _own_agreement(replay):
+    metrics = {name: float(m.value()) for name, m in replay.metrics().items()}
+    found = [] if metrics["routing_replay/exact_match"] == 1 else ["(a) own routes disagree"]
+    lines = replay.receipt.lines
+    if not all(line.is_right and line.num_replayed == line.num_expected for line in lines):
+        found.append("(a) receipt")
+    return found
+
+
+def _no_grad_record(job, replay, stock, lengths):
+    """R2 as it is used: recorded without gradients, replayed in training."""
+    if job.case.recompute == "full" or job.case.recompute == "block":
+        # Megatron's no-grad pass leaves slots unsorted where its own checkpointed forward does as
+        # well: covered by the recording above.
+        pass
+    with replay.recording(lengths) as recorded:
+        job.run(replay, recorded.rows, forward_only=True)
+    with replay.replaying(recorded.table()):
+        again = job.run(replay, recorded.rows)
+    return _differences("(a) recorded without gradients", stock, again)
+
+
+def _random_routes(job, replay):
+    table = random_table(job, replay.model)
+    oracle = DispatchedRows(job, table)
+    try:
+        with replay.replaying(table):
+            job.run(replay, table.rows)
+    finally:
+        oracle.remove()
+    found = [f"(b) {item}" for item in oracle.wrong]
+    per_layer = {"none": 1, "full": 2, "moe": 2}.get(job.case.recompute)
+    layers = sum(1 for _ in oracle.hooks)
+    if per_layer and oracle.calls != per_layer * layers * NUM_MICROBATCHES:
+        found.append(f"(b) {oracle.calls} router calls for {layers} layers")
+    if layers and not oracle.live_rows:
+        found.append("(b) no live row was checked")
+    return found
+
+
+def _run_live(job, replay, live):
+    class Live:
+        @staticmethod
+        def microbatch(rows):
+            return live()
+
+    try:
+        losses, _ = job.run(Live, forward_only=False)
+    finally:
+        # The scope itself replays nothing; give it one real pass so that its receipt is whole.
+        table = replay._scope.table
+        job.run(replay, table.rows)
+    return losses
+
+
+def _differences(what, expected, found):
+    """Names of what is not bitwise equal."""
+    losses, gradients = expected
+    wrong = []
+    if len(losses) != len(found[0]) or any(
+        not torch.equal(a, b) for a, b in zip(losses, found[0], strict=False)
+    ):
+        wrong.append(f"{what}: losses differ")
+    for name, gradient in gradients.items():
+        other = found[1].get(name)
+        if (gradient is None) != (other is None) or (
+            gradient is not None and not torch.equal(gradient, other)
+        ):
+            wrong.append(f"{what}: gradient of {name} differs")
+            break
+    return wrong
+
+
+def run_cases(rank: int, names: list[str], num_ranks: int) -> list[str]:
+    """Entry of a spawned rank: the named cases one after another; all findings."""
+    from megatron_worlds import megatron
+
+    by_name = {case.name: case for case in cases(num_ranks)}
+    wrong = []
+    for name in names:
+        with megatron(by_name[name].layout):
+            wrong += [f"rank {rank}, {text}" for text in check_case(by_name[name])]
+    return wrong
