@@ -17,6 +17,7 @@ import torch
 
 from .agreement import NO_LAYER, log_router_probs, router_kl
 from .errors import DataError, TableError
+from .explanation import explain_layer
 from .routes import Origin
 from .table import RouteTable
 
@@ -29,6 +30,7 @@ class LayerDifference:
     """One layer: mean overlap, exact-set rate, share of tokens whose first difference it is.
 
     `router_kl` is KL(A || B) in nats over the rows whose logits both files hold, or None.
+    `explanation` says why unrelated routes are so, where something simple explains them.
     """
 
     layer: int
@@ -36,6 +38,7 @@ class LayerDifference:
     exact_match: float
     first_difference: float
     router_kl: float | None = None
+    explanation: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Comparison:
             kl = "-" if row.router_kl is None else f"{row.router_kl:.3e}"
             lines.append(
                 f"  {row.layer:5d}  {row.overlap:9.6f}  {row.exact_match:10.6f}  "
-                f"{100 * row.first_difference:14.2f} %  {kl:>9s}"
+                f"{100 * row.first_difference:14.2f} %  {kl:>9s}  {row.explanation}".rstrip()
             )
         for title, buckets in (("position", self.positions), ("origin", self.origins)):
             lines += ["", f"  by {title:<14s}  rows  overlap@K  tokens that differ"]
@@ -245,6 +248,7 @@ def _finish(tally: _Tally, first: RouteTable, second: RouteTable, decode) -> Com
             exact_match=int(tally.exact_L[i]) / num_rows,
             first_difference=int(tally.first_L[i]) / num_rows,
             router_kl=None if kl_L is None else float(kl_L[i]),
+            explanation=explain_layer(first, second, i),
         )
         for i, layer in enumerate(model.layers)
     )

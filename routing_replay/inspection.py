@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from .routes import Origin
 from .table import RouteTable
 
-# Rows of one layer that are counted at a time: 8 MiB of ids at top-8, which stays in the cache of
-# a server core while the temporaries are small against any machine's memory.
-BLOCK_ROWS = 1 << 20
+# Rows of one layer that are counted at a time: 512 KiB of ids at top-8, a core's cache.
+BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +142,10 @@ def expert_loads(table: RouteTable) -> Iterator[np.ndarray]:
 
 
 def _count(ids_BK: np.ndarray, num_experts: int) -> np.ndarray:
-    if ids_BK.dtype == np.uint8 and ids_BK.shape[-1] % 2 == 0 and ids_BK.size:
-        # Counting pairs of bytes as one number halves the elements: 2x faster than the plain way.
-        pairs = np.bincount(ids_BK.reshape(-1).view(np.uint16), minlength=1 << 16)
-        pairs = pairs.reshape(256, 256)
-        return (pairs.sum(0) + pairs.sum(1))[:num_experts]
+    if ids_BK.dtype == np.uint8 and ids_BK.size:
+        # torch counts bytes as they are, at about 1 GB/s; numpy widens them to int64 first.
+        flat = torch.from_numpy(np.array(ids_BK.reshape(-1)))
+        return torch.bincount(flat, minlength=num_experts).numpy()
     return np.bincount(ids_BK.reshape(-1), minlength=num_experts)
 
 

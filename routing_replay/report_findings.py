@@ -24,6 +24,9 @@ MANY_DIFFER, NOTABLE_DIFFER, OUTLIER_FACTOR = 0.2, 0.02, 3.0
 SMALL_MARGIN = 2.0**-6
 # An exact-set rate of unrelated routes is near zero; of related ones it never falls this low.
 UNRELATED_EXACT_MATCH = 0.05
+# Over tokens sampled from mu the mean of pi / mu is 1. It is k3 - k1 + 1: two metrics suffice. A
+# top-p of 0.99 already leaves out about this much mass; a healthy run's noise is far smaller.
+TRUNCATED_MASS = 5e-3
 # Effective share of the samples under which most of a batch's gradient is lost to few tokens.
 LOW_ESS = 0.5
 ENTROPY_COLLAPSE = 0.2
@@ -74,6 +77,7 @@ def _policy_findings(run: Run) -> list[Finding]:
                 f"{replayed:.2g} replayed): most of the gap is not routing."
             )
             found.append(Finding(severity="warn", text=text))
+    found += _support_findings(run, replayed)
     extreme = run.recent("train_infer/extreme_tau2")
     if extreme is not None and extreme > MANY_EXTREMES:
         severity = "bad" if extreme > TOO_MANY_EXTREMES else "warn"
@@ -89,6 +93,17 @@ def _policy_findings(run: Run) -> list[Finding]:
         text = f"Up to {broken:.0f} tokens of a step have no finite log-prob."
         found.append(Finding(severity="bad", text=text))
     return found
+
+
+def _support_findings(run: Run, k3: float | None) -> list[Finding]:
+    k1 = run.recent("train_infer/kl_k1")
+    if k1 is None or k3 is None or k1 - k3 < TRUNCATED_MASS:
+        return []
+    text = (
+        f"The mean of pi / mu is {1 + k3 - k1:.3f} instead of 1: the engine's log-probs are of a "
+        "truncated distribution (top-p, top-k, min-p) that the trainer does not apply."
+    )
+    return [Finding(severity="bad", text=text)]
 
 
 def _layer_findings(run: Run) -> list[Finding]:

@@ -43,7 +43,7 @@ def write_table(path: Path, model: TableModel, num_rows: int, flip_share: float)
             flips = generator.random(count) < flip_share
             block[flips, 0] = (block[flips, 0] + 1) % stride
             ids_TK[start : start + count] = block + np.arange(model.top_k, dtype=np.uint8) * stride
-    tensors = RouteTable.empty(model, [0])._tensors | {
+    tensors = {
         "expert_ids_LTK": ids_LTK,
         "covered_T": np.ones(num_rows, np.bool_),
         "origin_T": np.ones(num_rows, np.uint8),

@@ -1,0 +1,346 @@
+"""Where the train-inference KL comes from: what each layer's routing costs the policy.
+
+One rollout batch is scored again and again with the routes of other layers replayed:
+
+    none        every layer routes live
+    all         every layer replays
+    without l   every layer but l replays           cost of l = KL(without l) - KL(all)
+    only l      layer l alone replays               gain of l = KL(none) - KL(only l)
+    first n     the first n routed layers replay    step of the n-th = KL(first n-1) - KL(first n)
+    rollout     every layer replays, on the weights that sampled
+
+All are KL(mu || pi), mean over the response tokens. Three parts add up exactly, by definition:
+
+    KL(none) = numerics + staleness + routing
+    numerics  = KL(rollout)                 same weights, same routes; KL(all) without `rollout`
+    staleness = KL(all) - KL(rollout)       newer weights, same routes; 0 without `rollout`
+    routing   = KL(none) - KL(all)
+
+The steps of `first n` add up to `routing` as well. The costs of `without l` need not: two layers
+can repair or repeat each other's damage.
+
+This module knows no engine: a callback scores a variant. `tools/attribute_kl.py` gives it Megatron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from .errors import ConfigError, DataError
+
+FAMILIES = ("without", "only", "first")
+NUM_RESAMPLES = 1000
+# Two-sided 95 %: what the intervals of reports usually mean.
+COVERAGE = 0.95
+BATCH_COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """A saved rollout batch, aligned to the inputs: position t predicts token t + 1.
+
+    Args:
+        input_ids_ST: int64; the last token of a sequence is consumed by nobody and left out.
+        labels_ST: int64, the next token.
+        mask_ST: bool, the label was sampled.
+        logp_mu_ST: float32, log mu of the label where the mask holds.
+        lengths_S: int64, tokens of each sequence, the last one included.
+        fingerprint: Of the file, to recognise it on resuming.
+    """
+
+    input_ids_ST: torch.Tensor
+    labels_ST: torch.Tensor
+    mask_ST: torch.Tensor
+    logp_mu_ST: torch.Tensor
+    lengths_S: torch.Tensor
+    fingerprint: str = ""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> RolloutBatch:
+        """Read `batch.safetensors` as the recipe writes it; further columns are ignored.
+
+        Raises:
+            DataError: Unreadable, or a column is missing.
+        """
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            with safe_open(Path(path), "pt") as file:
+                missing = set(BATCH_COLUMNS) - set(file.keys())
+                columns = {n: file.get_tensor(n) for n in BATCH_COLUMNS if n not in missing}
+        except Exception as error:  # safetensors raises its own error, which is no OSError
+            raise DataError("the rollout batch cannot be read", got=error, where=path) from error
+        if missing:
+            raise DataError(
+                "not a rollout batch", expected=f"the columns {BATCH_COLUMNS}", where=path
+            )
+        return cls(**columns, fingerprint=digest)
+
+    def token_rows(self, rows_of: Callable[[int, int], np.ndarray]) -> torch.Tensor:
+        """Row of the table per position, -1 for padding; `rows_of` is `RouteTable.rows`."""
+        token_rows_ST = torch.full(self.input_ids_ST.shape, -1)
+        for sequence, length in enumerate(self.lengths_S.tolist()):
+            rows_T = rows_of(sequence, length)[: length - 1]
+            token_rows_ST[sequence, : length - 1] = torch.from_numpy(rows_T)
+        return token_rows_ST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One pass over the batch: which layers replay, and on whose weights."""
+
+    name: str
+    replayed: tuple[int, ...]
+    is_rollout_weights: bool = False
+
+
+def plan(
+    layers: Sequence[int], families: Sequence[str] = ("without",), has_rollout_weights: bool = False
+) -> list[Variant]:
+    """The passes of an attribution: 2, one more for staleness, and L for each family.
+
+    Raises:
+        ConfigError: An unknown family.
+    """
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        raise ConfigError("families of an attribution", expected=FAMILIES, got=unknown[0])
+    layers = tuple(layers)
+    variants = [Variant(name="none", replayed=()), Variant(name="all", replayed=layers)]
+    if has_rollout_weights:
+        variants.append(Variant(name="rollout", replayed=layers, is_rollout_weights=True))
+    if "without" in families:
+        variants += [
+            Variant(name=f"without {i}", replayed=tuple(x for x in layers if x != i))
+            for i in layers
+        ]
+    if "only" in families:
+        variants += [Variant(name=f"only {i}", replayed=(i,)) for i in layers]
+    if "first" in families:
+        # "first 0" is "none" and "first L" is "all".
+        variants += [Variant(name=f"first {n}", replayed=layers[:n]) for n in range(1, len(layers))]
+    # The weights change once at most: the rollout's come last.
+    return sorted(variants, key=lambda variant: variant.is_rollout_weights)
+
+
+def sequence_sums(
+    logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor, mask_ST: torch.Tensor
+) -> torch.Tensor:
+    """Per sequence the sums over its response tokens: k1, k3, and 1; float64 [S, 3]."""
+    log_rho_ST = (logp_pi_ST.double() - logp_mu_ST.double()).masked_fill(~mask_ST, 0.0)
+    k3_ST = torch.expm1(log_rho_ST) - log_rho_ST
+    return torch.stack([-log_rho_ST.sum(1), k3_ST.sum(1), mask_ST.sum(1).double()], -1)
+
+
+class Progress:
+    """Results so far, in a file: a stopped attribution goes on where it was.
+
+    Args:
+        path: JSON file; None keeps them in memory only.
+        fingerprint: Of everything that determines the results.
+
+    Raises:
+        ConfigError: The file belongs to another batch, checkpoint, or settings.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, str]):
+        self._path = path
+        self._fingerprint = dict(fingerprint)
+        self.sums: dict[str, np.ndarray] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.sums = {name: np.array(rows, float) for name, rows in stored["sums"].items()}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DataError("the progress cannot be read", got=error, where=path) from error
+        for key, value in self._fingerprint.items():
+            if stored["fingerprint"].get(key) != value:
+                raise ConfigError(
+                    f"the progress belongs to another {key}",
+                    expected=value,
+                    got=stored["fingerprint"].get(key),
+                    where=path,
+                    fix="Name another file, or remove this one to start again",
+                )
+
+    def stop_writing(self) -> None:
+        """From now on in memory only: of several ranks one writes."""
+        self._path = None
+
+    def add(self, name: str, sums_S3: np.ndarray) -> None:
+        """Keep one result, durably."""
+        self.sums[name] = sums_S3
+        if self._path is None:
+            return
+        content = {
+            "fingerprint": self._fingerprint,
+            "sums": {name: sums.tolist() for name, sums in self.sums.items()},
+        }
+        partial = self._path.with_name(f"{self._path.name}.tmp")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A KL or a difference of KLs (nats per response token) with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """The interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self):
+        return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """The parts of the KL, and per layer what each family says of it."""
+
+    estimator: str
+    num_sequences: int
+    num_tokens: int
+    kl: dict[str, Estimate]
+    parts: dict[str, Estimate]
+    layers: dict[int, dict[str, Estimate]]
+
+    def as_dict(self) -> dict:
+        """For JSON, and as `attribution.json` of a run for its report."""
+        found = asdict(self)
+        found["parts"] = [
+            {"name": name, "kl": part.value, "interval": [part.low, part.high]}
+            for name, part in self.parts.items()
+        ]
+        found["layers"] = [
+            {"layer": layer}
+            | {name: e.value for name, e in estimates.items()}
+            | {f"{name}_interval": [e.low, e.high] for name, e in estimates.items()}
+            for layer, estimates in self.layers.items()
+        ]
+        return found
+
+    def text(self) -> str:
+        """For people; a star marks what differs from zero beyond its interval."""
+        lines = [
+            f"KL(mu || pi) per response token ({self.estimator}), {self.num_sequences} sequences, "
+            f"{self.num_tokens} tokens, 95 % intervals over sequences",
+            "",
+        ]
+        lines += [f"  {name:12s} {part}" for name, part in self.parts.items()]
+        lines += [f"  {'= total':12s} {self.kl['none']}   (live routing)"]
+        families = list(dict.fromkeys(n for found in self.layers.values() for n in found))
+        for family in families:
+            lines += ["", f"  layer  {HEADINGS[family]}"]
+            for layer, found in self.layers.items():
+                star = "*" if found[family].is_clear else " "
+                lines.append(f"  {layer:5d}  {found[family]} {star}")
+        return "\n".join(lines)
+
+
+HEADINGS = {
+    "leave_out": "cost of its live routing: KL(without) - KL(all)",
+    "alone": "gain of its replay alone: KL(none) - KL(only)",
+    "step": "its step when layers are replayed one after another",
+}
+
+
+def attribute(
+    variants: Sequence[Variant],
+    score: Callable[[Variant], torch.Tensor],
+    progress: Progress,
+    on_result: Callable[[Variant, float], None] = lambda variant, kl: None,
+) -> None:
+    """Score what `progress` does not hold yet.
+
+    Args:
+        variants: From `plan`.
+        score: Scores a variant: `sequence_sums` of the whole batch. Where several ranks call this
+            function, it is collective and returns the same on all.
+        progress: Takes the results.
+        on_result: Called after each with its KL (k3).
+    """
+    for variant in variants:
+        if variant.name in progress.sums:
+            continue
+        sums_S3 = score(variant).cpu().numpy()
+        progress.add(variant.name, sums_S3)
+        on_result(variant, float(sums_S3[:, 1].sum() / max(1.0, sums_S3[:, 2].sum())))
+
+
+def summarize(
+    layers: Sequence[int],
+    sums: Mapping[str, np.ndarray],
+    estimator: str = "k3",
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Attribution:
+    """Estimates with bootstrap intervals; every difference uses the same resamples of sequences.
+
+    Args:
+        layers: The routed layers, as in `plan`.
+        sums: `sequence_sums` by variant name.
+        estimator: "k3" (never negative, less noise) or "k1" (unbiased, may be negative).
+        num_resamples: Resamples of whole sequences: tokens of one sequence depend on each other.
+        seed: Of the resampling; the same seed gives the same intervals.
+    """
+    column = ("k1", "k3").index(estimator)
+    generator = np.random.default_rng(seed)
+    num_sequences = len(sums["none"])
+    weights_BS = generator.multinomial(
+        num_sequences, np.full(num_sequences, 1 / num_sequences), num_resamples
+    )
+    counts_S = sums["none"][:, 2]
+    # The first "resample" is the batch itself.
+    weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])
+    totals_B = np.maximum(weights_BS @ counts_S, 1.0)
+    kl = {name: weights_BS @ rows[:, column] / totals_B for name, rows in sums.items()}
+    reference = kl.get("rollout", kl["all"])
+    parts = {
+        "numerics": reference,
+        "staleness": kl["all"] - reference,
+        "routing": kl["none"] - kl["all"],
+    }
+    return Attribution(
+        estimator=estimator,
+        num_sequences=num_sequences,
+        num_tokens=int(counts_S.sum()),
+        kl={name: _estimate(values_B) for name, values_B in kl.items()},
+        parts={name: _estimate(values_B) for name, values_B in parts.items()},
+        layers=_by_layer(tuple(layers), kl),
+    )
+
+
+def _by_layer(layers: tuple[int, ...], kl: Mapping[str, np.ndarray]) -> dict:
+    found: dict[int, dict[str, Estimate]] = {}
+    for place, layer in enumerate(layers):
+        of_layer = {}
+        if f"without {layer}" in kl:
+            of_layer["leave_out"] = _estimate(kl[f"without {layer}"] - kl["all"])
+        if f"only {layer}" in kl:
+            of_layer["alone"] = _estimate(kl["none"] - kl[f"only {layer}"])
+        before = kl["none"] if place == 0 else kl.get(f"first {place}")
+        after = kl["all"] if place == len(layers) - 1 else kl.get(f"first {place + 1}")
+        if before is not None and after is not None and len(layers) > 1:
+            of_layer["step"] = _estimate(before - after)
+        found[layer] = of_layer
+    return found
+
+
+def _estimate(values_B: np.ndarray) -> Estimate:
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(values_B[1:], [tail, 1 - tail])
+    return Estimate(value=float(values_B[0]), low=float(low), high=float(high))
