@@ -138,6 +138,9 @@ def command_line(model_path: Path, options: ServerOptions, port: int) -> list[st
     command = [sys.executable, "-m", "sglang.launch_server"]
     command += ["--model-path", str(model_path), "--host", HOST, "--port", str(port)]
     command += ["--weight-version", str(options.weight_version)]
+    # Its warm-up is a sentence, of which a small tokenizer may make no token at all: it then dies.
+    # /health, by which we wait, samples a token too.
+    command.append("--skip-server-warmup")
     command += cpu.server_arguments()
     if options.capture != "off":
         command.append("--enable-return-routed-experts")
