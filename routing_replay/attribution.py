@@ -242,6 +242,10 @@ class Attribution:
         ]
         lines += [f"  {name:12s} {part}" for name, part in self.parts.items()]
         lines += [f"  {'= total':12s} {self.kl['none']}   (live routing)"]
+        hurt = [i for i, row in self.layers.items() if is_hurt(row)]
+        if hurt:
+            layers = ", ".join(map(str, hurt))
+            lines += ["", f"  Replay makes layer {layers} worse: its routes are not the rollout's."]
         families = list(dict.fromkeys(n for found in self.layers.values() for n in found))
         for family in families:
             lines += ["", f"  layer  {HEADINGS[family]}"]
@@ -249,6 +253,12 @@ class Attribution:
                 star = "*" if found[family].is_clear else " "
                 lines.append(f"  {layer:5d}  {found[family]} {star}")
         return "\n".join(lines)
+
+
+def is_hurt(estimates: Mapping[str, Estimate]) -> bool:
+    """A layer that is clearly closer to the rollout when it routes live: its routes are wrong."""
+    cost = estimates.get("leave_out")
+    return cost is not None and cost.high < 0
 
 
 HEADINGS = {

@@ -10,10 +10,10 @@ from .table import RouteTable
 
 # Enough rows to tell any explanation from chance, few enough to try them all.
 SAMPLE_ROWS = 1 << 14
-# Routes of the same tokens agree far above this; unrelated ones share about K / E of the slots.
-UNRELATED_OVERLAP = 0.6
-# An explanation must make the layer look like a healthy one.
-EXPLAINED_OVERLAP = 0.8
+# Healthy layers agree on 0.94 and more, even with weights a few updates apart.
+HEALTHY_OVERLAP = 0.9
+# An explanation must remove this share of the disagreement; chance removes next to nothing.
+EXPLAINED_SHARE = 0.75
 MAX_SHIFT = 2
 
 
@@ -30,9 +30,10 @@ def explain_layer(first: RouteTable, second: RouteTable, place: int) -> str:
     ids_RK = np.asarray(first.expert_ids_LTK[place])[rows_R]
     other_RK = np.asarray(second.expert_ids_LTK[place])[rows_R]
     num_experts = first.model.num_experts
-    if _overlap(ids_RK, other_RK) >= UNRELATED_OVERLAP:
+    found = _overlap(ids_RK, other_RK)
+    if found >= HEALTHY_OVERLAP:
         return ""
-    best, text = EXPLAINED_OVERLAP, ""
+    best, text = found + EXPLAINED_SHARE * (1 - found), ""
     for candidate_RK, explanation in _candidates(second, place, rows_R, ids_RK, num_experts):
         overlap = _overlap(ids_RK, candidate_RK)
         if overlap > best:

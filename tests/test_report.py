@@ -91,17 +91,38 @@ def test_a_healthy_run_has_no_findings(healthy):
         (
             {"routing_replay/exact_match_layer_5": 0.78},
             "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
-            "margin is not small (0.3), so compare this layer's precision.",
+            "margin is not small (0.3): compare what flows into this layer.",
+        ),
+        (
+            {
+                "routing_replay/exact_match_layer_5": 0.78,
+                "routing_replay/router_kl_bound_layer_5": 3e-3,
+            },
+            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router itself "
+            "differs (router KL, at least 0.003 nats, the median layer 0.0001): compare this "
+            "layer's precision and weights.",
+        ),
+        (
+            # 0.2 nats over 40 % of the tokens: 0.5 where they differ. Layer 5 only follows.
+            {
+                "routing_replay/exact_match_layer_2": 0.6,
+                "routing_replay/replay_bias_layer_2": 0.2,
+                "routing_replay/exact_match_layer_5": 0.8,
+            },
+            "bad: Layer 2 differs on 40 % of tokens (the median layer on 3 %); its routes are of "
+            "other tokens, of another layer, or number the experts otherwise: `routing-replay "
+            "diff` says which.",
         ),
         (
             {"routing_replay/exact_match_layer_2": 0.01},
-            "bad: Layer 2 differs on 99 % of tokens (the median layer on 3 %); routes so far apart "
-            "are not of this layer or not of these tokens.",
+            "bad: Layer 2 differs on 99 % of tokens (the median layer on 3 %); its routes are of "
+            "other tokens, of another layer, or number the experts otherwise: `routing-replay "
+            "diff` says which.",
         ),
         (
             {"train_infer/kl_k3": 7e-4, "train_infer/kl_k3_live": 8e-4},
             "warn: Replay lowers the KL only 1.1x (k3 0.0008 live, 0.0007 replayed): most of the "
-            "gap is not routing.",
+            "gap is not routing but numerics, staleness or sampling; tools/attribute_kl.py tells.",
         ),
         (
             {"train_infer/kl_k3": 9e-3, "train_infer/kl_k3_live": 8e-4},

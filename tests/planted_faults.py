@@ -1,0 +1,292 @@
+"""A real Megatron model as rollout engine, another as trainer, and faults planted between them.
+
+The engine's weights are rounded to bfloat16 and its routers too, so that a clean pair differs a
+little everywhere, as two engines do. It samples token by token from its own distribution.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from routing_replay.attribution import Progress, RolloutBatch, Variant, attribute, plan, summarize
+from routing_replay.comparison import compare_tables
+from routing_replay.config import ReplayConfig
+from routing_replay.metrics import to_floats
+from routing_replay.policy_kl import policy_metrics
+from routing_replay.routes import Routes
+from routing_replay.table import RouteTable
+
+NUM_SEQUENCES, NUM_PROMPT, NUM_TOKENS = 64, 4, 28
+FAULTY_LAYER = 2
+TOP_P = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What an engine returns: tokens, log-probs of the sampled ones, routes."""
+
+    tokens_ST: torch.Tensor
+    logp_mu_ST: torch.Tensor
+    table: RouteTable
+
+    def batch(self) -> RolloutBatch:
+        sampled_ST = torch.arange(NUM_TOKENS - 1) >= NUM_PROMPT - 1
+        return RolloutBatch(
+            input_ids_ST=self.tokens_ST[:, :-1],
+            labels_ST=self.tokens_ST[:, 1:],
+            mask_ST=sampled_ST.expand(NUM_SEQUENCES, -1),
+            logp_mu_ST=self.logp_mu_ST,
+            lengths_S=torch.full((NUM_SEQUENCES,), NUM_TOKENS),
+        )
+
+
+class Recorder:
+    """Stands at a router's seam of the engine and keeps what it decided."""
+
+    layer_number = 0
+
+    def __init__(self):
+        self.ids_TK = self.gates_TK = None
+
+    def get_replay_topk(
+        self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None
+    ):
+        values, ids_TK = default_compute_topk(scores, topk, num_groups, group_topk)
+        self.ids_TK = ids_TK
+        self.gates_TK = scores.detach().float().softmax(-1).gather(1, ids_TK)
+        return values, ids_TK
+
+
+class Engine:
+    """A Megatron model that samples, with its weights rounded to bfloat16."""
+
+    def __init__(self, chunk):
+        from routing_replay.megatron.routers import find_routers
+
+        self.chunk = chunk
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.bfloat16())
+        self.routers = [found.router for found in find_routers([chunk])]
+        self.recorders = [Recorder() for _ in self.routers]
+        for router, recorder in zip(self.routers, self.recorders, strict=True):
+            router.router_replay = recorder
+
+    def coarse_router(self, layer: int) -> None:
+        """This layer's router computes its logits in three bits of mantissa."""
+        router = self.routers[layer]
+        gating = router.gating
+        router.gating = lambda hidden: gating(hidden).to(torch.float8_e4m3fn).float()
+
+    @torch.no_grad()
+    def sample(self, top_p: float = 1.0, seed: int = 0) -> Rollout:
+        """Sequences of one length from random prompts."""
+        generator = torch.Generator().manual_seed(seed)
+        vocab = self.chunk.vocab_size
+        tokens_ST = torch.randint(vocab, (NUM_SEQUENCES, NUM_PROMPT), generator=generator)
+        logps = []
+        while tokens_ST.shape[1] < NUM_TOKENS:
+            log_probs_SV = truncate(self._logits(tokens_ST)[:, -1].log_softmax(-1), top_p)
+            chosen_S1 = torch.multinomial(log_probs_SV.exp(), 1, generator=generator)
+            logps.append(log_probs_SV.gather(1, chosen_S1))
+            tokens_ST = torch.cat([tokens_ST, chosen_S1], 1)
+        self._logits(tokens_ST[:, :-1])  # routes of the whole sequences, as a cache would keep them
+        prompt_SP = torch.zeros(NUM_SEQUENCES, NUM_PROMPT - 1)
+        return Rollout(
+            tokens_ST=tokens_ST, logp_mu_ST=torch.cat([prompt_SP, *logps], 1), table=self._table()
+        )
+
+    def _logits(self, tokens_ST):
+        positions_ST = torch.arange(tokens_ST.shape[1]).expand(len(tokens_ST), -1)
+        return self.chunk(tokens_ST, positions_ST, None).float()
+
+    def _table(self) -> RouteTable:
+        def by_sequence(name):
+            # Routers see [position, sequence] order.
+            values = torch.stack([getattr(r, name) for r in self.recorders], 1)
+            return values.unflatten(0, (NUM_TOKENS - 1, NUM_SEQUENCES)).swapaxes(0, 1).numpy()
+
+        ids_STLK, gates_STLK = by_sequence("ids_TK"), by_sequence("gates_TK")
+        return RouteTable.from_routes(
+            [
+                Routes(
+                    expert_ids_TLK=ids_TLK.astype(np.uint8),
+                    gate_probs_TLK=gates_TLK.astype(np.float16),
+                    layers=range(len(self.routers)),
+                    num_experts=self.routers[0].config.num_moe_experts,
+                )
+                for ids_TLK, gates_TLK in zip(ids_STLK, gates_STLK, strict=True)
+            ]
+        )
+
+
+def truncate(log_probs_SV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The distribution after top-p, renormalised, as an engine reports it."""
+    if top_p == 1.0:
+        return log_probs_SV
+    sorted_SV, order_SV = log_probs_SV.sort(descending=True)
+    before_SV = sorted_SV.exp().cumsum(-1) - sorted_SV.exp()
+    kept_SV = torch.zeros_like(before_SV, dtype=torch.bool).scatter(1, order_SV, before_SV < top_p)
+    return log_probs_SV.masked_fill(~kept_SV, -torch.inf).log_softmax(-1)
+
+
+def edited(table: RouteTable, edit) -> RouteTable:
+    """A copy of the table whose faulty layer's ids [S, T, K] went through `edit`."""
+    shape = (NUM_SEQUENCES, NUM_TOKENS - 1, table.model.top_k)
+    sequences = []
+    ids_LTK, gates_LTK = table.expert_ids_LTK.copy(), table.gate_probs_LTK.copy()
+    for values_LTK in (ids_LTK, gates_LTK):
+        is_ids = values_LTK is ids_LTK
+        values_STK = values_LTK[FAULTY_LAYER].reshape(shape)
+        values_LTK[FAULTY_LAYER] = edit(values_STK, is_ids).reshape(values_LTK.shape[1:])
+    for number in range(NUM_SEQUENCES):
+        rows = slice(table.offsets_S1[number], table.offsets_S1[number + 1])
+        sequences.append(
+            Routes(
+                expert_ids_TLK=np.ascontiguousarray(ids_LTK[:, rows].swapaxes(0, 1)),
+                gate_probs_TLK=np.ascontiguousarray(gates_LTK[:, rows].swapaxes(0, 1)),
+                layers=table.model.layers,
+                num_experts=table.model.num_experts,
+            )
+        )
+    return RouteTable.from_routes(sequences)
+
+
+def shift(values_STK, is_ids):
+    return np.roll(values_STK, 1, axis=1)
+
+
+def renumber(values_STK, is_ids):
+    experts = np.random.default_rng(3).permutation(8).astype(np.uint8)
+    return experts[values_STK] if is_ids else values_STK
+
+
+def examine(rank: int, folder: str) -> dict:
+    """Every fault through replay, metrics and attribution; what the tools then say of it."""
+    from megatron_worlds import megatron
+    from tiny_models import write_tiny_qwen3_moe
+
+    from routing_replay.megatron.model import build_model, transformer_config
+    from routing_replay.megatron.parallel import ParallelLayout
+    from routing_replay.megatron.weights import load_hf
+
+    checkpoint = write_tiny_qwen3_moe(Path(folder) / "old", top_k=2)
+    layout = ParallelLayout()
+    with megatron(layout):
+        config = transformer_config(checkpoint, layout)
+
+        def fresh(path):
+            chunks = build_model(config, layout)
+            load_hf(chunks, path)
+            return chunks
+
+        clean_engine = Engine(fresh(checkpoint)[0])
+        clean = clean_engine.sample()
+        coarse_engine = Engine(fresh(checkpoint)[0])
+        coarse_engine.coarse_router(FAULTY_LAYER)
+
+        def edit(how):
+            return dataclasses.replace(clean, table=edited(clean.table, how))
+
+        rollouts = {
+            "clean": clean,
+            "another seed": clean_engine.sample(seed=1),
+            "coarse router": coarse_engine.sample(),
+            "shifted": edit(shift),
+            "renumbered": edit(renumber),
+            "truncated": clean_engine.sample(top_p=TOP_P),
+        }
+        trainer = Trainer(fresh(checkpoint))
+        found = {name: trainer.look_at(rollout, folder, name) for name, rollout in rollouts.items()}
+        updated = fresh(checkpoint)
+        disturb(updated[0])
+        found["stale"] = Trainer(updated).look_at(
+            clean, folder, "stale", rollout_chunks=fresh(checkpoint)
+        )
+        return found
+
+
+def disturb(chunk) -> None:
+    """An update: every weight moves by 3 % of its matrix's size."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.03 * parameter.std() * noise)
+
+
+class Trainer:
+    """The attached model, and the tools looking at one rollout through it."""
+
+    def __init__(self, chunks):
+        from routing_replay.megatron.replay import attach
+
+        self.chunks = chunks
+        self.replay = attach(chunks, ReplayConfig(mode="R3", agreement_tokens=0))
+
+    def look_at(self, rollout: Rollout, folder: str, name: str, rollout_chunks=None) -> dict:
+        """Findings of a run of one step, the comparison of routes, and the attribution."""
+        batch = rollout.batch()
+        tool = load_tool()
+        scorer = tool.Scorer(self.chunks, self.replay, batch, rollout.table, 32, 1.0)
+        metrics = {}
+        counts_T = batch.mask_ST.flatten()
+        with torch.no_grad(), self.replay.replaying(rollout.table, record_live=True) as recorded:
+            logp_ST = self._logp(scorer)
+        metrics |= self.replay.metrics()
+        live_ST = self._logp(scorer)
+        logp_mu_T = batch.logp_mu_ST.flatten()
+        metrics |= policy_metrics(logp_ST.flatten(), logp_mu_T, counts_T)
+        metrics |= policy_metrics(live_ST.flatten(), logp_mu_T, counts_T, suffix="_live")
+        compared = compare_tables(rollout.table, recorded.table())
+        return {
+            "metrics": to_floats(metrics),
+            "findings": findings(to_floats(metrics), Path(folder) / f"run {name}"),
+            "explanations": {r.layer: r.explanation for r in compared.layers if r.explanation},
+            "attribution": self._attribute(tool, scorer, batch, rollout, rollout_chunks),
+        }
+
+    def _logp(self, scorer) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([logp_BT for _, logp_BT in scorer._run()])
+
+    def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
+        layers = rollout.table.model.layers
+        progress = Progress(None, {})
+        old = None
+        if rollout_chunks is not None:
+            trainer = Trainer(rollout_chunks)
+            old = tool.Scorer(rollout_chunks, trainer.replay, batch, rollout.table, 32, 1.0)
+        with tool.layer_switches(self.chunks) as chosen:
+
+            def score(variant: Variant):
+                if variant.is_rollout_weights:
+                    return old.score(variant, set())
+                return scorer.score(variant, chosen)
+
+            attribute(plan(layers, ("without",), old is not None), score, progress)
+        return summarize(layers, progress.sums)
+
+
+def findings(metrics: dict, run_dir: Path) -> list[str]:
+    """What `routing-replay report` would say."""
+    from routing_replay.report_data import read_run
+    from routing_replay.report_findings import findings_of
+    from routing_replay.telemetry import JsonLinesSink
+
+    JsonLinesSink(run_dir).write(0, metrics)
+    (run_dir / "config.json").write_text(json.dumps({"mode": "R3"}))
+    return [f"{found.severity}: {found.text}" for found in findings_of(read_run(run_dir))]
+
+
+def load_tool():
+    """tools/attribute_kl.py as a module; nothing imports tools/ by name."""
+    path = Path(__file__).parents[1] / "tools" / "attribute_kl.py"
+    spec = importlib.util.spec_from_file_location("attribute_kl", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
