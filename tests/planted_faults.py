@@ -202,12 +202,26 @@ def examine(rank: int, folder: str) -> dict:
         }
         trainer = Trainer(fresh(checkpoint))
         found = {name: trainer.look_at(rollout, folder, name) for name, rollout in rollouts.items()}
+        misloaded = fresh(checkpoint)
+        permute_experts(misloaded[0])
+        found["misloaded"] = Trainer(misloaded).look_at(clean, folder, "misloaded")
         updated = fresh(checkpoint)
         disturb(updated[0])
         found["stale"] = Trainer(updated).look_at(
             clean, folder, "stale", rollout_chunks=fresh(checkpoint)
         )
         return found
+
+
+def permute_experts(chunk) -> None:
+    """The faulty layer's experts behind another layer of the router's numbers."""
+    experts = chunk.decoder.layers[FAULTY_LAYER].mlp.experts.local_experts
+    before = [
+        {n: p.clone() for n, p in expert.state_dict().items() if p is not None}
+        for expert in experts
+    ]
+    for place, expert in enumerate(experts):
+        expert.load_state_dict(before[(place + 1) % len(before)], strict=False)
 
 
 def disturb(chunk) -> None:

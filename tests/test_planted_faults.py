@@ -48,6 +48,17 @@ def test_routes_that_are_not_the_rollouts_are_named_by_layer_and_cause(found, fa
     assert f"Replay makes layer {FAULTY_LAYER} worse" in text
 
 
+def test_experts_loaded_in_another_order_show_as_numerics_after_the_layer(found):
+    metrics = found["misloaded"]["metrics"]
+    firsts = {i: metrics[f"routing_replay/first_difference_layer_{i}"] for i in range(4)}
+    # The router is right, so routes part in the next layer, which gets another input.
+    assert max(firsts, key=firsts.get) == FAULTY_LAYER + 1
+    assert firsts[FAULTY_LAYER + 1] > 10 * firsts[FAULTY_LAYER]
+    parts = found["misloaded"]["attribution"].parts
+    assert parts["numerics"].value > 10 * abs(parts["routing"].value)
+    assert found["misloaded"]["explanations"] == {}
+
+
 def test_truncated_sampling_is_named_by_the_mean_ratio_and_no_layer_is_blamed(found):
     findings = found["truncated"]["findings"]
     assert len(findings) == 2 and not any("Layer" in text for text in findings)
