@@ -19,7 +19,7 @@ from routing_replay.sglang.server import Server, ServerOptions, launch
 from . import journal
 from .children import Child
 from .config import RecipeConfig, parse
-from .train import inputs_of
+from .inputs import inputs_of
 
 POLL_S = 0.25
 # How long the other side of a broken connection gets to say itself why it ended.
@@ -50,7 +50,7 @@ def run(config: RecipeConfig) -> None:
     run_dir = open_run(config)
     print(f"Run: {run_dir}", flush=True)
     prepare(config, run_dir)
-    base, _, _ = inputs_of(config)
+    base = inputs_of(config).base
     with contextlib.ExitStack() as stack:
         servers = [] if config.rollout.rollout_url else [start_server(config, run_dir, base)]
         for server in servers:

@@ -231,6 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     """One flag per key; a flag that is not given is None."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.minirl",
+        usage="%(prog)s [--preset NAME] [--config FILE.yaml] [FLAGS]",
         description="Reinforcement learning of a Mixture-of-Experts model: SGLang rollouts that "
         "return expert routes, updates in Megatron that replay them.",
         epilog="Every flag is also a key of the YAML file, with _ for -. Without flags the preset "

@@ -70,7 +70,12 @@ class Policy:
         chunks = build_model(self.model_config, self.layout)
         load_hf(chunks, checkpoint)
         self.chunks = [self._wrap(chunk) for chunk in chunks]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(t, dtype), self.chunks)
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(t, dtype),
+            self.chunks,
+            # With gloo as the backend there is no second set of groups for CPU tensors.
+            use_gloo_process_groups=torch.distributed.get_backend() != "gloo",
+        )
         self.replay = attach(self.chunks, config.replay)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,12 +26,13 @@ from routing_replay.metrics import Metric, merge, to_floats
 from routing_replay.objectives import advantages
 from routing_replay.table import RouteTable
 
-from . import checkpoints, tiny_model
+from . import checkpoints
 from .batch import Batch
 from .config import RecipeConfig
+from .inputs import inputs_of
 from .journal import Journal
 from .policy import Policy, Scores
-from .prompts import read_prompts, take
+from .prompts import take
 from .publish import write_weights
 from .rollout import Rollout, mean_reward
 
@@ -39,33 +41,32 @@ POLL_S = 0.02
 
 def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     """The whole run: what happens in a step stands here from top to bottom."""
-    base, train_prompts, heldout_prompts = inputs_of(config)
+    inputs = inputs_of(config)
     checkpoint = checkpoints.newest(run_dir)
     progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
-    policy = Policy(config, checkpoint or base)
+    policy = Policy(config, checkpoint or inputs.base)
     if checkpoint:
         checkpoints.load_trainer(policy, checkpoint)
     objective = config.make_objective()
     first_rank = FirstRank(run_dir / "scratch")
     rollout = journal = None
     if first_rank.is_me:
-        rollout = Rollout(config, urls, base, policy.replay.model)
+        rollout = Rollout(config, urls, inputs.base, policy.replay.model)
         journal = Journal(run_dir, progress.step, config.run.steps)
 
     def publish(step: int) -> None:
-        folder = write_weights(policy, run_dir / "weights", base)
-        first_rank.does(f"published_{step}", lambda: rollout.client.update_weights(folder, step))
+        folder = write_weights(policy, run_dir / "weights", inputs.base)
+        update = rollout.client.update_weights if rollout else None
+        first_rank.does(f"published_{step}", update, folder, step)
 
-    def evaluate(metrics: dict[str, float]) -> None:
-        samples = rollout.sample(heldout_prompts, 1, capture="off")
-        metrics["eval/reward"] = mean_reward(samples)
+    def evaluate() -> dict[str, float]:
+        return {"eval/reward": mean_reward(rollout.sample(inputs.heldout, 1, capture="off"))}
 
     publish(progress.step)
     if not progress.step:
-        metrics: dict[str, float] = {}
-        first_rank.does("evaluated_0", lambda: evaluate(metrics))
+        found = first_rank.does("evaluated_0", evaluate)
         if journal:
-            journal.write(0, metrics)
+            journal.write(0, found)
 
     for step in range(progress.step + 1, config.run.steps + 1):
         clock, scratch = Clock(journal), first_rank.new_folder(f"step_{step:06d}")
@@ -73,15 +74,13 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         # 1. Rollout and rewards, on the first rank.
         with clock("rollout"):
             prompts = take(
-                train_prompts,
+                inputs.prompts,
                 progress.prompts_consumed,
                 config.data.prompts_per_step,
                 config.run.seed,
             )
-            found: dict[str, float] = {}
-            first_rank.does(
-                f"sampled_{step}",
-                lambda: found.update(sample_batch(policy, rollout, prompts, scratch)),
+            found = first_rank.does(
+                f"sampled_{step}", sample_batch, policy, rollout, prompts, scratch
             )
             batch, table = open_batch(scratch)
 
@@ -114,23 +113,14 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         )
         if is_due(step, config.run.evaluate_every, config.run.steps):
             with clock("evaluation"):
-                first_rank.does(f"evaluated_{step}", lambda: evaluate(found))
+                found |= first_rank.does(f"evaluated_{step}", evaluate)
         if journal:
             journal.write(step, found | to_floats(metrics_of_ranks) | clock.times())
         if is_due(step, config.run.checkpoint_every, config.run.steps):
-            checkpoints.save(policy, run_dir, progress, base)
+            checkpoints.save(policy, run_dir, progress, inputs.base)
         first_rank.remove(scratch)
     if journal:
         journal.close()
-
-
-def inputs_of(config: RecipeConfig):
-    """The checkpoint that training starts from, training prompts, held-out prompts."""
-    is_tiny = config.model.model == "tiny"
-    base = tiny_model.checkpoint_folder(config) if is_tiny else Path(config.model.model)
-    train_prompts = read_prompts(config.data.prompts or base / "train.jsonl")
-    heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
-    return base, train_prompts, heldout[: config.data.heldout_limit or None]
 
 
 def sample_batch(policy: Policy, rollout: Rollout, prompts, scratch: Path) -> dict[str, float]:
@@ -224,14 +214,19 @@ class FirstRank:
             folder.mkdir(parents=True)
         dist.barrier()
 
-    def does(self, name: str, work: Callable[[], object]) -> None:
-        """The first rank works; nobody goes on before it is done."""
-        marker = self.folder / name
+    def does(self, name: str, work: Callable, *args) -> dict[str, float]:
+        """The first rank calls `work(*args)`; nobody goes on before it is done.
+
+        Returns:
+            The metrics that it returned; nothing on the other ranks.
+        """
+        marker, metrics = self.folder / name, {}
         if self.is_me:
-            work()
+            metrics = work(*args) or {}
             marker.touch()
         while not marker.exists():
             time.sleep(POLL_S)
+        return metrics
 
     def new_folder(self, name: str) -> Path:
         """A folder for files of the first rank that the others open."""
@@ -277,10 +272,12 @@ def main(argv: list[str] | None = None) -> int:
     values = json.loads((arguments.run_dir / "config.json").read_text())
     try:
         train(RecipeConfig.from_mapping(values), arguments.run_dir, arguments.rollout_url)
-    except RoutingReplayError as error:
+    except Exception as error:
+        is_bug = not isinstance(error, RoutingReplayError)
+        message = f"{type(error).__name__} in the trainer: {error}" if is_bug else str(error)
         rank = os.environ.get("RANK", "0")
-        (arguments.run_dir / f"error_rank_{rank}.txt").write_text(str(error))
-        print(f"error: {error}", file=sys.stderr)
+        (arguments.run_dir / f"error_rank_{rank}.txt").write_text(message)
+        traceback.print_exc()
         # The other ranks are inside collectives; leaving the group in order would wait for them.
         sys.stderr.flush()
         os._exit(1)

@@ -1,0 +1,51 @@
+"""What a run starts from: a checkpoint, training prompts, held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from routing_replay.errors import CheckpointError
+
+from .config import RecipeConfig
+from .prompts import Prompt, read_prompts
+from .tiny_model import checkpoint_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Checkpoint and prompts.
+
+    Args:
+        base: Hugging Face checkpoint: first weights, config and tokenizer.
+        prompts: For training.
+        heldout: For evaluation.
+    """
+
+    base: Path
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+
+
+def inputs_of(config: RecipeConfig) -> Inputs:
+    """The inputs of a configuration; a tiny model must have been prepared.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+        DataError: A broken prompt file.
+    """
+    is_tiny = config.model.model == "tiny"
+    base = checkpoint_folder(config) if is_tiny else Path(config.model.model)
+    if not (base / "config.json").is_file():
+        raise CheckpointError(
+            "there is no checkpoint",
+            expected="a folder with config.json, tokenizer and safetensors files",
+            where=base,
+            fix="Download the model first and name its folder with --model",
+        )
+    heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
+    return Inputs(
+        base=base,
+        prompts=read_prompts(config.data.prompts or base / "train.jsonl"),
+        heldout=heldout[: config.data.heldout_limit or None],
+    )
