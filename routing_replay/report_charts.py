@@ -16,6 +16,8 @@ from .report_data import mean
 # A chart is at most about this many points wide on any screen; longer runs are averaged.
 MAX_POINTS = 400
 NUM_TICKS = 4
+# So few points are marked, so that a lone one is seen.
+MAX_DOTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], is_log: bool = F
         "last": last,
     }
     caption += " Logarithmic scale." if is_log else ""
-    plot = _plot(svg, [(tick, scale.place(tick)) for tick in scale.ticks], first, last)
+    ticks = [(scale.label(tick), scale.place(tick)) for tick in scale.ticks]
+    plot = _plot(svg, ticks, first, last)
     return _figure(title, caption, _legend(lines), plot, data)
 
 
@@ -155,12 +158,22 @@ class _Scale:
             ticks = tuple(low * 10.0**i for i in range(0, decades + 1, stride))
             return cls(low=low, high=high, is_log=True, ticks=ticks)
         if high == low:
-            low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+            low, high = low - abs(low) / 2, high + (abs(high) / 2 or 1.0)
         step = _nice((high - low) / NUM_TICKS)
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
         count = round((high - low) / step)
         ticks = tuple(low + i * step for i in range(count + 1))
         return cls(low=low, high=high, is_log=False, ticks=ticks)
+
+    def label(self, tick: float) -> str:
+        """Enough digits to tell neighbouring ticks apart."""
+        if self.is_log or len(self.ticks) < 2:
+            return _short(tick)
+        step = self.ticks[1] - self.ticks[0]
+        if max(abs(self.low), abs(self.high)) < 1e-3 or step >= 1e3:
+            return _short(tick)
+        decimals = next(d for d in range(17) if abs(round(step, d) - step) < 1e-6 * step)
+        return f"{tick:.{decimals}f}"
 
     def place(self, value: float) -> float:
         """Percent of the height from below."""
@@ -186,7 +199,11 @@ def _path(line: Line, scale: _Scale, first: int, last: int) -> str:
         commands.append(f"L{x:.2f} {y:.2f}" if is_down else f"M{x:.2f} {y:.2f}h0")
         is_down = True
     kind = "line dashed" if line.dashed else "line"
-    return f'<path class="{kind} series-{line.color % 8}" d="{"".join(commands)}"/>'
+    color, dots = f"series-{line.color % 8}", ""
+    if len(commands) <= MAX_DOTS:
+        places = "".join(f"M{command[1:].removesuffix('h0')}h0" for command in commands)
+        dots = f'<path class="dots {color}" d="{places}"/>'
+    return f'<path class="{kind} {color}" d="{"".join(commands)}"/>{dots}'
 
 
 def _shortened(line: Line) -> Line:
@@ -237,9 +254,7 @@ def _png(levels: Sequence[Sequence[int | None]]) -> str:
 
 def _plot(content: str, ticks, first: int, last: int) -> str:
     labels = "".join(
-        f'<span style="bottom:{place:.2f}%">'
-        f"{html.escape(tick if isinstance(tick, str) else _short(tick))}</span>"
-        for tick, place in ticks
+        f'<span style="bottom:{place:.2f}%">{html.escape(label)}</span>' for label, place in ticks
     )
     return (
         f'<div class="plot"><div class="y">{labels}</div><div class="area">{content}'

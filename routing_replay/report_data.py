@@ -37,14 +37,14 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def recent(self, name: str) -> float | None:
-        """Mean of a metric over the last quarter of the steps; None if there is no value."""
-        values = self.series.get(name, [])
+        """Mean of a metric over the last quarter of its values; None if there is none."""
+        values = [value for value in self.series.get(name, []) if value is not None]
         start = len(values) - max(1, round(len(values) * RECENT_SHARE))
         return mean(values[max(start, 0) :])
 
     def earliest(self, name: str) -> float | None:
-        """Mean of a metric over the first quarter of the steps."""
-        values = self.series.get(name, [])
+        """Mean of a metric over the first quarter of its values."""
+        values = [value for value in self.series.get(name, []) if value is not None]
         return mean(values[: max(1, round(len(values) * RECENT_SHARE))])
 
     def layers(self, metric: str) -> list[int]:

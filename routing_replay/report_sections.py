@@ -292,7 +292,11 @@ def all_metrics(runs: Sequence[Run]) -> str:
 
 
 def _line(run: Run, name: str, label: str, color: int, dashed: bool = False) -> Line:
-    return Line(label=label, steps=run.steps, values=run.series[name], color=color, dashed=dashed)
+    points = list(zip(run.steps, run.series[name], strict=True))
+    if name in EVALUATION_NAMES:  # measured now and then: connect what there is
+        points = [point for point in points if point[1] is not None]
+    steps, values = ([point[i] for point in points] for i in (0, 1))
+    return Line(label=label, steps=steps, values=values, color=color, dashed=dashed)
 
 
 def _text(value: float | None, percent: bool = False) -> str:

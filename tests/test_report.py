@@ -205,7 +205,8 @@ def test_values_that_are_not_finite_are_gaps_not_points(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text(text)
     run = read_run(tmp_path / "run")
     assert run.series["x"] == [None, 2.0, None]
-    assert run.recent("x") is None and run.notes == ("The run has no config.json.",)
+    assert run.recent("x") == 2.0 and run.recent("y") is None
+    assert run.notes == ("The run has no config.json.",)
 
 
 def test_a_line_is_drawn_where_its_values_are():
@@ -214,6 +215,19 @@ def test_a_line_is_drawn_where_its_values_are():
     # Scale 0..1 (ticks each 0.25), steps 0..4: (0, 100), (25, 0), a gap, and (100, 50).
     assert 'd="M0.00 100.00h0L25.00 0.00M100.00 50.00h0"' in text
     assert line_chart("t", "c", [Line(label="a", steps=[0], values=[None])]) == ""
+
+
+def test_ticks_are_told_apart_and_a_constant_zero_stays_at_the_bottom():
+    close = line_chart("t", "c", [Line(label="a", steps=[0, 1], values=[0.9998, 0.9999])])
+    assert {"0.999800", "0.999825"} <= set(re.findall(r"%\">([\d.]+)<", close))
+    zero = line_chart("t", "c", [Line(label="a", steps=[0, 1], values=[0.0, 0.0])])
+    assert 'd="M0.00 100.00h0L100.00 100.00"' in zero
+
+
+def test_evaluations_are_connected_across_the_steps_without_one(tmp_path):
+    rows = [{"step": s, **({"eval/reward": s / 8} if s % 4 == 0 else {})} for s in range(9)]
+    page = write_report([write_run(tmp_path / "run", rows)], tmp_path / "r.html").read_text()
+    assert 'd="M0.00 100.00h0L50.00 50.00L100.00 0.00"' in page
 
 
 def test_a_long_run_is_averaged_into_few_points():
