@@ -91,3 +91,11 @@ class Stamps:
             return np.full(len(stamp_T), -1, np.int64)
         version_T = np.array(self.versions, np.int64)[stamp_T // len(Origin)]
         return np.where(stamp_T == NOT_WRITTEN, -1, version_T)
+
+
+def parse_version(text) -> int:
+    """A weight version as a number; -1 where nobody named it or it is none."""
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        return -1

@@ -11,7 +11,10 @@ import httpx
 
 from ..errors import ServerError
 from ..payload import ModelShape
+from .probe import ProbeReport, probe
 from .requests import Completion, GenerateRequest, completion_of
+
+__all__ = ["ClientOptions", "ProbeReport", "RolloutClient", "probe"]
 
 # Statuses that another try, or another server, may cure; the rest is the request's own fault.
 RETRIED = (408, 425, 429, 500, 502, 503, 504)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from . import cpu
+from . import cpu, versions
 from .settings import OURS, CaptureSettings
+
+CAPTURER = "state_capturer.routed_experts.RoutedExpertsCapturer"
+ROUTER = "layers.moe.topk._post_process_topk_ids"
 
 
 def register() -> None:
@@ -14,25 +17,41 @@ def register() -> None:
 
     Raises:
         ConfigError: Settings in the environment that cannot be.
+        ServerError: An SGLang of an unknown version.
     """
     cpu.enable_cpu()
     if CaptureSettings.from_environment().level not in OURS:
         return
+    versions.check_version()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from .capturer import Capturer
 
-    for target, hook, kind in (
-        ("state_capturer.routed_experts.RoutedExpertsCapturer", Capturer, HookType.REPLACE),
-        ("layers.moe.topk._post_process_topk_ids", _with_logits, HookType.AROUND),
-        (f"{PROCESSOR}._maybe_collect_routed_experts", _collect, HookType.AROUND),
-        (f"{PROCESSOR}.process_batch_result_prefill", _before_prefill_result, HookType.BEFORE),
-        ("managers.schedule_batch.release_req", _before_release, HookType.BEFORE),
-    ):
-        HookRegistry.register(f"sglang.srt.{target}", hook, kind)
+    HookRegistry.register(_full(CAPTURER), Capturer, HookType.REPLACE)
+    for target, hook in _hooks().items():
+        HookRegistry.register(target, hook, HookType.AROUND)
 
 
-PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+def targets() -> list[str]:
+    """Everything that must be hooked for the rows to be true."""
+    return [_full(CAPTURER), *_hooks()]
+
+
+def _hooks() -> dict:
+    hooks = {
+        ROUTER: _route,
+        versions.collect_target(): _collect,
+        versions.prefill_result_target(): _process_prefill,
+        versions.release_target(): _release,
+        versions.rename_target(): _rename_weights,
+        versions.output_target(): _output,
+        **dict.fromkeys(versions.update_targets(), _update_weights),
+    }
+    return {_full(target): hook for target, hook in hooks.items() if target is not None}
+
+
+def _full(target: str) -> str:
+    return f"sglang.srt.{target}"
 
 
 def _capturer():
@@ -41,33 +60,71 @@ def _capturer():
     return get_global_experts_capturer()
 
 
-def _with_logits(post_process, *arguments, **named):
+def _route(stock, *arguments, **named):
     capturer = _capturer()
     if capturer is None:
-        return post_process(*arguments, **named)
+        return stock(*arguments, **named)
     # SGLang names its arguments here in every version; their order is not the same in all.
     with capturer.routing(named["router_logits"], named["topk_config"]):
-        return post_process(*arguments, **named)
+        return stock(*arguments, **named)
 
 
-def _collect(stock, processor, req) -> None:
+def _collect(stock, scheduler, req):
     from .rows import collect
 
     capturer = _capturer()
     if capturer is not None and req.return_routed_experts:
-        req.routed_experts = collect(capturer, req, processor.req_to_token_pool)
+        req.routed_experts = collect(capturer, req, scheduler.req_to_token_pool)
 
 
-def _before_prefill_result(processor, batch, result) -> None:
+def _process_prefill(stock, scheduler, batch, result, *arguments, **named):
     from .rows import keep_prefill
 
     if _capturer() is not None:
         keep_prefill(batch, result)
+    return stock(scheduler, batch, result, *arguments, **named)
 
 
-def _before_release(*, req, req_to_token_pool, **others) -> None:
+def _release(stock, *arguments, **named):
     from .rows import keep_retracted
 
     capturer = _capturer()
     if capturer is not None:
-        keep_retracted(capturer, req, req_to_token_pool)
+        keep_retracted(capturer, *versions.released(*arguments, **named))
+    return stock(*arguments, **named)
+
+
+def _update_weights(stock, owner, recv_req, *arguments, **named):
+    from .capture import parse_version
+
+    capturer = _capturer()
+    # Until the update has succeeded under a name, nobody can name the weights.
+    if capturer is not None:
+        capturer.weight_version = parse_version(None)
+    result = stock(owner, recv_req, *arguments, **named)
+    if capturer is not None and result.success:
+        capturer.weight_version = parse_version(recv_req.weight_version)
+    return result
+
+
+def _rename_weights(stock, scheduler, recv_req):
+    from .capture import parse_version
+
+    capturer = _capturer()
+    if capturer is not None:
+        capturer.weight_version = parse_version(recv_req.new_version)
+    return stock(scheduler, recv_req)
+
+
+def _output(stock, scheduler, reqs, *arguments, **named):
+    """SGLang 0.5.12: let every request of a mixed batch take its place in the list of routes."""
+    others = [req for req in reqs if not req.return_routed_experts]
+    if len(others) == len(reqs):
+        return stock(scheduler, reqs, *arguments, **named)
+    try:
+        for req in others:
+            req.return_routed_experts = True
+        return stock(scheduler, reqs, *arguments, **named)
+    finally:
+        for req in others:
+            req.return_routed_experts = False

@@ -15,7 +15,7 @@ was returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..payload import encode
 from ..routes import Origin, compact_dtype
 from . import versions
 from .capture import NOT_WRITTEN, unpack
+from .logits import SampledLogits
 from .settings import OURS, REQUEST_KEY
 
 ATTRIBUTE = "routing_replay_rows"
@@ -36,10 +37,21 @@ class KeptRows:
     start: int
     packed_TLK: np.ndarray
     stamp_T: np.ndarray
+    logits: SampledLogits | None
 
     @property
     def stop(self) -> int:
         return self.start + len(self.stamp_T)
+
+    def part(self, low: int, high: int, shift: int = 0) -> KeptRows:
+        """The rows low .. high - 1, renumbered by `shift`; copies, the step's buffers are huge."""
+        rows = slice(low - self.start, high - self.start)
+        return KeptRows(
+            start=low + shift,
+            packed_TLK=self.packed_TLK[rows].copy(),
+            stamp_T=self.stamp_T[rows].copy(),
+            logits=None if self.logits is None else self.logits.within(low, high, shift),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,13 +89,14 @@ def keep_prefill(batch, result) -> None:
     output.num_decode_rows = len(batch.decoding_reqs or ())
     output.finalize()
     result.routed_experts_output = None
-    packed_TLK, stamp_T = output.topk.numpy(), output.stamp_T()
+    step = KeptRows(
+        start=0, packed_TLK=output.topk.numpy(), stamp_T=output.stamp_T(), logits=output.logits()
+    )
     at = 0
     for req, (start, num_rows) in zip(batch.reqs, output.extents, strict=False):
-        rows = slice(at, at + num_rows)
-        at += num_rows
         if req.return_routed_experts and not req.is_retracted:
-            _keep(req, start, packed_TLK[rows], stamp_T[rows])
+            _keep(req, step.part(at, at + num_rows, shift=start - at))
+        at += num_rows
 
 
 def keep_retracted(capturer, req, req_to_token_pool) -> None:
@@ -99,20 +112,20 @@ def keep_retracted(capturer, req, req_to_token_pool) -> None:
         # Nothing was sampled yet; the next prefill is the first whose log-probs count.
         setattr(req, ATTRIBUTE, [])
         return
-    packed_TLK, stamp_T = _rows(capturer, req, req_to_token_pool, 0, stop)
-    setattr(req, ATTRIBUTE, [KeptRows(start=0, packed_TLK=packed_TLK, stamp_T=stamp_T)])
+    setattr(req, ATTRIBUTE, [_rows(capturer, req, req_to_token_pool, 0, stop)])
 
 
 def collect(capturer, req, req_to_token_pool) -> torch.Tensor:
     """What the request's answer carries: our payload, or stock's rows if it asked for those."""
     start = req.routed_experts_start_len
     stop = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
-    packed_TLK, stamp_T = _rows(capturer, req, req_to_token_pool, min(start, stop), stop)
+    start = min(start, stop)
+    rows = _rows(capturer, req, req_to_token_pool, start, stop)
     level = level_of(req)
     if level is None:
-        return _stock_rows(capturer, packed_TLK, stamp_T)
-    rows = _collected(capturer, packed_TLK, stamp_T, level)
-    return torch.frombuffer(bytearray(encode(rows, start=min(start, stop))), dtype=torch.uint8)
+        return _stock_rows(capturer, rows)
+    payload = encode(_collected(capturer, rows, level), start=start)
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
 def level_of(req) -> str | None:
@@ -122,65 +135,109 @@ def level_of(req) -> str | None:
     return level if level in OURS else None
 
 
-def _keep(req, start: int, packed_TLK: np.ndarray, stamp_T: np.ndarray) -> None:
+def _keep(req, new: KeptRows) -> None:
     kept = getattr(req, ATTRIBUTE, None)
     if kept is None:
         kept = []
         setattr(req, ATTRIBUTE, kept)
     # Prefilled again after a retraction: what is known already came first.
-    known = max((rows.stop for rows in kept), default=0) - start
-    if known < len(stamp_T):
-        new = slice(max(known, 0), None)
-        start += new.start
-        kept.append(KeptRows(start=start, packed_TLK=packed_TLK[new].copy(), stamp_T=stamp_T[new]))
+    known = max((rows.stop for rows in kept), default=0)
+    if known < new.stop:
+        kept.append(new if known <= new.start else new.part(known, new.stop))
 
 
-def _rows(capturer, req, req_to_token_pool, start: int, stop: int):
-    """Packed rows and stamps of [start, stop), from the slots and then from what was kept."""
-    shape = (stop - start, capturer.num_layers, capturer.topk_size)
+def _rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
+    """The rows start .. stop - 1: what was kept, and the slots for the rest."""
+    rows = _slot_rows(capturer, req, req_to_token_pool, start, stop)
+    logits = [] if rows.logits is None else [rows.logits]
+    for kept in getattr(req, ATTRIBUTE, ()):
+        low, high = max(start, kept.start), min(stop, kept.stop)
+        if low >= high:
+            continue
+        part = kept.part(low, high)
+        rows.packed_TLK[low - start : high - start] = part.packed_TLK
+        rows.stamp_T[low - start : high - start] = part.stamp_T
+        if part.logits is not None:
+            logits = [*_outside(logits, low, high), part.logits]
+    return replace(rows, logits=_joined(logits) if logits else None)
+
+
+def _slot_rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
     pool_index = versions.req_pool_index(req)
     if pool_index is None or not req.output_ids:
         # Without slots, or ended before its prefill was complete: they hold anything.
-        packed_TLK, stamp_T = np.zeros(shape, np.int32), np.full(shape[0], NOT_WRITTEN, np.int32)
-    else:
-        slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long()
-        packed_TLK = capturer.host_cache.buffer[slots_T].numpy()
-        stamp_T = capturer.stamps.stamp_N[slots_T.numpy()]
-    for kept in getattr(req, ATTRIBUTE, ()):
-        low, high = max(start, kept.start), min(stop, kept.stop)
-        if low < high:
-            there = slice(low - kept.start, high - kept.start)
-            packed_TLK[low - start : high - start] = kept.packed_TLK[there]
-            stamp_T[low - start : high - start] = kept.stamp_T[there]
-    return packed_TLK, stamp_T
+        shape = (stop - start, capturer.num_layers, capturer.topk_size)
+        stamp_T = np.full(stop - start, NOT_WRITTEN, np.int32)
+        return KeptRows(
+            start=start, packed_TLK=np.zeros(shape, np.int32), stamp_T=stamp_T, logits=None
+        )
+    slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long()
+    logits = None
+    if capturer.sampler is not None:
+        logits = capturer.sampler.of_slots(slots_T.numpy())
+        logits = logits.within(0, stop - start, shift=start)
+    return KeptRows(
+        start=start,
+        packed_TLK=capturer.host_cache.buffer[slots_T].numpy(),
+        stamp_T=capturer.stamps.stamp_N[slots_T.numpy()],
+        logits=logits,
+    )
 
 
-def _stock_rows(capturer, packed_TLK: np.ndarray, stamp_T: np.ndarray) -> torch.Tensor:
-    ids_TLK = unpack(packed_TLK)[0] if capturer.settings.has_gates else packed_TLK
-    return torch.from_numpy(np.where((stamp_T != NOT_WRITTEN)[:, None, None], ids_TLK, 0))
+def _outside(parts: list[SampledLogits], low: int, high: int) -> list[SampledLogits]:
+    """The logits of rows before `low` and from `high` on."""
+    sides = ((0, low), (high, np.iinfo(np.int64).max))
+    return [part.within(*side, shift=0) for part in parts for side in sides]
 
 
-def _collected(capturer, packed_TLK, stamp_T, level: str) -> CollectedRows:
-    layers = tuple(sorted(capturer.layers))
-    packed_TLK = packed_TLK[:, list(layers)]
-    gates_TLK = None
-    ids_TLK = packed_TLK
+def _joined(parts: list[SampledLogits]) -> SampledLogits:
+    rows_N = np.concatenate([part.rows_N for part in parts])
+    order_N = np.argsort(rows_N)
+    values_NLE = np.concatenate([part.values_NLE for part in parts])
+    return SampledLogits(rows_N=rows_N[order_N], values_NLE=values_NLE[order_N])
+
+
+def _stock_rows(capturer, rows: KeptRows) -> torch.Tensor:
+    """As SGLang sends them: all layers, int32; a row that nobody wrote is zero."""
+    ids_TLK = rows.packed_TLK
     if capturer.settings.has_gates:
-        ids_TLK, gates_TLK = unpack(packed_TLK)
-    covered_T = stamp_T != NOT_WRITTEN
-    if gates_TLK is None or level == "ids" or np.isnan(gates_TLK[covered_T]).any():
-        gates_TLK = None
-    else:
-        gates_TLK[~covered_T] = 0
+        ids_TLK = unpack(ids_TLK)[0]
+    return torch.from_numpy(np.where((rows.stamp_T != NOT_WRITTEN)[:, None, None], ids_TLK, 0))
+
+
+def _collected(capturer, rows: KeptRows, level: str) -> CollectedRows:
+    layers = sorted(capturer.layers)
+    ids_TLK, gates_TLK = rows.packed_TLK[:, layers], None
+    if capturer.settings.has_gates:
+        ids_TLK, gates_TLK = unpack(ids_TLK)
+    covered_T = rows.stamp_T != NOT_WRITTEN
     ids_TLK = ids_TLK.astype(compact_dtype(capturer.num_experts))
     ids_TLK[~covered_T] = 0
     return CollectedRows(
         expert_ids_TLK=ids_TLK,
-        layers=layers,
+        layers=tuple(layers),
         num_experts=capturer.num_experts,
         covered_T=covered_T,
-        gate_probs_TLK=gates_TLK,
-        router_logits=None,
-        origin_T=np.where(covered_T, capturer.stamps.origin(stamp_T), Origin.ABSENT),
-        weight_version_T=capturer.stamps.weight_version(stamp_T),
+        gate_probs_TLK=None if level == "ids" else _known_gates(gates_TLK, covered_T),
+        router_logits=_logits_of(rows, layers, covered_T) if level == "logits" else None,
+        origin_T=np.where(covered_T, capturer.stamps.origin(rows.stamp_T), Origin.ABSENT),
+        weight_version_T=capturer.stamps.weight_version(rows.stamp_T),
+    )
+
+
+def _known_gates(gates_TLK: np.ndarray | None, covered_T: np.ndarray) -> np.ndarray | None:
+    """The gates if every covered row has them all."""
+    if gates_TLK is None or np.isnan(gates_TLK[covered_T]).any():
+        return None
+    gates_TLK[~covered_T] = 0
+    return gates_TLK
+
+
+def _logits_of(rows: KeptRows, layers: list[int], covered_T) -> SampledLogits | None:
+    if rows.logits is None:
+        return None
+    rows_N = rows.logits.rows_N - rows.start
+    known_N = covered_T[rows_N]
+    return SampledLogits(
+        rows_N=rows_N[known_N], values_NLE=rows.logits.values_NLE[known_N][:, layers]
     )

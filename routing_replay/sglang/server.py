@@ -23,6 +23,7 @@ from .settings import CaptureSettings
 HOST = "127.0.0.1"
 GUARD = Path(__file__).with_name("guard.py")
 LAST_LINES = 20
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 POLL_S = 0.25
 # guard.py waits 3 s for the server; more than this means that the guard itself hangs.
 STOP_S = 10.0
@@ -144,9 +145,8 @@ def command_line(model_path: Path, options: ServerOptions, port: int) -> list[st
     command += cpu.server_arguments()
     if options.capture != "off":
         command.append("--enable-return-routed-experts")
-    if not any(
-        (model_path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
+    # A name on the hub is no folder; SGLang finds its tokenizer there.
+    if model_path.is_dir() and not any((model_path / name).exists() for name in TOKENIZERS):
         command.append("--skip-tokenizer-init")
     return command + [str(argument) for argument in options.arguments]
 

@@ -1,0 +1,92 @@
+"""Full router logits of a random sample of tokens, kept by KV slot like the rows.
+
+A device buffer holds the logits of one step. After the step a fresh random choice of its rows goes
+to the host with the other results, into a ring of fixed size; a slot that is written again loses
+its logits, and a full ring forgets its oldest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# A ring as large as the expected sample would forget live rows half of the time.
+RING_SLACK = 1.5
+NONE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledLogits:
+    """Logits of some rows of a range of rows; the rows are ascending."""
+
+    rows_N: np.ndarray
+    values_NLE: np.ndarray
+
+    def within(self, low: int, high: int, shift: int) -> SampledLogits:
+        """Those of the rows low .. high - 1, with their numbers moved by `shift`."""
+        kept_N = (self.rows_N >= low) & (self.rows_N < high)
+        return SampledLogits(
+            rows_N=self.rows_N[kept_N] + shift, values_NLE=self.values_NLE[kept_N].copy()
+        )
+
+
+class LogitSampler:
+    """The buffers; memory is bounded and allocated once.
+
+    Args:
+        shape: Tokens of the largest step, layers, experts.
+        num_slots: KV slots of the server.
+        fraction: Of the tokens, in (0, 1].
+        device: Where the model runs.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], num_slots: int, fraction: float, device):
+        # float32: the exact divergence is the purpose, and routers compute in it anyway.
+        self.step_TLE = torch.zeros(shape, dtype=torch.float32, device=device)
+        num_kept = max(1, int(num_slots * fraction * RING_SLACK))
+        self.ring_RLE = np.zeros((num_kept, *shape[1:]), np.float32)
+        self.entry_of_slot = np.full(num_slots, NONE, np.int64)
+        self.slot_of_entry = np.full(num_kept, NONE, np.int64)
+        self.fraction = fraction
+        self._next = 0
+        self._random = np.random.default_rng(0)
+
+    @property
+    def device_bytes(self) -> int:
+        return self.step_TLE.numel() * self.step_TLE.element_size()
+
+    @property
+    def host_bytes(self) -> int:
+        return self.ring_RLE.nbytes + self.entry_of_slot.nbytes + self.slot_of_entry.nbytes
+
+    def write(self, layer: int, logits_TE: torch.Tensor) -> None:
+        """One layer's logits of the step; inside graphs, so static shapes and no sync."""
+        self.step_TLE[: logits_TE.shape[0], layer] = logits_TE
+
+    def sample(self, num_rows: int) -> tuple[np.ndarray, torch.Tensor]:
+        """A fresh choice of a step's rows, made on the host, and their logits on the device."""
+        rows_N = np.flatnonzero(self._random.random(num_rows) < self.fraction)
+        rows_N = rows_N[: len(self.ring_RLE)]
+        index_N = torch.from_numpy(rows_N).to(self.step_TLE.device, non_blocking=True)
+        return rows_N, self.step_TLE[index_N]
+
+    def keep(self, slots_T: np.ndarray, rows_N: np.ndarray, values_NLE: np.ndarray) -> None:
+        """Note that a step wrote these slots, and keep the logits of some of its rows."""
+        self.entry_of_slot[slots_T] = NONE
+        entries_N = (self._next + np.arange(len(rows_N))) % len(self.ring_RLE)
+        self._next = int(self._next + len(rows_N)) % len(self.ring_RLE)
+        old_N = self.slot_of_entry[entries_N]
+        # A slot may have got another entry since; only its current one is forgotten.
+        is_current_N = (old_N != NONE) & (self.entry_of_slot[old_N] == entries_N)
+        self.entry_of_slot[old_N[is_current_N]] = NONE
+        self.ring_RLE[entries_N] = values_NLE
+        self.slot_of_entry[entries_N] = slots_T[rows_N]
+        self.entry_of_slot[slots_T[rows_N]] = entries_N
+
+    def of_slots(self, slots_T: np.ndarray) -> SampledLogits:
+        """The logits that are known of some slots; rows are positions in `slots_T`."""
+        entries_T = self.entry_of_slot[slots_T]
+        rows_N = np.flatnonzero(entries_T != NONE)
+        return SampledLogits(rows_N=rows_N, values_NLE=self.ring_RLE[entries_T[rows_N]])
