@@ -178,10 +178,6 @@ def _coverage_findings(run: Run) -> list[Finding]:
     if coverage is not None and coverage == 0:
         text = "Nothing was replayed: the server or a gateway dropped the routes (see doctor)."
         found.append(Finding(severity="bad", text=text))
-    missing = run.recent("routing_replay/missing_fraction")
-    if missing:
-        text = f"{_percent(missing)} of tokens had no routes and took the live ones."
-        found.append(Finding(severity="warn", text=text))
     return found
 
 

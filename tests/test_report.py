@@ -130,10 +130,6 @@ def test_a_healthy_run_has_no_findings(healthy):
             "replayed are not the ones that the rollout took.",
         ),
         (
-            {"routing_replay/missing_fraction": 0.1},
-            "warn: 10 % of tokens had no routes and took the live ones.",
-        ),
-        (
             {"train_infer/kl_k1": 0.03, "train_infer/kl_k3": 1e-3, "train_infer/kl_k3_live": 4e-3},
             "bad: The mean of pi / mu is 0.971 instead of 1: the engine's log-probs are of a "
             "truncated distribution (top-p, top-k, min-p) that the trainer does not apply.",

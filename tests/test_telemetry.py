@@ -3,11 +3,16 @@
 import argparse
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from routing_replay.agreement import LayerAgreement
 from routing_replay.errors import ConfigError
+from routing_replay.policy_kl import decomposed_metrics
 from routing_replay.telemetry import (
     HEAT_PIXELS,
     JsonLinesSink,
@@ -17,6 +22,8 @@ from routing_replay.telemetry import (
     add_arguments,
     open_sinks,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 class Writer:
@@ -122,3 +129,37 @@ def test_a_real_tensorboard_file_holds_the_scalar(tmp_path):
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(7, 0.25)]
+
+
+# Prefixes of everything that goes to a sink; a metric under another prefix needs its row, too.
+EMITTED = re.compile(
+    r"[\"']((?:routing_replay|train_infer|objective|rollout|eval)/[a-z][a-z0-9_]*[a-z0-9])[\"']"
+)
+# Names of other recipes that a report understands; nothing here emits them.
+ONLY_READ = {"rollout/reward"}
+
+
+def documented_names():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    return set(re.findall(r"`([a-z_]+(?:/[a-z0-9_{}]+)?)`", text))
+
+
+def plain(name):
+    """As the page writes it: one prefix for the three ratios, no `_live`, `{i}` for the layer."""
+    name = re.sub(r"^(staleness|off_policy)/", "train_infer/", name.removesuffix("_live"))
+    return re.sub(r"_layer_\d+$", "_layer_{i}", name)
+
+
+def test_every_metric_that_the_core_emits_is_documented():
+    agreement = LayerAgreement([0, 3], num_rows=4, has_gates=True, has_logits=True)
+    logp_T, mask_T = torch.zeros(2), torch.ones(2, dtype=torch.bool)
+    policies = decomposed_metrics(logp_T, logp_T, logp_T, mask_T, suffix="_live")
+    names = {plain(name) for name in agreement.reduced() | policies}
+    assert len(names) > 20 and names - documented_names() == set()
+
+
+def test_every_metric_name_in_the_sources_is_documented():
+    sources = [*(ROOT / "routing_replay").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    found = {name for path in sources for name in EMITTED.findall(path.read_text())}
+    assert {"routing_replay/coverage", "objective/loss", "eval/reward"} <= found
+    assert {plain(name) for name in found} - documented_names() - ONLY_READ == set()
