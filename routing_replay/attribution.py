@@ -41,6 +41,9 @@ FAMILIES = ("without", "only", "first")
 NUM_RESAMPLES = 1000
 # Two-sided 95 %: what the intervals of reports usually mean.
 COVERAGE = 0.95
+# Nats per token; a top-p of 0.99 leaves out about ten times as much of the entropy.
+NOTABLE_EXCESS = 5e-3
+COLUMNS = ("k1", "k3", "excess", "count")
 BATCH_COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
 
@@ -132,12 +135,20 @@ def plan(
 
 
 def sequence_sums(
-    logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor, mask_ST: torch.Tensor
+    logp_pi_ST: torch.Tensor,
+    entropy_pi_ST: torch.Tensor,
+    logp_mu_ST: torch.Tensor,
+    mask_ST: torch.Tensor,
 ) -> torch.Tensor:
-    """Per sequence the sums over its response tokens: k1, k3, and 1; float64 [S, 3]."""
+    """Per sequence the sums over its response tokens: `COLUMNS`, float64 [S, 4].
+
+    `excess` is log pi + entropy of pi: zero in expectation for tokens that were sampled from pi.
+    """
     log_rho_ST = (logp_pi_ST.double() - logp_mu_ST.double()).masked_fill(~mask_ST, 0.0)
     k3_ST = torch.expm1(log_rho_ST) - log_rho_ST
-    return torch.stack([-log_rho_ST.sum(1), k3_ST.sum(1), mask_ST.sum(1).double()], -1)
+    excess_ST = (logp_pi_ST.double() + entropy_pi_ST.double()).masked_fill(~mask_ST, 0.0)
+    columns = (-log_rho_ST, k3_ST, excess_ST, mask_ST.double())
+    return torch.stack([column_ST.sum(1) for column_ST in columns], -1)
 
 
 class Progress:
@@ -176,9 +187,9 @@ class Progress:
         """From now on in memory only: of several ranks one writes."""
         self._path = None
 
-    def add(self, name: str, sums_S3: np.ndarray) -> None:
+    def add(self, name: str, sums_S4: np.ndarray) -> None:
         """Keep one result, durably."""
-        self.sums[name] = sums_S3
+        self.sums[name] = sums_S4
         if self._path is None:
             return
         content = {
@@ -209,14 +220,25 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """The parts of the KL, and per layer what each family says of it."""
+    """The parts of the KL, and per layer what each family says of it.
+
+    `excess` is the mean of log pi + entropy of pi in nats: 0 for tokens that were sampled from pi,
+    above it for a truncated (top-p, top-k, min-p) or cooled mu. Engines that report log-probs from
+    before the truncation, as SGLang does, hide it from every KL.
+    """
 
     estimator: str
     num_sequences: int
     num_tokens: int
     kl: dict[str, Estimate]
     parts: dict[str, Estimate]
+    excess: Estimate
     layers: dict[int, dict[str, Estimate]]
+
+    @property
+    def is_truncated(self) -> bool:
+        """mu sampled from less than pi's support, or at a lower temperature."""
+        return self.excess.low > NOTABLE_EXCESS
 
     def as_dict(self) -> dict:
         """For JSON, and as `attribution.json` of a run for its report."""
@@ -242,6 +264,13 @@ class Attribution:
         ]
         lines += [f"  {name:12s} {part}" for name, part in self.parts.items()]
         lines += [f"  {'= total':12s} {self.kl['none']}   (live routing)"]
+        if self.is_truncated:
+            lines += [
+                "",
+                f"  The sampled tokens are {self.excess.value:.3f} nats likelier than the policy's "
+                "entropy says: mu was truncated",
+                "  (top-p, top-k, min-p) or cooled, and the trainer does not apply it.",
+            ]
         hurt = [i for i, row in self.layers.items() if is_hurt(row)]
         if hurt:
             layers = ", ".join(map(str, hurt))
@@ -286,9 +315,9 @@ def attribute(
     for variant in variants:
         if variant.name in progress.sums:
             continue
-        sums_S3 = score(variant).cpu().numpy()
-        progress.add(variant.name, sums_S3)
-        on_result(variant, float(sums_S3[:, 1].sum() / max(1.0, sums_S3[:, 2].sum())))
+        sums_S4 = score(variant).cpu().numpy()
+        progress.add(variant.name, sums_S4)
+        on_result(variant, float(sums_S4[:, 1].sum() / max(1.0, sums_S4[:, 3].sum())))
 
 
 def summarize(
@@ -307,18 +336,20 @@ def summarize(
         num_resamples: Resamples of whole sequences: tokens of one sequence depend on each other.
         seed: Of the resampling; the same seed gives the same intervals.
     """
-    column = ("k1", "k3").index(estimator)
+    column = COLUMNS.index(estimator)
     generator = np.random.default_rng(seed)
     num_sequences = len(sums["none"])
     weights_BS = generator.multinomial(
         num_sequences, np.full(num_sequences, 1 / num_sequences), num_resamples
     )
-    counts_S = sums["none"][:, 2]
+    counts_S = sums["none"][:, 3]
     # The first "resample" is the batch itself.
     weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])
     totals_B = np.maximum(weights_BS @ counts_S, 1.0)
     kl = {name: weights_BS @ rows[:, column] / totals_B for name, rows in sums.items()}
     reference = kl.get("rollout", kl["all"])
+    # The policy that sampled, as well as the trainer can compute it.
+    excess_B = weights_BS @ sums.get("rollout", sums["all"])[:, COLUMNS.index("excess")] / totals_B
     parts = {
         "numerics": reference,
         "staleness": kl["all"] - reference,
@@ -330,6 +361,7 @@ def summarize(
         num_tokens=int(counts_S.sum()),
         kl={name: _estimate(values_B) for name, values_B in kl.items()},
         parts={name: _estimate(values_B) for name, values_B in parts.items()},
+        excess=_estimate(excess_B),
         layers=_by_layer(tuple(layers), kl),
     )
 

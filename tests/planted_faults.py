@@ -83,16 +83,21 @@ class Engine:
         router.gating = lambda hidden: gating(hidden).to(torch.float8_e4m3fn).float()
 
     @torch.no_grad()
-    def sample(self, top_p: float = 1.0, seed: int = 0) -> Rollout:
-        """Sequences of one length from random prompts."""
+    def sample(self, top_p: float = 1.0, seed: int = 0, is_silent: bool = False) -> Rollout:
+        """Sequences of one length from random prompts.
+
+        `is_silent` reports the log-probs from before top-p, as SGLang does.
+        """
         generator = torch.Generator().manual_seed(seed)
         vocab = self.chunk.vocab_size
         tokens_ST = torch.randint(vocab, (NUM_SEQUENCES, NUM_PROMPT), generator=generator)
         logps = []
         while tokens_ST.shape[1] < NUM_TOKENS:
-            log_probs_SV = truncate(self._logits(tokens_ST)[:, -1].log_softmax(-1), top_p)
-            chosen_S1 = torch.multinomial(log_probs_SV.exp(), 1, generator=generator)
-            logps.append(log_probs_SV.gather(1, chosen_S1))
+            log_probs_SV = self._logits(tokens_ST)[:, -1].log_softmax(-1)
+            truncated_SV = truncate(log_probs_SV, top_p)
+            chosen_S1 = torch.multinomial(truncated_SV.exp(), 1, generator=generator)
+            reported_SV = log_probs_SV if is_silent else truncated_SV
+            logps.append(reported_SV.gather(1, chosen_S1))
             tokens_ST = torch.cat([tokens_ST, chosen_S1], 1)
         self._logits(tokens_ST[:, :-1])  # routes of the whole sequences, as a cache would keep them
         prompt_SP = torch.zeros(NUM_SEQUENCES, NUM_PROMPT - 1)
@@ -199,6 +204,7 @@ def examine(rank: int, folder: str) -> dict:
             "shifted": edit(shift),
             "renumbered": edit(renumber),
             "truncated": clean_engine.sample(top_p=TOP_P),
+            "silently truncated": clean_engine.sample(top_p=TOP_P, is_silent=True),
         }
         trainer = Trainer(fresh(checkpoint))
         found = {name: trainer.look_at(rollout, folder, name) for name, rollout in rollouts.items()}
@@ -266,7 +272,7 @@ class Trainer:
 
     def _logp(self, scorer) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([logp_BT for _, logp_BT in scorer._run()])
+            return torch.cat([scores.logp_T for _, scores in scorer._run()])
 
     def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
         layers = rollout.table.model.layers

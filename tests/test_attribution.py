@@ -29,7 +29,8 @@ def scored(costs, noise=0.0, num_sequences=64, seed=0):
         live = sum(cost for layer, cost in costs.items() if layer not in variant.replayed)
         kl_S = (0.001 + live) * of_sequence_S + noise * generator.standard_normal(num_sequences)
         kl_S = kl_S - 0.0004 * variant.is_rollout_weights
-        return torch.from_numpy(np.stack([kl_S * 10, kl_S * 10, np.full(num_sequences, 10.0)], 1))
+        zeros_S, count_S = np.zeros(num_sequences), np.full(num_sequences, 10.0)
+        return torch.from_numpy(np.stack([kl_S * 10, kl_S * 10, zeros_S, count_S], 1))
 
     return score
 
@@ -111,7 +112,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
 
 def test_progress_of_another_batch_is_refused(tmp_path):
     path = tmp_path / "progress.json"
-    Progress(path, {"batch": "a"}).add("none", np.zeros((2, 3)))
+    Progress(path, {"batch": "a"}).add("none", np.zeros((2, 4)))
     with pytest.raises(ConfigError, match="belongs to another batch; expected b; got a"):
         Progress(path, {"batch": "b"})
     path.write_text("{")
@@ -122,10 +123,16 @@ def test_progress_of_another_batch_is_refused(tmp_path):
 def test_sums_follow_the_estimators_on_the_masked_tokens():
     logp_pi = torch.log(torch.tensor([[0.5, 0.2], [0.1, 0.9]]))
     logp_mu = torch.log(torch.tensor([[0.25, 0.2], [0.9, 0.9]]))
+    entropy_pi = torch.tensor([[0.7, 1.7], [9.0, 0.1]])
     mask = torch.tensor([[True, True], [False, True]])
     # rho = 2 and 1 in the first sequence: k1 = -ln 2, k3 = 2 - 1 - ln 2; 1 and 0 in the second.
-    expected = [[-np.log(2), 1 - np.log(2), 2], [0, 0, 1]]
-    np.testing.assert_allclose(sequence_sums(logp_pi, logp_mu, mask), expected, atol=1e-7)
+    # Excess: ln 0.5 + 0.7 + ln 0.2 + 1.7, and ln 0.9 + 0.1.
+    expected = [
+        [-np.log(2), 1 - np.log(2), np.log(0.1) + 2.4, 2],
+        [0, 0, np.log(0.9) + 0.1, 1],
+    ]
+    found = sequence_sums(logp_pi, entropy_pi, logp_mu, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_an_unknown_family_is_refused():

@@ -68,6 +68,16 @@ def test_truncated_sampling_is_named_by_the_mean_ratio_and_no_layer_is_blamed(fo
     assert "most of the gap is not routing" in findings[1]
 
 
+def test_truncation_that_the_log_probs_hide_is_named_by_the_excess(found):
+    """SGLang reports log-probs from before top-p: no ratio and no KL shows it."""
+    hidden = found["silently truncated"]
+    assert hidden["findings"] == []
+    assert hidden["attribution"].is_truncated and found["truncated"]["attribution"].is_truncated
+    assert "mu was truncated" in hidden["attribution"].text()
+    others = ("clean", "another seed", "coarse router", "shifted", "stale")
+    assert not any(found[name]["attribution"].is_truncated for name in others)
+
+
 def test_stale_weights_are_named_by_the_attribution(found):
     parts = found["stale"]["attribution"].parts
     assert parts["staleness"].is_clear

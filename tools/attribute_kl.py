@@ -26,7 +26,7 @@ from routing_replay import attribution
 from routing_replay.attribution import Progress, RolloutBatch, Variant
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import RoutingReplayError
-from routing_replay.logprobs import token_logprobs
+from routing_replay.logprobs import TokenScores, token_logprobs
 from routing_replay.table import RouteTable
 
 from routing_replay.megatron import parallel  # isort: skip
@@ -124,27 +124,30 @@ class Scorer:
         chosen.update(variant.replayed)
         with torch.no_grad(), self.replay.replaying(self.table):
             parts = self._run()
-        sums_S3 = torch.zeros(len(self.batch.lengths_S), 3, dtype=torch.float64)
+        num_columns = len(attribution.COLUMNS)
+        sums_S4 = torch.zeros(len(self.batch.lengths_S), num_columns, dtype=torch.float64)
         # Tensor-parallel ranks hold equal log-probs: one of them speaks.
         if parts and parallel_state.get_tensor_model_parallel_rank() == 0:
-            for sequences, logp_BT in parts:
-                for sequence, logp_T in zip(sequences, logp_BT, strict=True):
+            for sequences, scores in parts:
+                for place, sequence in enumerate(sequences):
                     if sequence >= 0:
-                        sums_S3[sequence] += self._sums(sequence, logp_T.cpu())
+                        sums_S4[sequence] += self._sums(sequence, scores, place)
         if dist.get_backend() == "nccl":
-            reduced = sums_S3.to(self.device)
+            reduced = sums_S4.to(self.device)
             dist.all_reduce(reduced)
             return reduced.cpu()
-        dist.all_reduce(sums_S3)
-        return sums_S3
+        dist.all_reduce(sums_S4)
+        return sums_S4
 
-    def _sums(self, sequence: int, logp_T: torch.Tensor) -> torch.Tensor:
+    def _sums(self, sequence: int, scores: TokenScores, place: int) -> torch.Tensor:
         columns = (self.batch.logp_mu_ST, self.batch.mask_ST)
         logp_mu_T, mask_T = (column[sequence, self.positions_T] for column in columns)
-        return attribution.sequence_sums(logp_T[None], logp_mu_T[None], mask_T[None])[0]
+        logp_T, entropy_T = (x[place].cpu() for x in (scores.logp_T, scores.entropy_T))
+        rows = (logp_T, entropy_T, logp_mu_T, mask_T)
+        return attribution.sequence_sums(*(row_T[None] for row_T in rows))[0]
 
-    def _run(self) -> list[tuple[list[int], torch.Tensor]]:
-        """(sequences, log-probs [B, T]) of each microbatch, on the last stage; else nothing."""
+    def _run(self) -> list[tuple[list[int], TokenScores]]:
+        """(sequences, scores [B, T]) of each microbatch, on the last stage; else nothing."""
 
         def forward_step(iterator, model):
             sequences = next(iterator)
@@ -157,7 +160,7 @@ class Scorer:
             positions_BT = self.positions_T.expand(len(rows), -1).to(self.device)
             with self.replay.microbatch(token_rows_BT.contiguous()):
                 output = model(input_ids_BT.to(self.device), positions_BT, None)
-            return output, lambda logits, **_: (sequences, self._logp(logits, labels_BT))
+            return output, lambda logits, **_: (sequences, self._scores(logits, labels_BT))
 
         several = len(self.chunks) > 1
         iterators = [iter(self.microbatches) for _ in self.chunks]
@@ -172,7 +175,7 @@ class Scorer:
             collect_non_loss_data=True,
         )
 
-    def _logp(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def _scores(self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> TokenScores:
         is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
         found = token_logprobs(
             logits_BTV.flatten(0, 1),
@@ -180,7 +183,8 @@ class Scorer:
             temperature=self.temperature,
             group=parallel_state.get_tensor_model_parallel_group() if is_split else None,
         )
-        return found.logp_T.view(labels_BT.shape)
+        shape = labels_BT.shape
+        return TokenScores(logp_T=found.logp_T.view(shape), entropy_T=found.entropy_T.view(shape))
 
     def _local_positions(self) -> torch.Tensor:
         """Megatron's zigzag: this rank's two of 2 * size chunks of every sequence."""
