@@ -18,7 +18,7 @@ from routing_replay.sglang.requests import GenerateRequest
 from routing_replay.sglang.server import Server, ServerOptions, launch
 from routing_replay.table import TableModel
 
-MODEL = TableModel(layers=(0, 2, 3), num_experts=16, top_k=4)
+MODEL = TableModel(layers=(0, 1, 2), num_experts=16, top_k=4)
 VOCAB = 128
 # Chunks far shorter than prompts, and few slots: chunked prefill and eviction really happen.
 ARGUMENTS = (
@@ -27,6 +27,8 @@ ARGUMENTS = (
     *("--max-running-requests", "8"),
     *("--chunked-prefill-size", "32"),
     *("--random-seed", "1"),
+    # Tests that act on running requests wait for such a line.
+    *("--decode-log-interval", "4"),
     "--enable-mixed-chunk",
 )
 # One thread: the test machine's few cores are shared, and waiting threads spin.
@@ -46,14 +48,26 @@ class RunningServer:
         self.client.update_weights(str(self.checkpoints[0]), 0)
 
 
+def write_checkpoint(path, seed):
+    """The tiny model, with a tokenizer that makes one token of each word t0, t1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_tiny_qwen3_moe(path, layers=3, experts=16, top_k=4, vocab=VOCAB, seed=seed)
+    words = models.WordLevel({f"t{n}": n for n in range(VOCAB)}, unk_token="t0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def sglang_server():
     pytest.importorskip("sglang")
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = [
-            write_tiny_qwen3_moe(
-                Path(folder) / name, layers=4, experts=16, top_k=4, dense_layers=(1,), seed=seed
-            )
+            # All layers are routed: SGLang's Qwen3-MoE ignores `mlp_only_layers`.
+            write_checkpoint(Path(folder) / name, seed)
             for seed, name in enumerate(("first", "second"))
         ]
         options = ServerOptions(

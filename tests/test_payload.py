@@ -1,0 +1,302 @@
+"""The bytes on the wire: what goes in comes out, and nothing else ever does."""
+
+import base64
+import io
+import resource
+import time
+
+import numpy as np
+import pytest
+
+from routing_replay import payload
+from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
+from routing_replay.payload import decode, decode_compact, decode_vllm, encode
+from routing_replay.routes import Origin, RouterLogits, Routes, compact_dtype
+from routing_replay.table import TableModel
+
+MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)
+
+
+def random_ids(num_rows, model=MODEL, seed=0):
+    """Distinct experts per row and layer."""
+    random = np.random.default_rng(seed)
+    keys_TLE = random.random((num_rows, len(model.layers), model.num_experts))
+    ids_TLK = np.argsort(keys_TLE, -1)[..., : model.top_k]
+    return ids_TLK.astype(compact_dtype(model.num_experts))
+
+
+def full_routes(num_rows=9, model=MODEL, seed=0):
+    """Every field set, one row uncovered, two weight versions."""
+    random = np.random.default_rng(seed)
+    ids_TLK = random_ids(num_rows, model, seed)
+    covered_T = np.ones(num_rows, np.bool_)
+    covered_T[3] = False
+    ids_TLK[3] = 0
+    gates_TLK = random.random(ids_TLK.shape).astype(np.float16)
+    gates_TLK[3] = 0
+    origin_T = np.where(np.arange(num_rows) < 5, Origin.PREFILL, Origin.DECODE)
+    origin_T[3] = Origin.ABSENT
+    shape = (2, len(model.layers), model.num_experts)
+    return Routes(
+        expert_ids_TLK=ids_TLK,
+        layers=model.layers,
+        num_experts=model.num_experts,
+        covered_T=covered_T,
+        gate_probs_TLK=gates_TLK,
+        router_logits=RouterLogits(
+            rows_N=np.array([1, 6]), values_NLE=random.normal(size=shape).astype(np.float32)
+        ),
+        origin_T=origin_T.astype(np.uint8),
+        weight_version_T=np.where(np.arange(num_rows) < 7, 3, 4),
+    )
+
+
+def text(data):
+    return base64.b64encode(data).decode()
+
+
+def meta(data, **others):
+    return {"routed_experts": text(data), **others}
+
+
+def stock(ids_TLK, num_layers=6, layers=MODEL.layers):
+    """What stock SGLang sends: int32, all layers, dense ones zero."""
+    wide_TLK = np.zeros((len(ids_TLK), num_layers, ids_TLK.shape[2]), np.int32)
+    wide_TLK[:, list(layers)] = ids_TLK
+    return wide_TLK.tobytes()
+
+
+def assert_equal(got, expected):
+    for name in ("expert_ids_TLK", "covered_T", "origin_T", "weight_version_T", "gate_probs_TLK"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert (got.layers, got.num_experts) == (expected.layers, expected.num_experts)
+    np.testing.assert_array_equal(got.router_logits.rows_N, expected.router_logits.rows_N)
+    np.testing.assert_array_equal(got.router_logits.values_NLE, expected.router_logits.values_NLE)
+
+
+@pytest.mark.parametrize("num_experts", [16, 256, 257, 512])
+def test_a_payload_returns_every_field_for_one_and_two_byte_ids(num_experts):
+    model = TableModel(layers=(0, 3, 17), num_experts=num_experts, top_k=8)
+    routes = full_routes(model=model)
+    got = decode(meta(encode(routes, start=4)), num_tokens=14, model=model, start=4)
+    assert_equal(got, routes)
+    assert got.expert_ids_TLK.dtype == (np.uint8 if num_experts <= 256 else np.uint16)
+
+
+def test_long_and_short_bodies_survive_either_codec(monkeypatch):
+    routes = full_routes(num_rows=50)
+    small = encode(routes)
+    monkeypatch.setattr(payload, "MAX_DEFLATED", 0)
+    large = encode(routes)
+    assert len(small) < len(large)
+    assert_equal(decode_compact(small)[0], decode_compact(large)[0])
+
+
+def test_a_sequence_without_rows_is_a_valid_payload():
+    routes = Routes(expert_ids_TLK=random_ids(0), layers=MODEL.layers, num_experts=16)
+    assert decode(meta(encode(routes)), num_tokens=1, model=MODEL).num_rows == 0
+
+
+def test_a_payload_has_a_quarter_of_stocks_bytes_or_less():
+    ids_TLK = random_ids(100)
+    routes = Routes(expert_ids_TLK=ids_TLK, layers=MODEL.layers, num_experts=16)
+    # Stock: 100 rows x 6 layers x 4 slots x 4 bytes. Ours: 3 layers, 1 byte, below 100 of header.
+    assert len(stock(ids_TLK)) == 9600
+    assert len(encode(routes)) <= 1200 + 100 <= 0.25 * 9600
+
+
+def test_a_stock_payload_loses_its_dense_layers():
+    ids_TLK = random_ids(8)
+    got = decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+    np.testing.assert_array_equal(got.expert_ids_TLK, ids_TLK)
+    assert got.layers == MODEL.layers
+    assert got.covered_T.all()
+
+
+def test_a_stock_payload_after_a_retraction_vouches_for_no_row():
+    got = decode(meta(stock(random_ids(8)), num_retractions=1), num_tokens=9, model=MODEL)
+    assert not got.covered_T.any()
+
+
+def test_rows_that_stock_never_captured_are_not_covered():
+    ids_TLK = random_ids(8)
+    ids_TLK[2:4] = 0
+    got = decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+    assert got.covered_T.tolist() == [True] * 2 + [False] * 2 + [True] * 4
+
+
+def test_a_layer_that_stock_never_captured_is_named():
+    ids_TLK = random_ids(8)
+    ids_TLK[:, 1] = 0
+    with pytest.raises(RoutesError, match="a layer is zero in every row.*layer 2"):
+        decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+
+
+@pytest.mark.parametrize(
+    ("meta_info", "message"),
+    [
+        ({}, "no routes in the answer"),
+        ({"routed_experts": None}, "no routes in the answer"),
+        ({"routed_experts": "no base64!"}, "the payload is damaged; expected base64"),
+        ({"routed_experts": [1, 2]}, "expected a base64 string; got list"),
+        (meta(b""), "a stock payload of another size"),
+        (meta(stock(random_ids(8))[:-1]), "a stock payload of another size"),
+        (meta(stock(random_ids(7))), "a stock payload of another size"),
+        (meta(stock(random_ids(8), num_layers=4, layers=(1, 2, 3))), "another number of layers"),
+        (meta(stock(random_ids(8), layers=(0, 2, 5))), "said to be dense has routes"),
+        (meta(stock(random_ids(8).astype(np.int32) + 9)), "expert id out of range"),
+        (meta(encode(full_routes())), "the payload covers other tokens"),
+        (meta(encode(full_routes(8), start=1)), "8 rows from row 0; got 8 rows from row 1"),
+        (meta(b"RRPL"), "the payload is damaged"),
+        (meta(encode(full_routes(8))[:-1]), "expected its checksum; got another"),
+    ],
+)
+def test_a_wrong_payload_says_what_is_wrong(meta_info, message):
+    with pytest.raises(PayloadError, match=message):
+        decode(meta_info, num_tokens=9, model=MODEL)
+
+
+def test_another_model_version_or_payload_kind_is_refused():
+    data = encode(full_routes(8))
+    other = TableModel(layers=(1, 2, 5), num_experts=16, top_k=2)
+    with pytest.raises(PayloadError, match="the server runs another model.*top-2.*got.*top-4"):
+        decode(meta(data), num_tokens=9, model=other)
+    newer = resealed(data[:4] + b"\x02\x00" + data[6:])
+    with pytest.raises(PayloadError, match="a payload of another version; expected 1; got 2"):
+        decode(meta(newer), num_tokens=9, model=MODEL)
+    with pytest.raises(PayloadError, match="SGLang's own payload"):
+        decode(meta(stock(random_ids(8))), num_tokens=9, model=MODEL, accept_stock=False)
+    with pytest.raises(PayloadError, match="does not describe itself"):
+        decode(meta(stock(random_ids(8))), num_tokens=9)
+
+
+def resealed(data):
+    """The payload with a checksum that fits: an attacker's, not an accident's."""
+    return data[:-4] + payload.CHECKSUM.pack(payload.zlib.crc32(data[:-4]))
+
+
+def test_100000_random_mutations_never_decode_to_other_routes():
+    routes = full_routes(8)
+    data = encode(routes)
+    random = np.random.default_rng(1)
+    start, before = time.monotonic(), peak_bytes()
+    num_equal = 0
+    for _ in range(100_000):
+        mutated = mutate(data, random)
+        try:
+            got = decode(meta(mutated), num_tokens=9, model=MODEL)
+        except RoutingReplayError:
+            continue
+        assert_equal(got, routes)
+        num_equal += 1
+    # Some mutations write what stood there already; most are real and were refused.
+    assert num_equal < 1000
+    assert time.monotonic() - start < 120
+    assert peak_bytes() - before < 64 * 2**20
+
+
+def test_headers_that_lie_under_a_right_checksum_are_refused_in_bounded_memory():
+    data = encode(full_routes(8))
+    random = np.random.default_rng(2)
+    before = peak_bytes()
+    for _ in range(20_000):
+        changed = bytearray(data)
+        at, size = random.integers(4, payload.HEADER.size), random.integers(1, 5)
+        changed[at : at + size] = random.bytes(size)
+        try:
+            got = decode(meta(resealed(bytes(changed[: len(data)]))), num_tokens=9, model=MODEL)
+        except RoutingReplayError:
+            continue
+        np.testing.assert_array_equal(got.expert_ids_TLK, routes_of(data).expert_ids_TLK)
+    assert peak_bytes() - before < 64 * 2**20
+
+
+def routes_of(data):
+    return decode_compact(data)[0]
+
+
+def test_a_terabyte_in_the_header_allocates_nothing():
+    fields = list(payload.HEADER.unpack_from(encode(full_routes(8))))
+    fields[4], fields[8], fields[9] = 2**32 - 1, 2**15, 2**15  # rows, top-k, experts
+    lie = payload.HEADER.pack(*fields) + encode(full_routes(8))[payload.HEADER.size :]
+    before = peak_bytes()
+    with pytest.raises(PayloadError, match="damaged"):
+        decode_compact(resealed(lie))
+    assert peak_bytes() - before < 2**20
+
+
+def mutate(data, random):
+    """Flip bits, overwrite, cut, insert, repeat: one to four of them."""
+    changed = bytearray(data)
+    for _ in range(random.integers(1, 5)):
+        at = int(random.integers(0, max(1, len(changed))))
+        match random.integers(0, 5):
+            case 0 if changed:
+                changed[at] ^= 1 << int(random.integers(0, 8))
+            case 1:
+                changed[at : at + 4] = random.bytes(4)
+            case 2:
+                del changed[at:]
+            case 3:
+                changed[at:at] = random.bytes(int(random.integers(1, 9)))
+            case 4:
+                changed[at:at] = changed[: int(random.integers(1, 40))]
+    return bytes(changed)
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return text(buffer.getvalue())
+
+
+def test_vllm_arrays_decode_in_every_documented_form():
+    ids_TLK = random_ids(8)
+    forms = [
+        {"routed_experts": npy(ids_TLK)},  # since 0.22
+        {"routed_experts": npy(ids_TLK.astype(np.uint16))},
+        {"prompt_routed_experts": npy(ids_TLK[:5]), "routed_experts": npy(ids_TLK[5:])},  # 0.21
+        {"routed_experts": ids_TLK.astype(int).tolist()},  # nested lists
+    ]
+    for choice in forms:
+        got = decode_vllm(choice, num_tokens=9, model=MODEL, num_prompt_tokens=5)
+        np.testing.assert_array_equal(got.expert_ids_TLK, ids_TLK)
+        assert got.origin_T.tolist() == [Origin.PREFILL] * 5 + [Origin.DECODE] * 3
+
+
+def test_vllm_arrays_of_all_layers_lose_the_dense_ones():
+    wide_TLK = np.frombuffer(stock(random_ids(8)), np.int32).reshape(8, 6, 4)
+    got = decode_vllm({"routed_experts": npy(wide_TLK)}, num_tokens=9, model=MODEL)
+    np.testing.assert_array_equal(got.expert_ids_TLK, random_ids(8))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({}, "no routes in vLLM's answer"),
+        ({"routed_experts": npy(np.zeros((7, 3, 4), np.uint8))}, "another shape"),
+        ({"routed_experts": npy(np.zeros((8, 3, 4)))}, "an .npy file of integers"),
+        ({"routed_experts": [[[0.5]]]}, "an array of integers"),
+        ({"routed_experts": [[1], [1, 2]]}, "damaged"),
+        ({"routed_experts": text(b"\x93NUMPY\x01\x00junk")}, "an .npy file of integers"),
+        ({"routed_experts": text(b"\x80\x04K\x01.")}, "an .npy file of integers"),  # a pickle
+    ],
+)
+def test_wrong_vllm_arrays_say_what_is_wrong(choice, message):
+    with pytest.raises(PayloadError, match=message):
+        decode_vllm(choice, num_tokens=9, model=MODEL)
+
+
+def test_an_npy_header_that_lies_allocates_nothing():
+    data = base64.b64decode(npy(np.zeros((8, 3, 4), np.uint8)))
+    terabyte = data.replace(b"(8, 3, 4)", b"(1099511627776, 3, 4)")
+    power = data.replace(b"(8, 3, 4)", b"(9**99,)")
+    before = peak_bytes()
+    for wrong in (terabyte, power):
+        with pytest.raises(PayloadError, match="damaged"):
+            decode_vllm({"routed_experts": text(wrong)}, num_tokens=9, model=MODEL)
+    assert peak_bytes() - before < 2**20
