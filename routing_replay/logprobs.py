@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ObjectiveError
 
-# Size of one float32 temporary; two or three live at once. Larger chunks were not faster on CPU or
-# GPU.
-CHUNK_BYTES = 64 * 2**20
+# Size of one float32 temporary; about two live at once. CPU: 2 to 16 MiB are equally fast, 64 MiB is
+# half as fast (tools/bench_logprobs.py). GPU: large enough to hide the launch of kernels, not tuned.
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 # Stands for -inf where it would be multiplied by a probability of 0; finite in float32.
 LOWEST = -1e30
 
@@ -118,21 +118,25 @@ class _Shard:
     def first_id(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group) * self.vocab
 
-    def chunks(self, num_tokens: int):
-        size = max(1, CHUNK_BYTES // (4 * max(1, self.vocab)))
-        return (slice(n, min(n + size, num_tokens)) for n in range(0, num_tokens, size))
+    def chunks(self, logits_TV):
+        """Slices of the tokens, of about CHUNK_BYTES of float32 each."""
+        size_bytes = CHUNK_BYTES.get(logits_TV.device.type, CHUNK_BYTES["cuda"])
+        size, total = max(1, size_bytes // (4 * max(1, self.vocab))), len(logits_TV)
+        return (slice(n, min(n + size, total)) for n in range(0, total, size))
 
-    def scores(self, logits_TV, rows) -> torch.Tensor:
-        """A fresh float copy of the rows, scaled, -inf outside the support."""
-        precise = torch.promote_types(logits_TV.dtype, torch.float32)
-        scores = logits_TV[rows].to(precise, copy=True)
-        if self.temperature != 1.0:
-            scores /= self.temperature
-        if self.support is not None:
-            scores.masked_fill_(~self._allowed(scores, rows), -torch.inf)
-        return scores
+    def allowed_logits(self, logits_TV, rows) -> torch.Tensor:
+        """The rows, or a copy of them that is -inf outside the support."""
+        logits = logits_TV[rows]
+        if self.support is None:
+            return logits
+        return logits.masked_fill(~self._allowed(logits, rows), -torch.inf)
 
-    def _allowed(self, scores, rows):
+    def shifted(self, logits, shift_T) -> torch.Tensor:
+        """logits / temperature - shift: a new tensor, in float32 at least as the shift is."""
+        scores = torch.sub(logits, (shift_T * self.temperature)[:, None])
+        return scores if self.temperature == 1.0 else scores.div_(self.temperature)
+
+    def _allowed(self, logits, rows):
         offsets = self.support.offsets_T1[rows.start : rows.stop + 1]
         ids = self.support.ids_N[int(offsets[0]) : int(offsets[-1])] - self.first_id
         counts = (offsets[1:] - offsets[:-1]).to(ids.device)
@@ -141,7 +145,7 @@ class _Shard:
         # One column more collects the ids of other ranks.
         inside = (ids >= 0) & (ids < self.vocab)
         shape = (len(counts), self.vocab + 1)
-        allowed = torch.zeros(shape, dtype=torch.bool, device=scores.device)
+        allowed = torch.zeros(shape, dtype=torch.bool, device=logits.device)
         allowed[places, torch.where(inside, ids, self.vocab)] = True
         return allowed[:, : self.vocab] | (counts == 0)[:, None]
 
@@ -156,12 +160,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TV, targets_T, shard, reuse_logits):
         columns_T, is_own_T = shard.owned(targets_T)
-        # Per token: maximum; then sum of exp, sum of exp * shifted score, shifted target, owners.
-        parts = [
-            _chunk_sums(shard, logits_TV, rows, columns_T) for rows in shard.chunks(len(targets_T))
-        ]
-        empty = logits_TV.new_zeros(4, 0, dtype=torch.promote_types(logits_TV.dtype, torch.float32))
-        peak_T, total_T, weighted_T, target_T = torch.cat([empty, *parts], dim=1)
+        precise = torch.promote_types(logits_TV.dtype, torch.float32)
+        parts = [logits_TV.new_zeros(4, 0, dtype=precise)]
+        parts += [_sums(shard, logits_TV, rows, columns_T) for rows in shard.chunks(logits_TV)]
+        peak_T, total_T, weighted_T, target_T = torch.cat(parts, dim=1)
         target_T = torch.where(is_own_T, target_T, 0.0)
         sums = torch.stack([total_T, weighted_T, target_T, is_own_T.to(total_T.dtype)])
         if shard.group is not None:
@@ -186,8 +188,9 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logp_T = torch.zeros_like(logp_T)
         # A target without probability has no direction to go.
         grad_logp_T = torch.where(torch.isfinite(logp_T), grad_logp_T, 0.0)
-        for rows in ctx.shard.chunks(len(columns_T)):
-            logs = ctx.shard.scores(logits_TV, rows).sub_(log_norm_T[rows, None])
+        for rows in ctx.shard.chunks(logits_TV):
+            logits = ctx.shard.allowed_logits(logits_TV, rows)
+            logs = ctx.shard.shifted(logits, log_norm_T[rows])
             # d logp / d z_v = [v = y] - p_v;   d H / d z_v = -p_v (log p_v + H)
             factor = -grad_logp_T[rows, None]
             if grad_entropy_T is not None:
@@ -196,20 +199,25 @@ class _TokenLogprobs(torch.autograd.Function):
             gradient = logs.exp_().mul_(factor)
             own = torch.where(is_own_T[rows], grad_logp_T[rows], 0.0)
             gradient.scatter_add_(1, columns_T[rows, None], own[:, None])
-            gradient_TV[rows] = gradient.div_(ctx.shard.temperature)
+            if ctx.shard.temperature != 1.0:
+                gradient /= ctx.shard.temperature
+            gradient_TV[rows] = gradient
         return gradient_TV, None, None, None
 
 
-def _chunk_sums(shard, logits_TV, rows, columns_T):
-    scores = shard.scores(logits_TV, rows)
-    peak = scores.amax(dim=1).clamp(min=LOWEST)
-    scores.sub_(peak[:, None])
-    target = scores.gather(1, columns_T[rows, None]).squeeze(1)
+def _sums(shard, logits_TV, rows, columns_T):
+    """Per token: the maximum; relative to it the sum of exp, that of exp * score, and the target's
+    score.
+    """
+    logits = shard.allowed_logits(logits_TV, rows)
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    peak_T = (logits.amax(dim=1).to(precise) / shard.temperature).clamp(min=LOWEST)
+    scores = shard.shifted(logits, peak_T)
+    target_T = scores.gather(1, columns_T[rows, None]).squeeze(1)
     probabilities = scores.exp()
-    total = probabilities.sum(dim=1)
-    # In place: the chunk is ours, and a third temporary would be the largest of the call.
-    weighted = probabilities.mul_(scores.clamp_(min=LOWEST)).sum(dim=1)
-    return torch.stack([peak, total, weighted, target])
+    total_T = probabilities.sum(dim=1)
+    weighted_T = torch.linalg.vecdot(probabilities, scores.clamp_(min=LOWEST))
+    return torch.stack([peak_T, total_T, weighted_T, target_T])
 
 
 def _combine(peak_T, sums, is_own_T, group):

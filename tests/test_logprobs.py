@@ -20,7 +20,7 @@ TOKENS, VOCABULARY = 23, 12
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     # Three and a bit rows of this vocabulary: 23 tokens end in an incomplete chunk.
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * VOCABULARY * 3 + 8)
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 3 + 8)
 
 
 def example(dtype=torch.float64):
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused(call, message):
 
 def _rank(rank, folder):
     torch.set_num_threads(1)
-    logprobs.CHUNK_BYTES = 4 * VOCABULARY * 2
+    logprobs.CHUNK_BYTES["cpu"] = 4 * VOCABULARY * 2
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     half = VOCABULARY // 2
     results = []

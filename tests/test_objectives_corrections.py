@@ -11,7 +11,7 @@ from routing_replay.errors import ConfigError
 
 
 def factors(expected_of_token, base="grpo", **parameters):
-    """Gradient with the correction / gradient without it, where there is one; and the expectation."""
+    """Compare the gradient to the plain one times the expected factors; return these."""
     case = case_on_the_grid()
     plain, _ = gradient_of(base, inputs_of(case), eps_low=1.0, eps_high=1e9)
     found, outputs = gradient_of(base, inputs_of(case), eps_low=1.0, eps_high=1e9, **parameters)

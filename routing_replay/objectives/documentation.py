@@ -11,7 +11,7 @@ from . import kl
 from .advantages import ADVANTAGES
 from .aggregation import AGGREGATIONS
 from .parameters import CORRECTIONS, Parameters, described
-from .registry import table
+from .registry import SECTIONS, table
 
 _INTRODUCTION = """\
 # Objectives
@@ -58,9 +58,7 @@ def help_text() -> str:
     lines = []
     for entry in table():
         lines += [f"{entry['name']}: {entry['summary']}"]
-        lines += [
-            f"    {key}: {entry[key]}" for key in ("equation", "reference", "use", "pitfalls")
-        ]
+        lines += [f"    {name.lower()}: {entry[name.lower()]}" for name in SECTIONS]
         lines += [
             f"    {p['name']} = {p['default']}  ({p['help']}{_source(p)})"
             for p in _own_parameters(entry)

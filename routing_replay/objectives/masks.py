@@ -184,7 +184,7 @@ def second_moment_mask(
     Returns:
         bool per token, false outside the mask.
 
-    Source: M2PO (2510.01161) algorithm 1.
+    Source: M2PO (2510.01161), as AReaL computes it.
     """
     squared_T = torch.where(mask_T, (logp_mu_T - logp_old_T).double() ** 2, torch.inf)
     squared_T = squared_T.nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -12,7 +12,7 @@ from .registry import objective
 from .surrogate import Surrogate, trust_region, weighted_log_prob
 from .tokens import Tokens
 
-_PAPER = "paper, section 4"
+_PAPER = "MiniRL (2512.01374)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ def minirl(tokens: Tokens, p: MiniRL) -> Surrogate:
     Reference: MiniRL (2512.01374) equation 7, truncation read literally.
     Use: The default. With R3 or R2 once a batch is split into several mini-batches; alone
         on-policy.
-    Pitfalls: The loss value means nothing, only its gradient. Length normalisation or leaving out
-        the weight breaks the first-order argument and, in the paper, the run. DPPO's authors call
-        the mask on r misspecified: it does not see the discrepancy m.
+    Pitfalls: The loss value means nothing, only its gradient. In the paper length normalisation
+        costs reward and leaving out m collapses the run. DPPO's authors call the mask on r
+        misspecified: it does not see m.
     """
     return weighted_log_prob(tokens, tokens.log_w_T.exp().clamp(max=p.cap), _inside(tokens, p))
 

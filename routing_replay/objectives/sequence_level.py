@@ -13,7 +13,7 @@ from .registry import objective
 from .surrogate import Surrogate, clipped, trust_region
 from .tokens import MAX_LOG_RATIO, Tokens
 
-_GSPO = "GSPO (2507.18071) section 5.1"
+_GSPO = "GSPO (2507.18071)"
 # The paper prints the clip range as (e^-0.4, e^0.4).
 _GMPO = "GMPO (2507.20673)"
 
@@ -75,7 +75,7 @@ def gspo(tokens: Tokens, p: GSPO) -> Surrogate:
 
     Equation: min(s * A, clip(s, 1 - eps_low, 1 + eps_high) * A) per response; s = (product of
         r)^(1/|y|).
-    Reference: GSPO (2507.18071) equations 5 to 7.
+    Reference: GSPO (2507.18071), sequence-level objective.
     Use: MoE models without replay: the mean over the response is less touched by routing noise.
     Pitfalls: Its clip range is a thousandth of PPO's; clips far more tokens (0.15 against 0.0013).
     """
@@ -87,7 +87,7 @@ def gspo_token(tokens: Tokens, p: GSPO) -> Surrogate:
     """GSPO that allows an advantage per token.
 
     Equation: as gspo, with s = sg[s] * pi_theta / sg[pi_theta] of each token.
-    Reference: GSPO (2507.18071) equations 13 to 15.
+    Reference: GSPO (2507.18071), the GSPO-token variant.
     Use: Multi-turn responses with advantages per turn.
     Pitfalls: Equal to gspo in value and gradient where the advantage is the response's.
     """
