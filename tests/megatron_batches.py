@@ -26,7 +26,7 @@ def local_microbatch(sequences, packed) -> LocalMicrobatch:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     parts = [_local_positions(len(ids)) for ids in sequences]
-    # The label of a token is the next one; of the last, the first (any rule that both sides follow).
+    # The label of a token is the next one; of the last, the first (both sides follow this rule).
     rows = [
         [ids[part], ids.roll(-1)[part], part] for ids, part in zip(sequences, parts, strict=True)
     ]

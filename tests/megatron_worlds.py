@@ -13,7 +13,9 @@ Starting a rank costs 10 s and more of imports, so one world should serve many c
 
 import contextlib
 import importlib
+import logging
 import os
+import pickle
 import socket
 import sys
 import time
@@ -34,7 +36,8 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
     """Runs `function(rank, *args)` on `nproc` spawned ranks that form one gloo world.
 
     Args:
-        function: A function at the top level of a module in `tests/` (it is passed by name).
+        function: A function at the top level of a module in `tests/`, or "module:function" (only
+            the ranks import that module then; it is passed by name in either case).
         nproc: Number of ranks.
         *args: Pickled to every rank.
         timeout_s: After this long the ranks are killed and TimeoutError is raised.
@@ -46,7 +49,10 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
         RankError: The first failed rank's traceback; the other ranks are ended.
     """
     context = torch.multiprocessing.get_context("spawn")
-    where = (function.__module__, function.__qualname__)
+    if isinstance(function, str):
+        where = tuple(function.split(":"))
+    else:
+        where = (function.__module__, function.__qualname__)
     port = _free_port()
     ranks, pipes = [], []
     for rank in range(nproc):
@@ -92,7 +98,7 @@ def _collect(pipes, timeout_s):
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                failed, value = pipe.recv()
+                failed, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 failed, value = True, "the process ended without a result (killed?)"
             if failed:
@@ -104,11 +110,12 @@ def _collect(pipes, timeout_s):
 def _run_rank(pipe, where, rank, nproc, port, args):
     try:
         value = _call(where, rank, nproc, port, args)
-        pipe.send((False, value))
+        message = False, value
     except BaseException:
-        pipe.send((True, traceback.format_exc()))
-    finally:
-        pipe.close()
+        message = True, traceback.format_exc()
+    # Plain pickle: multiprocessing's own would share tensors' memory, which dies with this process.
+    pipe.send_bytes(pickle.dumps(message))
+    pipe.close()
     # A failed rank leaves its peers inside collectives; a rank that is done waits for none of them.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -119,6 +126,7 @@ def _call(where, rank, nproc, port, args):
     from routing_replay.megatron.cpu import enable_cpu
 
     torch.set_num_threads(1)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a deprecation note for every model
     enable_cpu()
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=nproc

@@ -111,15 +111,15 @@ def _session_folder():
     return folder.name
 
 
-def hf_logits(path, input_ids_SP) -> torch.Tensor:
-    """transformers' own float32 logits [S, P, V] of token ids [S, P], S sequences of P tokens."""
+def hf_logits(path, sequences) -> list[torch.Tensor]:
+    """transformers' own float32 logits, one [tokens, V] for each sequence of token ids."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        return model.eval()(input_ids_SP).logits
+        return [model.eval()(ids[None]).logits[0] for ids in sequences]
 
 
 def _save(model_class, config, path, dtype, seed):

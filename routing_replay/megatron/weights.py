@@ -1,6 +1,5 @@
 """Weights between Hugging Face's files and Megatron's chunks, in both directions, any layout."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -8,13 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from routing_replay.errors import CheckpointError
-from routing_replay.megatron import cpu  # noqa: F401  (makes Megatron importable)
-
-# isort: split
-from megatron.core import parallel_state
-
-# isort: split
-from routing_replay.megatron import weight_names
+from routing_replay.megatron import weight_plan
 from routing_replay.megatron.checkpoint_files import (
     CheckpointReader,
     CheckpointWriter,
@@ -23,27 +16,6 @@ from routing_replay.megatron.checkpoint_files import (
 
 # Names shown in an error before "and N more".
 _NAMES_SHOWN = 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Parameter:
-    """One Megatron parameter of this rank and the pieces that it is made of."""
-
-    name: str
-    tensor: torch.Tensor
-    pieces: list[weight_names.Piece]
-    is_primary: bool  # of the ranks with the same content, the one that saves it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A piece and where in the world it is."""
-
-    rank: int
-    parameter: int
-    index: int
-    piece: weight_names.Piece
-    dtype: torch.dtype
 
 
 def load_hf(model_chunks: list, hf_dir):
@@ -60,9 +32,9 @@ def load_hf(model_chunks: list, hf_dir):
     Raises:
         CheckpointError: Missing, extra, misshapen or unreadable tensors, by name.
     """
-    parameters = _together(lambda: _local_parameters(model_chunks))
-    plan = _gather_plan(parameters)
-    config = _unwrap(model_chunks[0]).config
+    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    plan = weight_plan.gather_plan(parameters)
+    config = weight_plan.unwrap(model_chunks[0]).config
 
     def read():
         with CheckpointReader(hf_dir) as reader:
@@ -71,7 +43,7 @@ def load_hf(model_chunks: list, hf_dir):
             for parameter in parameters:
                 _fill(parameter, reader)
 
-    _together(read)
+    weight_plan.together(read)
 
 
 def named_hf_tensors(
@@ -88,10 +60,10 @@ def named_hf_tensors(
     Yields:
         (name, tensor on the CPU) on global rank 0, (name, None) elsewhere; layer by layer.
     """
-    parameters = _together(lambda: _local_parameters(model_chunks))
-    plan = _gather_plan(parameters)
+    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    plan = weight_plan.gather_plan(parameters)
     for name in sorted(plan, key=natural_order):
-        tensor = _gather_tensor(plan[name], parameters)
+        tensor = weight_plan.gather_tensor(plan[name], parameters)
         if tensor is not None and dtype is not None and _is_weight(name):
             tensor = tensor.to(dtype)
         yield name, tensor
@@ -120,7 +92,7 @@ def save_hf(
     Raises:
         CheckpointError: The files cannot be written (on every rank).
     """
-    config = _unwrap(model_chunks[0]).config
+    config = weight_plan.unwrap(model_chunks[0]).config
     saved = str(dtype or config.params_dtype).removeprefix("torch.")
     writer = CheckpointWriter(
         hf_dir,
@@ -137,7 +109,7 @@ def save_hf(
         error = _attempt(writer.finish)
     if error is not None:
         writer.abandon()
-    _together(lambda: _raise_unwritten(error, hf_dir))
+    weight_plan.together(lambda: _raise_unwritten(error, hf_dir))
 
 
 def _raise_unwritten(error, folder):
@@ -167,92 +139,6 @@ def _is_ignored(name, config):
 def _is_weight(name):
     # Routing biases stay float32: in bfloat16 the selection would change.
     return not name.endswith("e_score_correction_bias")
-
-
-def _local_parameters(model_chunks):
-    chunks = [_unwrap(chunk) for chunk in model_chunks]
-    position = _position(chunks[0].config)
-    found = []
-    for chunk in chunks:
-        tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
-        for name, tensor in _named_tensors(chunk):
-            is_primary = _is_first_replica(name) and not (tied_copy and "output_layer" in name)
-            pieces = weight_names.pieces(name, chunk.config, position)
-            found.append(_Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary))
-    return found
-
-
-def _named_tensors(chunk):
-    """Parameters and the routing bias (a buffer), under the layers' global indices."""
-    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
-    buffers = [(n, b) for n, b in chunk.named_buffers() if n.endswith("router.expert_bias")]
-    for name, tensor in [*chunk.named_parameters(), *buffers]:
-        if name.startswith("decoder.layers."):
-            index, _, rest = name.removeprefix("decoder.layers.").partition(".")
-            name = f"decoder.layers.{int(index) + offset}.{rest}"
-        if tensor is not None:
-            yield name, tensor.data
-
-
-def _unwrap(chunk):
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
-def _position(config):
-    expert_rank = parallel_state.get_expert_model_parallel_rank()
-    experts = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-    return weight_names.ShardPosition(
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
-        first_expert=expert_rank * experts,
-    )
-
-
-def _is_first_replica(name):
-    if weight_names.is_expert(name):
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
-        return False
-    return not weight_names.is_whole(name) or parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def _gather_plan(parameters):
-    """For every Hugging Face tensor, the parts that tile it exactly; the same on every rank."""
-    rank = torch.distributed.get_rank()
-    own = [
-        _Part(rank=rank, parameter=i, index=j, piece=piece, dtype=parameter.tensor.dtype)
-        for i, parameter in enumerate(parameters)
-        if parameter.is_primary
-        for j, piece in enumerate(parameter.pieces)
-        if piece.length
-    ]
-    plan = {}
-    for parts in _all_gather(own):
-        for part in parts:
-            plan.setdefault(part.piece.name, []).append(part)
-    for name, parts in plan.items():
-        _check_tiling(name, parts)
-    return plan
-
-
-def _check_tiling(name, parts):
-    reached = 0
-    for piece in sorted((part.piece for part in parts), key=lambda piece: piece.start):
-        if piece.start != reached:
-            break
-        reached = piece.stop
-    whole = parts[0].piece
-    if reached != whole.shape[whole.axis] or sum(p.piece.length for p in parts) != reached:
-        raise CheckpointError(
-            f"The ranks do not hold every part of {name} exactly once",
-            expected=f"parts that make up shape {whole.shape} along axis {whole.axis}",
-            got=sorted((part.piece.start, part.piece.stop, part.rank) for part in parts),
-            fix="The model was not built for the layout that Megatron was initialized with.",
-        )
 
 
 def _require_equal(expected, got, folder):
@@ -301,34 +187,6 @@ def _is_vocabulary(name):
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def _gather_tensor(parts, parameters):
-    """The whole tensor on rank 0, None elsewhere."""
-    rank = torch.distributed.get_rank()
-    whole = torch.empty(parts[0].piece.shape, dtype=parts[0].dtype) if rank == 0 else None
-    for part in parts:
-        piece = part.piece
-        if part.rank == rank:
-            values = _values(parameters[part.parameter], part.index)
-            if rank > 0:
-                torch.distributed.send(values.contiguous(), dst=0)
-        elif rank == 0:
-            shape = list(piece.shape)
-            shape[piece.axis] = piece.length
-            values = torch.empty(shape, dtype=part.dtype, device=torch.cuda.current_device())
-            torch.distributed.recv(values, src=part.rank)
-        if rank == 0:
-            whole.narrow(piece.axis, piece.start, piece.length).copy_(values)
-    return whole
-
-
-def _values(parameter, index):
-    piece = parameter.pieces[index]
-    if piece.axis == 1:  # such a parameter has one piece: all of it
-        return parameter.tensor
-    start = sum(earlier.length for earlier in parameter.pieces[:index])
-    return parameter.tensor[start : start + piece.length]
-
-
 def _attempt(work):
     """Runs `work` on rank 0 and returns how it failed, or None."""
     if torch.distributed.get_rank() > 0:
@@ -338,22 +196,3 @@ def _attempt(work):
     except (OSError, SafetensorError, ValueError) as error:
         return error
     return None
-
-
-def _all_gather(value):
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _together(work):
-    """Runs `work` on every rank; a CheckpointError of one rank is raised on all of them."""
-    result, error = None, None
-    try:
-        result = work()
-    except CheckpointError as caught:
-        error = caught
-    for failure in _all_gather(error):
-        if failure is not None:
-            raise failure
-    return result
