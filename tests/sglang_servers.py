@@ -119,6 +119,11 @@ class Reference:
         return logits_TLE, output.logits[0].log_softmax(-1).numpy(), output.past_key_values
 
 
+def softmax(logits):
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
 def assert_ids_follow(routes, logits_TLE, rows=slice(None), margin=1e-3):
     """The experts are the top-k of the reference wherever that is not a matter of rounding."""
     top_k = routes.top_k

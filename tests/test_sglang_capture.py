@@ -14,7 +14,7 @@ from sglang_servers import (
     assert_ids_follow,
     random_prompt,
     request,
-    sglang_server,  # noqa: F401 - a fixture
+    softmax,
 )
 
 from routing_replay.payload import decode, from_base64
@@ -27,19 +27,14 @@ GATE_ERROR = 2.0**-11 + 1e-4
 
 
 @pytest.fixture
-def server(sglang_server):  # noqa: F811
+def server(sglang_server):
     sglang_server.restore()
     return sglang_server
 
 
 @pytest.fixture(scope="module")
-def references(sglang_server):  # noqa: F811
+def references(sglang_server):
     return [Reference(path) for path in sglang_server.checkpoints]
-
-
-def softmax(logits):
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
 
 
 def tokens_of(asked, completion):

@@ -1,0 +1,265 @@
+"""The client against servers that misbehave: made of the standard library, no SGLang."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from test_payload import meta, random_ids, stock
+
+from routing_replay.errors import PayloadError, ServerError
+from routing_replay.payload import encode
+from routing_replay.routes import Routes
+from routing_replay.sglang.client import ClientOptions, RolloutClient, probe
+from routing_replay.sglang.requests import GenerateRequest, request_fields
+from routing_replay.table import TableModel
+
+pytest.importorskip("httpx")
+MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)
+QUICK = ClientOptions(request_timeout_s=2, control_timeout_s=2, num_retries=2, retry_wait_s=0.01)
+
+
+class FakeServer:
+    """Answers `/generate` as SGLang does; `misbehave` may change status, answer, or both.
+
+    Args:
+        misbehave: Called with the route, the body and the good answer; returns status and answer.
+    """
+
+    def __init__(self, misbehave=lambda route, body, answer: (200, answer)):
+        self.calls, self.weight_version = [], "0"
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+                self.reply(*fake.answer(self.path, body, misbehave))
+
+            def do_GET(self):
+                self.reply(*fake.answer(self.path, {}, misbehave))
+
+            def reply(self, status, answer):
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client may have given up
+                    self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, route, body, misbehave):
+        self.calls.append((route, body))
+        good = {
+            "/model_info": {"weight_version": self.weight_version},
+            "/server_info": {"enable_return_routed_experts": True},
+        }.get(route, {"success": True})
+        if route == "/generate":
+            good = {"meta_info": self.generated(body)}
+        if route == "/update_weights_from_disk":
+            self.weight_version = body["weight_version"]
+        return misbehave(route, body, good)
+
+    def generated(self, body):
+        num_tokens = len(body["input_ids"]) + 3
+        ids_TLK = random_ids(num_tokens - 1)
+        start = body.get("routed_experts_start_len", 0)
+        routes = Routes(expert_ids_TLK=ids_TLK, layers=MODEL.layers, num_experts=16)[start:]
+        level = body["sampling_params"].get("custom_params")
+        data = encode(routes, start=start) if level else stock(routes.expert_ids_TLK)
+        found = meta(data) if body.get("return_routed_experts") else {}
+        logprobs = [[-0.5, 7, None], [-0.25, 8, None], [-1.0, 9, None]]
+        return {"output_token_logprobs": logprobs, "finish_reason": {"type": "length"}, **found}
+
+
+def asked(num_tokens=5, **others):
+    return GenerateRequest(input_ids=range(num_tokens), **others)
+
+
+def test_a_completion_holds_what_the_server_said():
+    with FakeServer() as fake:
+        (completion,) = RolloutClient([fake.url], MODEL).generate([asked()])
+    assert completion.output_ids == [7, 8, 9]
+    np.testing.assert_array_equal(completion.mu_logprobs, np.float32([-0.5, -0.25, -1.0]))
+    np.testing.assert_array_equal(completion.routes.expert_ids_TLK, random_ids(7))
+    assert (completion.finish_reason, completion.url) == ("length", fake.url)
+
+
+def test_answers_keep_the_order_of_the_requests_and_report_as_they_finish():
+    def slow_for_short(route, body, answer):
+        time.sleep(0.2 if len(body.get("input_ids", ())) == 3 else 0)
+        return 200, answer
+
+    finished = []
+    with FakeServer(slow_for_short) as fake:
+        completions = RolloutClient([fake.url], MODEL).generate(
+            [asked(3), asked(9)], lambda number, completion: finished.append(number)
+        )
+    assert [c.routes.num_rows for c in completions] == [5, 11]
+    assert finished == [1, 0]
+
+
+def test_requests_go_to_the_least_loaded_server():
+    def slow(route, body, answer):
+        time.sleep(0.3)
+        return 200, answer
+
+    with FakeServer(slow) as one, FakeServer(slow) as other:
+        RolloutClient([one.url, other.url], MODEL).generate([asked(100), asked(5), asked(5)])
+    # The long prompt occupies one server; both short ones go to the other.
+    assert [len(body["input_ids"]) for _, body in one.calls] == [100]
+    assert [len(body["input_ids"]) for _, body in other.calls] == [5, 5]
+
+
+@pytest.mark.parametrize("trouble", ["500", "hang", "dead"])
+def test_another_server_takes_over_from_one_that_fails(trouble):
+    def fail(route, body, answer):
+        time.sleep(3 if trouble == "hang" else 0)
+        return 500, {"error": "out of memory"}
+
+    with FakeServer() as good, FakeServer(fail) as bad:
+        if trouble == "dead":
+            bad.http.server_close()
+        client = RolloutClient([bad.url, good.url], MODEL, QUICK)
+        (completion,) = client.generate([asked()])
+    assert completion.url == good.url
+
+
+def test_a_request_that_fails_on_every_try_names_the_servers_and_the_last_failure():
+    with FakeServer(lambda *_: (503, {"error": "overloaded"})) as fake:
+        with pytest.raises(ServerError, match="failed 3 times.*503.*overloaded") as caught:
+            RolloutClient([fake.url], MODEL, QUICK).generate([asked()])
+        assert fake.url in str(caught.value)
+    assert len(fake.calls) == 3
+
+
+def test_a_request_that_is_itself_wrong_is_not_repeated():
+    message = "refused /generate.*400.*too long"
+    too_long = {"error": {"message": "too long"}}
+    with FakeServer(lambda *_: (400, too_long)) as fake, pytest.raises(ServerError, match=message):
+        RolloutClient([fake.url], MODEL, QUICK).generate([asked()])
+    assert len(fake.calls) == 1
+
+
+def test_a_server_of_another_model_is_refused():
+    other = TableModel(layers=(1, 2, 5), num_experts=16, top_k=2)
+    with FakeServer() as fake, pytest.raises(PayloadError, match="the server runs another model"):
+        RolloutClient([fake.url], other, QUICK).generate([asked()])
+
+
+def test_weights_go_to_all_servers_and_the_version_is_read_back():
+    with FakeServer() as one, FakeServer() as other:
+        client = RolloutClient([one.url, other.url], MODEL, QUICK)
+        client.update_weights("/checkpoint", 3)
+        assert client.weight_versions() == {one.url: "3", other.url: "3"}
+    body = dict(one.calls[0][1])
+    assert body == {"model_path": "/checkpoint", "weight_version": "3", "flush_cache": True}
+
+
+def test_a_server_that_did_not_take_the_weights_is_named():
+    def refuse(route, body, answer):
+        failed = {"success": False, "message": "no such folder"}
+        return (400, failed) if route == "/update_weights_from_disk" else (200, answer)
+
+    def ignore(route, body, answer):
+        return 200, {"weight_version": "2"} if route == "/model_info" else answer
+
+    with FakeServer(refuse) as fake, pytest.raises(ServerError, match="refused.*no such folder"):
+        RolloutClient([fake.url], MODEL, QUICK).update_weights("/checkpoint", 3)
+    with FakeServer(ignore) as fake, pytest.raises(ServerError, match="weight version 3; got 2"):
+        RolloutClient([fake.url], MODEL, QUICK).update_weights("/checkpoint", 3)
+
+
+def test_health_names_the_sick_and_raises_for_none():
+    with FakeServer() as good, FakeServer(lambda *_: (503, {})) as bad:
+        health = RolloutClient([good.url, bad.url], MODEL, QUICK).health()
+    assert health[good.url] == "ok"
+    assert "503" in health[bad.url]
+
+
+def test_probe_passes_a_good_server():
+    with FakeServer() as fake:
+        report = probe(fake.url, MODEL)
+    assert "routes of 14 of 14 tokens: 3 layers, 16 experts, top-4" in str(report)
+    assert "start honoured" in str(report)
+
+
+def without(name):
+    def misbehave(route, body, answer):
+        if route == "/server_info" and name == "flag":
+            return 200, {"enable_return_routed_experts": False}
+        if route == "/generate":
+            meta_info = dict(answer["meta_info"])
+            meta_info.pop("routed_experts", None)
+            return 200, {"meta_info": meta_info}
+        return 200, answer
+
+    return misbehave
+
+
+def ignore_start(route, body, answer):
+    body.pop("routed_experts_start_len", None)
+    return 200, {"meta_info": FakeServer.generated(None, body)}
+
+
+def ignore_level(route, body, answer):
+    if route == "/generate":
+        body["sampling_params"].pop("custom_params")
+        return 200, {"meta_info": FakeServer.generated(None, body)}
+    return 200, answer
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "capture", "message"),
+    [
+        (without("flag"), "ids", "Start the server with --enable-return-routed-experts"),
+        (without("field"), "ids", "a gateway in between drops the field"),
+        (ignore_start, "ids", "covers other tokens.*4 rows from row 10; got 14 rows from row 0"),
+        (ignore_level, "ids", "The plugin is missing"),
+        (lambda r, b, a: (200, a), "gates", "no gates come back.*capture level gates"),
+        (lambda *_: (404, {}), "ids", "refuses a request for routes; got status 404"),
+        (lambda *_: (200, {"text": "hello"}), "ids", "the answer has no log-probs"),
+    ],
+)
+def test_probe_names_what_stands_between(misbehave, capture, message):
+    with FakeServer(misbehave) as fake, pytest.raises(ServerError, match=message) as caught:
+        probe(fake.url, MODEL, capture)
+    assert fake.url in str(caught.value)
+
+
+def test_probe_does_not_wait_for_a_server_that_hangs_or_is_not_there():
+    def hang(route, body, answer):
+        time.sleep(1)
+        return 200, answer
+
+    with FakeServer(hang) as fake, pytest.raises(ServerError, match="does not answer.*Timeout"):
+        probe(fake.url, MODEL, timeout_s=0.2)
+    with pytest.raises(ServerError, match="does not answer"):
+        probe("http://127.0.0.1:9", MODEL)
+
+
+def test_request_fields_of_each_level():
+    assert request_fields("off") == {}
+    stock_fields = {"return_routed_experts": True, "routed_experts_start_len": 4}
+    assert request_fields("stock", 4) == stock_fields
+    ours = {**stock_fields, "custom_params": {"routing_replay": "gates"}}
+    assert request_fields("gates", 4) == ours
+    with pytest.raises(ServerError, match="capture; expected off, stock, ids, gates, logits"):
+        request_fields("routes")

@@ -1,0 +1,84 @@
+"""Two more families, and two processes: sigmoid routers with bias and groups; plain softmax."""
+
+import numpy as np
+import pytest
+import torch
+from sglang_servers import ARGUMENTS, Reference, assert_ids_follow, random_prompt, request, softmax
+from tiny_models import write_tiny_glm4_moe
+from tiny_models_sglang import write_tiny_olmoe
+
+from routing_replay.sglang.client import RolloutClient, probe
+from routing_replay.sglang.server import ServerOptions, launch
+from routing_replay.table import TableModel
+
+pytest.importorskip("sglang")
+
+
+def served(checkpoint, model, *arguments, **environment):
+    """A server of the checkpoint and a client that insists on the model."""
+    options = ServerOptions(
+        capture="logits",
+        logit_fraction=1.0,
+        arguments=(*ARGUMENTS, *arguments),
+        environment={"OMP_NUM_THREADS": "1", **environment},
+    )
+    server = launch(checkpoint, options)
+    return server, RolloutClient([server.url], model)
+
+
+def assert_gates(routes, logits_TLE, scores_TLE):
+    """Gates are the scores over all experts; logits are the reference's; every row has both."""
+    probs_TLE = scores_TLE / scores_TLE.sum(-1, keepdims=True)
+    ids_TLK = routes.expert_ids_TLK.astype(np.int64)
+    expected_TLK = np.take_along_axis(probs_TLE, ids_TLK, -1)
+    np.testing.assert_allclose(routes.gate_probs_TLK, expected_TLK, atol=2.0**-11 + 1e-4)
+    assert routes.router_logits.rows_N.tolist() == list(range(routes.num_rows))
+    np.testing.assert_allclose(routes.router_logits.values_NLE, logits_TLE, atol=2e-3)
+
+
+def test_glm4_moe_on_two_processes_without_overlap(tmp_path):
+    """First layer dense, sigmoid with bias and groups, scaled by 1.5, a shared expert; TP 2."""
+    checkpoint = write_tiny_glm4_moe(tmp_path / "glm4")
+    model = TableModel(layers=(1, 2), num_experts=8, top_k=4)
+    server, client = served(
+        checkpoint,
+        model,
+        *("--tp-size", "2"),
+        "--disable-overlap-schedule",
+        SGLANG_CPU_OMP_THREADS_BIND="0|1",
+    )
+    with server:
+        assert "2 layers, 8 experts, top-4" in str(probe(server.url, model, "logits"))
+        asked = [request(random_prompt(n, length=40), capture="logits") for n in range(2)]
+        completions = client.generate(asked)
+    reference = Reference(checkpoint)
+    for one, completion in zip(asked, completions, strict=True):
+        logits_TLE, _, _ = reference([*one.input_ids, *completion.output_ids][:-1])
+        routes = completion.routes
+        assert routes.covered_T.all()
+        assert_gates(routes, logits_TLE, 1 / (1 + np.exp(-logits_TLE)))
+        assert_glm_ids(routes, reference.model, logits_TLE)
+
+
+def assert_glm_ids(routes, model, logits_TLE):
+    """transformers' own group-limited selection from the same logits, as sets."""
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    for column, block in enumerate(blocks):
+        logits_TE = torch.from_numpy(logits_TLE[:, column])
+        ids_TK, _ = block.route_tokens_to_experts(logits_TE)
+        got_TK = np.sort(routes.expert_ids_TLK[:, column].astype(int), -1)
+        is_equal_T = (got_TK == np.sort(ids_TK.numpy(), -1)).all(-1)
+        # A tie within rounding may fall either way; in 51 random rows one is rare, two are not.
+        assert is_equal_T.sum() >= len(is_equal_T) - 1
+
+
+def test_olmoe_without_renormalisation(tmp_path):
+    checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
+    model = TableModel(layers=(0, 1), num_experts=12, top_k=3)
+    server, client = served(checkpoint, model)
+    with server:
+        asked = request(random_prompt(1, length=40), capture="logits")
+        (completion,) = client.generate([asked])
+    logits_TLE, _, _ = Reference(checkpoint)([*asked.input_ids, *completion.output_ids][:-1])
+    assert_ids_follow(completion.routes, logits_TLE)
+    assert_gates(completion.routes, logits_TLE, softmax(logits_TLE))

@@ -1,0 +1,176 @@
+"""Server processes begin and end as promised; the commands here are not SGLang."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from routing_replay.errors import ConfigError, ServerError
+from routing_replay.sglang import cpu, server
+from routing_replay.sglang.refusals import refuse_unsupported
+from routing_replay.sglang.server import ServerOptions, launch
+from routing_replay.sglang.settings import CaptureSettings
+
+# Serves /health with a grandchild beside it, as SGLang does with its scheduler.
+SERVING = """
+    import http.server, subprocess, sys
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("grandchild", child.pid, flush=True)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers()
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Makes `launch` run this Python text instead of SGLang; its argument is the port."""
+
+    def use(text):
+        def command_line(model_path, options, port):
+            return [sys.executable, "-c", textwrap.dedent(text), str(port)]
+
+        monkeypatch.setattr(server, "command_line", command_line)
+
+    return use
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def assert_ends(pid, within_s=15):
+    deadline = time.monotonic() + within_s
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} outlived its owner"
+        time.sleep(0.05)
+
+
+def grandchild_of(log_path):
+    return int(log_path.read_text().split("grandchild ")[1].split()[0])
+
+
+def test_a_server_and_all_it_started_end_with_its_handle(command, tmp_path):
+    command(SERVING)
+    seen = []
+    options = ServerOptions(log_path=tmp_path / "log")
+    with launch("model", options, lambda *progress: seen.append(progress)) as running:
+        running.check()
+        grandchild = grandchild_of(running.log_path)
+        assert is_running(grandchild)
+    assert not running.is_alive
+    assert_ends(grandchild)
+    running.stop()  # idempotent
+    assert all(seconds >= 0 for seconds, _ in seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_ends_when_its_owner_is_killed(tmp_path, number):
+    owner = textwrap.dedent(f"""
+        import sys, time
+        from routing_replay.sglang import server
+        server.command_line = lambda model_path, options, port: [
+            sys.executable, "-c", {textwrap.dedent(SERVING)!r}, str(port)]
+        options = server.ServerOptions(log_path={str(tmp_path / "log")!r})
+        server.launch("model", options)
+        print("ready", flush=True)
+        time.sleep(600)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    grandchild = grandchild_of(tmp_path / "log")
+    process.send_signal(number)
+    process.wait()
+    assert_ends(grandchild)
+
+
+def test_a_dead_server_shows_its_last_lines_and_the_place_of_its_log(command, tmp_path):
+    command("print('loading'); raise SystemExit('no such checkpoint')")
+    options = ServerOptions(log_path=tmp_path / "log")
+    with pytest.raises(ServerError, match="died with status 1") as caught:
+        launch("model", options)
+    assert str(tmp_path / "log") in str(caught.value)
+    assert "loading\nno such checkpoint" in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(command, tmp_path):
+    command("import os, time; print('grandchild', os.getpid(), flush=True); time.sleep(600)")
+    options = ServerOptions(log_path=tmp_path / "log", ready_timeout_s=1.0)
+    with pytest.raises(ServerError, match="not ready; expected an answer within 1 s"):
+        launch("model", options)
+    assert_ends(grandchild_of(tmp_path / "log"))
+
+
+def test_a_taken_port_is_an_error_of_its_own():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port} is taken.*Choose another port"):
+            launch("model", ServerOptions(port=port))
+
+
+def test_a_server_does_not_take_itself_for_a_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    environment = server.environment_of(ServerOptions(capture="gates", environment={"A": "b"}))
+    assert not {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert environment["A"] == "b"
+    assert CaptureSettings.from_environment(environment).level == "gates"
+
+
+def test_without_cuda_the_stub_stands_before_the_real_kernels(monkeypatch):
+    monkeypatch.setattr(cpu.torch.cuda, "is_available", lambda: False)
+    environment = cpu.server_environment({"PYTHONPATH": "/mine"})
+    assert environment["PYTHONPATH"] == f"{cpu.STUBS}{os.pathsep}/mine"
+    code = "import sgl_kernel; sgl_kernel.topk_softmax(1)"
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, env=os.environ | environment, capture_output=True, text=True)
+    assert "sgl_kernel.topk_softmax needs a CUDA device" in result.stderr
+
+
+def test_with_cuda_a_server_starts_as_stock(monkeypatch):
+    monkeypatch.setattr(cpu.torch.cuda, "is_available", lambda: True)
+    assert cpu.server_environment({}) == {}
+    assert cpu.server_arguments() == []
+    assert not cpu.enable_cpu()
+
+
+def test_capture_settings_are_checked():
+    with pytest.raises(ConfigError, match="capture; expected off, stock, ids, gates, logits"):
+        server.environment_of(ServerOptions(capture="all"))
+    with pytest.raises(ConfigError, match="logit fraction; expected in"):
+        CaptureSettings(logit_fraction=0)
+    with pytest.raises(ConfigError, match="expected a number"):
+        CaptureSettings.from_environment({"ROUTING_REPLAY_LOGIT_FRACTION": "some"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pp_size": 2}, "pipeline parallelism"),
+        ({"enable_hierarchical_cache": True}, "hierarchical cache"),
+        ({"disaggregation_mode": "decode"}, "prefill/decode disaggregation"),
+        ({"enable_two_batch_overlap": True}, "batch overlap"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
+        ({"moe_runner_backend": "triton_kernel"}, "--moe-runner-backend triton_kernel"),
+        ({"chunked_prefill_size": -1}, "unchunked prefill"),
+        ({"enable_dp_attention": True}, "data-parallel attention"),
+    ],
+)
+def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message):
+    settings = CaptureSettings(level="logits")
+    refuse_unsupported(type("Arguments", (), {"disaggregation_mode": "null"}), settings)
+    with pytest.raises(ServerError, match=f"no true routes with.*{message}.*Reason: "):
+        refuse_unsupported(type("Arguments", (), arguments), settings)
