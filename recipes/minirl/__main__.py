@@ -18,7 +18,8 @@ from routing_replay.sglang.server import Server, ServerOptions, launch
 
 from . import journal
 from .children import Child
-from .config import RecipeConfig, parse
+from .command_line import parse
+from .config import RecipeConfig
 from .inputs import inputs_of
 
 POLL_S = 0.25
@@ -104,7 +105,8 @@ def prepare(config: RecipeConfig, run_dir: Path) -> None:
     if config.model.model != "tiny":
         return
     command = [sys.executable, "-m", "recipes.minirl.tiny_model", str(run_dir / "config.json")]
-    with Child(command, run_dir / "logs" / "prepare.log") as child:
+    log_path = run_dir / "logs" / "prepare.log"
+    with Child(command, log_path, thread_environment(config, 1)) as child:
         while child.status is None:
             time.sleep(POLL_S)
     if child.status:
@@ -119,12 +121,12 @@ def prepare(config: RecipeConfig, run_dir: Path) -> None:
 def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
     """One SGLang server with our plugin, on a free port."""
     print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
-    is_r3 = config.replay.mode == "R3"
     options = ServerOptions(
         port=config.rollout.server_port or None,
-        capture=config.replay.capture if is_r3 else "off",
+        capture=config.rollout_capture,
         log_path=run_dir / "logs" / "sglang.log",
         arguments=("--dtype", config.rollout.rollout_dtype, *config.rollout.server_arguments),
+        environment=thread_environment(config, 1),
     )
     server = launch(base, options)
     print(f"SGLang serves at {server.url}, log {server.log_path}", flush=True)
@@ -135,11 +137,16 @@ def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> C
     """torchrun with one process per rank."""
     print("Starting the trainer ...", flush=True)
     nproc = config.run.nproc
-    threads = max(1, (os.cpu_count() or 1) // nproc)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), "-m", "recipes.minirl.train", str(run_dir)]
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return Child([*command, "--rollout-url", *urls], run_dir / "logs" / "trainer.log", environment)
+    command += ["--rollout-url", *urls]
+    return Child(command, run_dir / "logs" / "trainer.log", thread_environment(config, nproc))
+
+
+def thread_environment(config: RecipeConfig, num_processes: int) -> dict[str, str]:
+    """How many threads each of several processes shall use."""
+    threads = config.run.cpu_threads or max(1, (os.cpu_count() or 1) // num_processes)
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:

@@ -149,7 +149,7 @@ class Cut:
         data_rank, data_size: Data parallelism: its part of the sequences of every minibatch.
         context_rank, context_size: Context parallelism: its part of every sequence.
         minibatch_size: Sequences per update, over all ranks.
-        microbatch_size: Sequences per forward pass of this rank.
+        microbatch_size: Sequences per forward pass of this rank, at most its share.
         device: Of the model.
     """
 
@@ -164,16 +164,11 @@ class Cut:
     def sequences(self, num_sequences: int) -> list[list[range]]:
         """For each minibatch this rank's microbatches, as ranges of sequences."""
         share = self.minibatch_size // self.data_size
+        size = min(self.microbatch_size, share)
+        firsts = range(self.data_rank * share, num_sequences, self.minibatch_size)
         return [
-            [
-                range(start, start + self.microbatch_size)
-                for start in range(
-                    first + self.data_rank * share,
-                    first + (self.data_rank + 1) * share,
-                    self.microbatch_size,
-                )
-            ]
-            for first in range(0, num_sequences, self.minibatch_size)
+            [range(start, start + size) for start in range(first, first + share, size)]
+            for first in firsts
         ]
 
     def microbatch(self, batch: Batch, sequences: range, token_rows_ST: torch.Tensor) -> Microbatch:

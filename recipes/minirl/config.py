@@ -1,20 +1,17 @@
-"""Configuration: a preset, a YAML file and flags, all with the same keys."""
+"""The settings of the recipe; presets, YAML files and flags share these keys."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 import yaml
 
 from routing_replay import objectives
-from routing_replay.config import FLAG_PREFIX, ReplayConfig, read_yaml, setting, unknown_name
+from routing_replay.config import FLAG_PREFIX, ReplayConfig, setting
 from routing_replay.errors import ConfigError
-
-PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +23,9 @@ class RunSettings:
     steps: int = setting(40, "training steps (each: one rollout batch)")
     seed: int = setting(0, "seed of the data order, the tiny model and its warm-up")
     nproc: int = setting(1, "trainer processes on this machine")
+    cpu_threads: int = setting(
+        0, "threads of each trainer rank and launched server; 0: the cores shared evenly"
+    )
     checkpoint_every: int = setting(10, "steps between checkpoints; 0: at the end only")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
     evaluate_every: int = setting(
@@ -41,8 +41,8 @@ class ModelSettings:
         "tiny", "Hugging Face checkpoint folder, or `tiny`: a small Qwen3-MoE made on the spot"
     )
     cache_dir: str = setting("runs/cache", "where tiny models are kept between runs")
-    tiny_layers: int = setting(4, "layers of the tiny model")
-    tiny_experts: int = setting(16, "experts per layer of the tiny model")
+    tiny_layers: int = setting(6, "layers of the tiny model")
+    tiny_experts: int = setting(32, "experts per layer of the tiny model")
     tiny_top_k: int = setting(2, "experts per token of the tiny model")
     warmup_target: float = setting(
         0.3, "supervised warm-up of the tiny model ends at this sampled accuracy; 0: no warm-up"
@@ -90,9 +90,10 @@ class TrainingSettings:
     """training: updates in Megatron"""
 
     minibatch_size: int = setting(128, "responses per update; N = batch / minibatch")
-    microbatch_size: int = setting(64, "responses per forward pass on one rank")
+    microbatch_size: int = setting(64, "most responses per forward pass on one rank")
     learning_rate: float = setting(3e-4, "constant learning rate of AdamW")
     adam_beta2: float = setting(0.99, "second-moment decay of AdamW")
+    adam_eps: float = setting(1e-8, "added to the root of the second moment of AdamW")
     weight_decay: float = setting(0.0, "of AdamW")
     clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping")
     trainer_dtype: str = setting("float32", "of the trainer", ("float32", "bfloat16"))
@@ -145,6 +146,11 @@ class RecipeConfig:
         """N: updates per step."""
         return self.batch_size // self.training.minibatch_size
 
+    @property
+    def rollout_capture(self) -> str:
+        """What training rollouts bring back of the routes: only R3 replays them."""
+        return self.replay.capture if self.replay.mode in ("R3", "auto") else "off"
+
     def make_objective(self) -> objectives.Objective:
         """The loss with its parameters."""
         pairs = [_name_and_value(text) for text in self.objective.objective_parameters]
@@ -166,15 +172,21 @@ class RecipeConfig:
         Raises:
             ConfigError: An unknown key (the nearest is named) or a value of the wrong kind.
         """
+        sections = cls.check_keys(values, where)
+        return cls(**{name: SECTIONS[name](**given) for name, given in sections.items()})
+
+    @classmethod
+    def check_keys(cls, values: Mapping, where=None) -> dict[str, dict]:
+        """The values by section and plain name, each of its setting's kind."""
         known = known_settings()
-        sections: dict[str, dict] = {section.name: {} for section in fields(cls)}
+        sections: dict[str, dict] = {name: {} for name in SECTIONS}
         for key, value in values.items():
             name = str(key).replace("-", "_")
             if name not in known:
-                raise unknown_name("setting", key, sorted(known))
+                raise unknown("setting", key, known, where)
             section, plain, default = known[name]
             sections[section][plain] = _of_kind(name, default, value, where)
-        return cls(**{name: SECTIONS[name](**given) for name, given in sections.items()})
+        return sections
 
 
 SECTIONS = {
@@ -197,109 +209,15 @@ def known_settings() -> dict[str, tuple[str, str, object]]:
     }
 
 
-def parse(argv: Sequence[str] | None = None) -> RecipeConfig:
-    """The configuration of a command line: preset, then --config, then flags.
-
-    A resumed run starts from its own configuration instead of a preset.
-
-    Raises:
-        ConfigError: An unknown flag, key or preset, or values that cannot work.
-    """
-    parser = make_parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise unknown_name("flag", unknown[0].split("=")[0], flags)
-    flags = {k: v for k, v in vars(arguments).items() if v is not None}
-    preset, files = flags.pop("preset", None), []
-    if flags.get("resume"):
-        files.append(_stored(flags.get("run_dir"), preset))
-    else:
-        files.append(_preset(preset or "tiny_cpu"))
-    for extra in (flags.pop("routing_replay_config", None), flags.pop("config", None)):
-        files += [Path(extra)] if extra else []
-    values = {}
-    for path in files:
-        content = json.loads(path.read_text()) if path.suffix == ".json" else read_yaml(path)
-        content = _with_prefix(content) if str(path) == arguments.routing_replay_config else content
-        RecipeConfig.from_mapping({**values, **content}, where=path)
-        values |= {str(key).replace("-", "_"): value for key, value in content.items()}
-    return RecipeConfig.from_mapping(values | flags)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """One flag per key; a flag that is not given is None."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.minirl",
-        usage="%(prog)s [--preset NAME] [--config FILE.yaml] [FLAGS]",
-        description="Reinforcement learning of a Mixture-of-Experts model: SGLang rollouts that "
-        "return expert routes, updates in Megatron that replay them.",
-        epilog="Every flag is also a key of the YAML file, with _ for -. Without flags the preset "
-        f"tiny_cpu trains a tiny model on this machine. Presets: {', '.join(preset_names())}.",
-        allow_abbrev=False,
+def unknown(kind: str, name, known, where=None) -> ConfigError:
+    """The error for a name that does not exist; there are too many to list them all."""
+    # cutoff 0: a poor suggestion is still better than none.
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)[0]
+    return ConfigError(
+        f"unknown {kind} {name!r}",
+        where=where,
+        fix=f"Did you mean {nearest!r}? `python -m recipes.minirl --help` lists all",
     )
-    parser.add_argument("--preset", metavar="NAME", help="a preset or the path of one (tiny_cpu)")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings on top of the preset")
-    parser.add_argument(
-        "--routing-replay-config", metavar="FILE.yaml", help="settings of routing replay alone"
-    )
-    for name, kind in SECTIONS.items():
-        title = "routing replay" if name == "replay" else kind.__doc__.strip()
-        group = parser.add_argument_group(title)
-        for f in fields(kind):
-            _add_flag(group, (FLAG_PREFIX if name == "replay" else "") + f.name, f)
-    return parser
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def _add_flag(group, name, f):
-    flag = "--" + name.replace("_", "-")
-    default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-    shown = "" if default == "" else f" (default: {default})"
-    help_text = (f.metadata["help"] + shown).replace("%", "%%")
-    if isinstance(f.default, bool):
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag, action=action, default=None, help=help_text)
-    elif isinstance(f.default, tuple):
-        group.add_argument(flag, nargs="*", metavar="TEXT", help=help_text)
-    else:
-        kind, choices = type(f.default), f.metadata["choices"]
-        metavar = None if choices else kind.__name__.upper()
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help_text)
-
-
-def _preset(name: str) -> Path:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path
-    if name not in preset_names():
-        raise unknown_name("preset", name, preset_names())
-    return PRESETS / f"{name}.yaml"
-
-
-def _stored(run_dir: str | None, preset: str | None) -> Path:
-    if not run_dir or preset:
-        raise ConfigError(
-            "--resume continues a run with that run's configuration",
-            expected="--run-dir and no --preset",
-            got=f"--run-dir {run_dir}, --preset {preset}",
-        )
-    path = Path(run_dir) / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            "there is no run to resume", expected="a config.json in it", where=run_dir
-        )
-    return path
-
-
-def _with_prefix(content: dict) -> dict:
-    return {
-        FLAG_PREFIX + str(key).replace("-", "_").removeprefix(FLAG_PREFIX): value
-        for key, value in content.items()
-    }
 
 
 def _of_kind(name, default, value, where):
@@ -367,8 +285,8 @@ def _check_sizes(config: RecipeConfig) -> None:
             expected=f"a multiple of {model_ranks}",
             got=nproc,
         )
-    per_rank, rest = divmod(t.minibatch_size, nproc // model_ranks)
-    if rest or per_rank % t.microbatch_size:
+    share, rest = divmod(t.minibatch_size, nproc // model_ranks)
+    if rest or share % min(share, t.microbatch_size):
         raise ConfigError(
             "microbatch_size times the data-parallel ranks must divide minibatch_size",
             expected=f"a divisor of {t.minibatch_size}",

@@ -278,6 +278,7 @@ def _optimizer_config(t: TrainingSettings, dtype: torch.dtype) -> OptimizerConfi
         lr=t.learning_rate,
         weight_decay=t.weight_decay,
         adam_beta2=t.adam_beta2,
+        adam_eps=t.adam_eps,
         clip_grad=t.clip_grad,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,

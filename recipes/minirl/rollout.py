@@ -7,6 +7,7 @@ from pathlib import Path
 
 from routing_replay.errors import DataError
 from routing_replay.sglang.client import ClientOptions, RolloutClient
+from routing_replay.sglang.probe import probe
 from routing_replay.sglang.requests import GenerateRequest
 from routing_replay.table import TableModel
 
@@ -27,6 +28,9 @@ class Rollout:
         urls: The servers.
         checkpoint: Folder whose tokenizer is used.
         model: Layers, experts and top-k that every answer must have.
+
+    Raises:
+        ServerError: A server does not answer, or returns no or wrong routes.
     """
 
     def __init__(
@@ -38,6 +42,11 @@ class Rollout:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         options = ClientOptions(request_timeout_s=config.rollout.request_timeout_s)
         self.client = RolloutClient(urls, model=model, options=options)
+        capture = config.rollout_capture
+        if capture != "off":
+            for url in urls:
+                # A server without the plugin, or a gateway that drops fields, shows here.
+                probe(url, model, capture)
 
     def sample(
         self,

@@ -126,8 +126,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
 def sample_batch(policy: Policy, rollout: Rollout, prompts, scratch: Path) -> dict[str, float]:
     """Sample, reward, and save the batch and its routes for all ranks; the rollout's metrics."""
     config = policy.config
-    replay, group_size = config.replay, config.data.samples_per_prompt
-    capture = replay.capture if replay.mode == "R3" else "off"
+    group_size, capture = config.data.samples_per_prompt, config.rollout_capture
     samples = rollout.sample(prompts, group_size, capture=capture)
     rewards_S = torch.tensor([sample.reward for sample in samples])
     group_S = torch.arange(len(samples)) // group_size

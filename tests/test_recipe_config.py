@@ -1,0 +1,94 @@
+"""recipes.minirl: presets, YAML and flags have the same keys, and mistakes are named."""
+
+import json
+
+import pytest
+import yaml
+
+from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
+from recipes.minirl.config import RecipeConfig, known_settings
+from routing_replay.errors import ConfigError
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_a_whole_configuration_that_says_whether_it_has_been_run(name):
+    argv = ["--preset", name]
+    assert parse(argv).num_mini_batches >= 1
+    comment = (PRESETS / f"{name}.yaml").read_text().lower()
+    assert "has been run" in comment or "has not been run" in comment
+
+
+def test_a_flag_wins_over_the_yaml_file_and_the_file_over_the_preset(tmp_path):
+    config = write(tmp_path / "c.yaml", "steps: 7\nlearning-rate: 1e-5\n")
+    assert parse(["--config", config]).run.steps == 7
+    assert parse(["--config", config]).training.learning_rate == 1e-5
+    assert parse(["--config", config, "--steps", "8"]).run.steps == 8
+    preset = yaml.safe_load((PRESETS / "tiny_cpu.yaml").read_text())
+    assert parse([]).run.steps == preset["steps"]
+
+
+def test_settings_of_replay_come_from_their_own_file_with_or_without_the_prefix(tmp_path):
+    config = write(tmp_path / "r.yaml", "mode: R2\nrouting_replay_capture: ids\n")
+    replay = parse(["--routing-replay-config", config]).replay
+    assert (replay.mode, replay.capture) == ("R2", "ids")
+    argv = ["--routing-replay-config", config, "--routing-replay-mode", "disabled"]
+    assert parse(argv).replay.mode == "disabled"
+
+
+def test_all_keys_survive_the_way_through_the_stored_configuration():
+    config = parse(["--rollout-url", "http://a", "http://b", "--objective-parameters", "cap=2"])
+    stored = json.loads(json.dumps(config.to_mapping()))
+    assert RecipeConfig.from_mapping(stored) == config
+    assert set(stored) == set(known_settings())
+
+
+def test_the_help_text_explains_every_key():
+    text = make_parser().format_help()
+    for name in known_settings():
+        assert "--" + name.replace("_", "-") in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stesp", "3"], "unknown flag '--stesp'. Did you mean '--steps'?"),
+        (["--preset", "tiny_gpu"], "unknown preset 'tiny_gpu'. Did you mean 'tiny_cpu'?"),
+        (["--minibatch-size", "100"], "expected a divisor of 512; got 100"),
+        (["--nproc", "3", "--tensor-parallel", "2"], "expected a multiple of 2; got 3"),
+        (["--objective-parameters", "eps=3"], "has no parameter 'eps'; expected eps_low"),
+        (["--objective-parameters", "cap"], "expected name=value; got 'cap'"),
+        (["--resume"], "expected --run-dir DIR --resume, without --preset"),
+        (["--temperature", "0"], "'temperature'; expected above 0"),
+        (["--prompts", "x.jsonl"], "prompts and heldout_prompts go together"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_with_what_to_do(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
+    config = write(tmp_path / "c.yaml", "learning_rat: 1\n")
+    with pytest.raises(ConfigError, match=r"'learning_rat' \[.*c\.yaml\]\. Did you mean 'learn"):
+        parse(["--config", config])
+
+
+def test_a_value_of_the_wrong_kind_is_refused(tmp_path):
+    config = write(tmp_path / "c.yaml", "steps: many\n")
+    with pytest.raises(ConfigError, match="'steps'; expected int; got 'many'"):
+        parse(["--config", config])
+
+
+def test_n_is_the_global_batch_by_the_mini_batch_and_decides_the_mode_auto():
+    argv = ["--prompts-per-step", "8", "--samples-per-prompt", "4", "--routing-replay-mode", "auto"]
+    for minibatch_size, mode in ((32, "disabled"), (16, "R2"), (8, "R3")):
+        config = parse([*argv, "--minibatch-size", str(minibatch_size), "--microbatch-size", "8"])
+        # 8 * 4 = 32 responses per step
+        assert config.num_mini_batches == 32 // minibatch_size
+        assert config.replay.resolve(config.num_mini_batches).mode == mode

@@ -1,0 +1,238 @@
+"""recipes.minirl on real Megatron: a step is the same step under every layout, and can be saved."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron_worlds import run_world
+from tiny_models import tiny_qwen3_moe
+
+LAYERS, EXPERTS, TOP_K = 4, 8, 2
+LAYOUTS = {
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "dp2": {},
+    "ep2": {"expert_parallel": 2},
+    "cp2": {"context_parallel": 2},
+}
+# With an epsilon far above every gradient Adam is gradient descent. With the usual one a gradient
+# of nearly zero that turns its sign, as float32 sums in another order do, would move a weight by
+# twice the learning rate.
+ADAM = ["--learning-rate", "1", "--adam-eps", "10"]
+# A sum of some hundred float32 products, in another order.
+ATOL = 1e-6
+
+
+def make_policy(checkpoint, mode="R3", **settings):
+    from recipes.minirl.command_line import parse
+    from recipes.minirl.policy import Policy
+
+    flags = ["--routing-replay-mode", mode, *ADAM]
+    flags += ["--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatch-size", "4"]
+    flags += ["--microbatch-size", "2", "--nproc", os.environ.get("WORLD_SIZE", "2")]
+    for name, value in settings.items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
+    return Policy(parse(flags), Path(checkpoint))
+
+
+def make_step(multiple):
+    """Eight sequences of different lengths with random routes of the model's shape."""
+    from recipes.minirl.batch import Batch, Sample
+    from routing_replay.routes import Routes
+    from routing_replay.table import RouteTable
+
+    rng = np.random.default_rng(0)
+    samples, routes = [], []
+    for _ in range(8):
+        prompt = rng.integers(0, 128, rng.integers(2, 6))
+        response = rng.integers(0, 128, rng.integers(1, 6))
+        samples.append(
+            Sample(
+                prompt_ids=tuple(prompt.tolist()),
+                response_ids=tuple(response.tolist()),
+                logp_mu=tuple((-3 - rng.random(len(response))).tolist()),
+            )
+        )
+        num_rows = len(prompt) + len(response) - 1
+        ids_TLE = rng.permuted(np.tile(np.arange(EXPERTS), (num_rows, LAYERS, 1)), axis=-1)
+        routes.append(
+            Routes(
+                expert_ids_TLK=np.ascontiguousarray(ids_TLE[..., :TOP_K].astype(np.uint8)),
+                layers=tuple(range(LAYERS)),
+                num_experts=EXPERTS,
+            )
+        )
+    advantages_S = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 1.0, -0.25, 2.0])
+    return Batch.from_samples(samples, advantages_S, multiple), RouteTable.from_routes(routes)
+
+
+def take_step(policy, folder):
+    """The old pass and both updates; the metrics over all ranks."""
+    from recipes.minirl.train import replaying, score_old
+    from routing_replay.metrics import merge, to_floats
+
+    batch, table = make_step(policy.length_multiple)
+    table = table if policy.config.replay.mode == "R3" else None
+    old, replayed, rows_ST = score_old(policy, batch, table, folder)
+    metrics = policy.reduce(policy.discrepancy(batch, old))
+    updates = {}
+    for minibatch in range(2):
+        with replaying(policy, replayed):
+            objective = policy.config.make_objective()
+            updates = merge(updates, policy.update(batch, rows_ST, old, objective, minibatch))
+    return to_floats(metrics | policy.reduce(updates))
+
+
+def weights_of(policy):
+    from routing_replay.megatron.weights import named_hf_tensors
+
+    return {n: t.clone() for n, t in named_hf_tensors(policy.chunks) if t is not None}
+
+
+@dataclasses.dataclass
+class Outcome:
+    metrics: dict
+    weights: dict
+
+
+def steps_of_layouts(rank, checkpoint, folder, layouts):
+    from routing_replay.megatron import parallel
+
+    outcomes = {}
+    for name, (mode, settings) in layouts.items():
+        policy = make_policy(checkpoint, mode, nproc=torch.distributed.get_world_size(), **settings)
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        metrics = take_step(policy, place)
+        outcomes[name] = Outcome(metrics, weights_of(policy))
+        policy.replay.remove()
+        parallel.destroy(keep_world=True)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return str(tiny_qwen3_moe(layers=LAYERS, experts=EXPERTS, top_k=TOP_K))
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoint, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("steps"))
+    single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")}
+    double = {name: ("R3", settings) for name, settings in LAYOUTS.items()}
+    double["pp2_R2"] = ("R2", {"pipeline_parallel": 2})
+    (alone,) = run_world(steps_of_layouts, 1, checkpoint, folder, single)
+    together = run_world(steps_of_layouts, 2, checkpoint, folder, double)
+    return alone | together[0]
+
+
+def assert_same_step(outcome, reference):
+    assert outcome.weights.keys() == reference.weights.keys()
+    for name, weight in reference.weights.items():
+        torch.testing.assert_close(
+            outcome.weights[name], weight, atol=ATOL, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name in (
+        "grad_norm",
+        "train_infer/kl_k3",
+        "entropy",
+        "staleness/kl_k3",
+        "objective/clip_fraction",
+    ):
+        assert outcome.metrics[name] == pytest.approx(reference.metrics[name], rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_take_the_step_of_one(outcomes, layout):
+    assert_same_step(outcomes[layout], outcomes["single_R3"])
+
+
+def test_recording_and_replaying_works_over_pipeline_stages(outcomes):
+    assert_same_step(outcomes["pp2_R2"], outcomes["single_R2"])
+
+
+def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
+    r3, r2, live = (outcomes[f"single_{mode}"].metrics for mode in ("R3", "R2", "disabled"))
+    # R2's old pass routes live, as that of the disabled mode; R3 was given random experts.
+    assert r2["train_infer/kl_k3"] == live["train_infer/kl_k3"]
+    assert r3["train_infer/kl_k3"] != pytest.approx(live["train_infer/kl_k3"], rel=1e-2)
+
+
+def test_the_updates_moved_the_policy(outcomes):
+    metrics = outcomes["single_R3"].metrics
+    assert metrics["staleness/logp_abs_diff_max"] > 1e-3
+    assert metrics["grad_norm"] > 0
+
+
+def save_and_resume(rank, checkpoint, folder):
+    from recipes.minirl import checkpoints
+    from routing_replay.errors import CheckpointError
+    from routing_replay.megatron import parallel
+
+    folder = Path(folder)
+    settings = {"pipeline_parallel": 2, "nproc": 2}
+    policy = make_policy(checkpoint, **settings)
+    take_step(policy, folder)
+    saved = []
+    for step in (1, 2, 3):
+        progress = checkpoints.Progress(step=step, prompts_consumed=4 * step)
+        saved.append(checkpoints.save(policy, folder, progress, Path(checkpoint)))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    take_step(policy, folder)
+    straight = weights_of(policy)
+    policy.replay.remove()
+    parallel.destroy(keep_world=True)
+
+    newest = checkpoints.newest(folder)
+    policy = make_policy(newest, **settings)
+    checkpoints.load_trainer(policy, newest)
+    progress = checkpoints.read_progress(newest)
+    take_step(policy, folder)
+    resumed = weights_of(policy)
+    policy.replay.remove()
+    parallel.destroy(keep_world=True)
+
+    policy = make_policy(newest, tensor_parallel=2, nproc=2)
+    try:
+        checkpoints.load_trainer(policy, newest)
+        message = ""
+    except CheckpointError as error:
+        message = str(error)
+    policy.replay.remove()
+    parallel.destroy(keep_world=True)
+    return names, straight, resumed, dataclasses.asdict(progress), message
+
+
+@pytest.fixture(scope="module")
+def resumption(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run_world(save_and_resume, 2, checkpoint, str(folder))
+
+
+def test_a_resumed_trainer_takes_the_next_step_bitwise(resumption):
+    _, straight, resumed, progress, _ = resumption[1][0]
+    assert progress == {"step": 3, "prompts_consumed": 12}
+    for name, weight in straight.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+def test_only_the_newest_checkpoints_are_kept_and_nothing_unfinished(resumption):
+    assert resumption[1][0][0] == ["step_000002", "step_000003"]
+
+
+def test_a_checkpoint_is_a_hugging_face_model(resumption):
+    from transformers import AutoModelForCausalLM
+
+    folder = resumption[0] / "checkpoints" / "step_000003"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.num_experts == EXPERTS
+    assert json.loads((folder / "trainer" / "state.json").read_text())["step"] == 3
+
+
+def test_the_optimizer_state_of_another_layout_is_refused_on_every_rank(resumption):
+    for of_rank in resumption[1]:
+        assert "the optimizer state is of another parallel layout" in of_rank[-1]
