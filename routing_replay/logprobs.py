@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ObjectiveError
 
-# Size of one float32 temporary; about two live at once. CPU: 2 to 16 MiB are equally fast, 64 MiB is
-# half as fast (tools/bench_logprobs.py). GPU: large enough to hide the launch of kernels, not tuned.
+# Size of one float32 temporary; about two live at once. CPU: 2 to 16 MiB are near in time, 64 MiB
+# takes half as long again (tools/bench_logprobs.py). GPU: large enough to hide launches, not tuned.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 # Stands for -inf where it would be multiplied by a probability of 0; finite in float32.
 LOWEST = -1e30
