@@ -264,6 +264,9 @@ class Attribution:
         ]
         lines += [f"  {name:12s} {part}" for name, part in self.parts.items()]
         lines += [f"  {'= total':12s} {self.kl['none']}   (live routing)"]
+        if "rollout" not in self.kl:
+            lines[2] += "   (staleness included, unless these weights sampled)"
+        lines += [f"  {'excess':12s} {self.excess}   (0 for tokens sampled from pi)"]
         if self.is_truncated:
             lines += [
                 "",

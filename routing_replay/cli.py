@@ -62,6 +62,12 @@ def _add_doctor(verbs) -> argparse.ArgumentParser:
     )
     verb.add_argument("--replay-config", metavar="FILE", help="routing replay's settings (YAML)")
     verb.add_argument("--server", metavar="URL", action="append", default=[], help="repeatable")
+    verb.add_argument(
+        "--capture",
+        choices=("stock", "ids", "gates", "logits"),
+        default="ids",
+        help="what the job will ask the servers for (ids)",
+    )
     verb.add_argument("--table", metavar="FILE", action="append", default=[], help="repeatable")
     _add_model(verb, "compare the server and the tables with this model")
     verb.set_defaults(run=_doctor)
@@ -79,7 +85,7 @@ def _doctor(parsed) -> int:
     if parsed.megatron:
         findings += doctor.check_megatron(parsed.megatron, replay)
     for url in parsed.server:
-        findings += doctor.check_server(url, model)
+        findings += doctor.check_server(url, model, parsed.capture)
     for path in parsed.table:
         findings += doctor.check_table(path, model)
     order = ("error", "warning", "ok")

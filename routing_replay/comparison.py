@@ -223,7 +223,8 @@ def _add_buckets(tally: _Tally, table: RouteTable, rows_R, shared_R, differs_R) 
 
 
 def _position_name(exponent: int) -> str:
-    return "0" if exponent == 0 else f"{1 << (exponent - 1)}-{(1 << exponent) - 1}"
+    first, last = (1 << exponent) // 2, (1 << exponent) - 1
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _keep_worst(tally: _Tally, start: int, num_differing_B, first_B, num_worst: int) -> None:

@@ -124,10 +124,18 @@ def check_megatron(path: str | os.PathLike, replay: ReplayConfig) -> Iterator[Fi
         yield _ok("megatron-config", f"replay works with {path}")
 
 
-def check_server(url: str, model: TableModel | None = None) -> Iterator[Finding]:
-    """One tiny request that proves routes come back."""
+def check_server(
+    url: str, model: TableModel | None = None, capture: str = "ids"
+) -> Iterator[Finding]:
+    """Tiny requests that prove routes come back, through everything that stands before the server.
+
+    Args:
+        url: The server or gateway that the job will use.
+        model: What the routes must have.
+        capture: The level that the job will ask for.
+    """
     try:
-        from .sglang.client import probe
+        from .sglang.probe import probe
     except ImportError as error:
         yield _error(
             "server",
@@ -137,11 +145,11 @@ def check_server(url: str, model: TableModel | None = None) -> Iterator[Finding]
         )
         return
     try:
-        found = probe(url, model) if model is not None else probe(url)
+        found = probe(url, model, capture)
     except RoutingReplayError as error:
         yield _error("server", str(error))
         return
-    yield _ok("server", f"{url} returns routes: {found}")
+    yield _ok("server", f"{found}")
 
 
 def check_table(path: str | os.PathLike, model: TableModel | None = None) -> Iterator[Finding]:

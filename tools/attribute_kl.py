@@ -118,12 +118,23 @@ class Scorer:
         ]
         self.positions_T = self._local_positions()
 
-    def score(self, variant: Variant, chosen: set[int]) -> torch.Tensor:
-        """`sequence_sums` of the whole batch; collective, the same on every rank."""
+    def score(
+        self, variant: Variant, chosen: set[int], live_routes: str | None = None
+    ) -> torch.Tensor:
+        """`sequence_sums` of the whole batch; collective, the same on every rank.
+
+        Args:
+            variant: Which layers replay.
+            chosen: The set of `layer_switches`.
+            live_routes: File for the routes that this pass would have taken live.
+        """
         chosen.clear()
         chosen.update(variant.replayed)
-        with torch.no_grad(), self.replay.replaying(self.table):
+        scope = self.replay.replaying(self.table, record_live=live_routes is not None)
+        with torch.no_grad(), scope as recorded:
             parts = self._run()
+        if recorded is not None:
+            recorded.table(live_routes)
         num_columns = len(attribution.COLUMNS)
         sums_S4 = torch.zeros(len(self.batch.lengths_S), num_columns, dtype=torch.float64)
         # Tensor-parallel ranks hold equal log-probs: one of them speaks.
@@ -157,6 +168,7 @@ class Scorer:
                 for column in (self.batch.input_ids_ST, self.batch.labels_ST, self.token_rows_ST)
             ]
             input_ids_BT, labels_BT, token_rows_BT = cut
+            token_rows_BT[torch.tensor(sequences) < 0] = -1  # filling: nobody's routes
             positions_BT = self.positions_T.expand(len(rows), -1).to(self.device)
             with self.replay.microbatch(token_rows_BT.contiguous()):
                 output = model(input_ids_BT.to(self.device), positions_BT, None)
@@ -256,7 +268,8 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
         def score(variant: Variant) -> torch.Tensor:
             if variant.is_rollout_weights:
                 load_hf(chunks, parsed.rollout_checkpoint)
-            return scorer.score(variant, chosen)
+            is_whole = variant.name == "all"
+            return scorer.score(variant, chosen, parsed.live_routes if is_whole else None)
 
         attribution.attribute(
             variants, score, progress, bar if is_first else lambda variant, kl: None
@@ -300,6 +313,11 @@ def main() -> int:
     parser.add_argument("--microbatch-size", type=int, default=16)
     for name in ("tensor", "pipeline", "context", "expert"):
         parser.add_argument(f"--{name}-parallel", type=int, default=1)
+    parser.add_argument(
+        "--live-routes",
+        metavar="FILE",
+        help="also write the trainer's own routes of the replaying pass, for `routing-replay diff`",
+    )
     parser.add_argument("--output", default="attribution.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parsed = parser.parse_args()
