@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from . import versions
+
 STUBS = Path(__file__).parent / "cpu_stubs"
 
 
@@ -36,6 +38,8 @@ def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
         # The grouped routers are torch.compile'd: a minute of compiling for nothing on a CPU.
         "TORCHDYNAMO_DISABLE": "1",
         "SGLANG_AUTO_NUMA_BIND": "0",
+        # NCCL's library loads without a device and fails later; if it cannot load, gloo does.
+        "SGLANG_NCCL_SO_PATH": "none",
     }
 
 
@@ -48,6 +52,8 @@ def server_arguments() -> list[str]:
         *("--attention-backend", "torch_native"),
         *("--sampling-backend", "pytorch"),
         "--disable-cuda-graph",
+        # An idle scheduler polls: it would take a core from the trainer between rollouts.
+        "--sleep-on-idle",
     ]
 
 
@@ -59,12 +65,21 @@ def enable_cpu() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    from sglang.srt.mem_cache.pool_host import common
+    if versions.installed() < (0, 5, 20):
+        _allocate_without_pinning()
+    else:
+        from sglang.srt.mem_cache.pool_host import common
 
-    common.ALLOC_MEMORY_FUNCS["cpu"] = _plain_host_memory
+        common.ALLOC_MEMORY_FUNCS["cpu"] = _plain_host_memory
     return True
 
 
 def _plain_host_memory(dims, *, dtype, device, pin_memory, allocator, **others):
-    """Same signature as SGLang's allocators; there is no device to pin the memory for."""
+    """Same signature as SGLang's allocators."""
     return torch.zeros(dims, dtype=dtype)
+
+
+def _allocate_without_pinning():
+    """Before 0.5.20 the host buffer came from `torch.zeros(pin_memory=True)`."""
+    zeros = torch.zeros
+    torch.zeros = lambda *dims, pin_memory=False, **others: zeros(*dims, **others)

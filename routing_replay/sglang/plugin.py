@@ -22,7 +22,7 @@ def register() -> None:
     cpu.enable_cpu()
     if CaptureSettings.from_environment().level not in OURS:
         return
-    versions.check_version()
+    versions.installed()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from .capturer import Capturer
@@ -38,14 +38,15 @@ def targets() -> list[str]:
 
 
 def _hooks() -> dict:
+    found = versions.targets_of(versions.installed())
     hooks = {
         ROUTER: _route,
-        versions.collect_target(): _collect,
-        versions.prefill_result_target(): _process_prefill,
-        versions.release_target(): _release,
-        versions.rename_target(): _rename_weights,
-        versions.output_target(): _output,
-        **dict.fromkeys(versions.update_targets(), _update_weights),
+        found.collect: _collect,
+        found.prefill_result: _process_prefill,
+        found.release: _release,
+        found.rename: _rename_weights,
+        found.output: _output,
+        **dict.fromkeys(found.updates, _update_weights),
     }
     return {_full(target): hook for target, hook in hooks.items() if target is not None}
 

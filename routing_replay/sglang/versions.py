@@ -1,102 +1,102 @@
-"""Where SGLang's versions differ: one small function each, with the versions it covers.
+"""Where SGLang's versions differ, each difference with the version that made it.
 
-Everything else the plugin touches is the same from 0.5.12 to 0.5.23.
+Everything else the plugin touches is the same from 0.5.12 to 0.5.23 (`sources` checks it).
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from importlib import metadata
 
 from ..errors import ServerError
 
-OLDEST, TESTED = (0, 5, 12), (0, 5, 23)
+OLDEST, UNKNOWN = (0, 5, 12), (0, 6)
 PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+OLD_PROCESSOR = "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
 UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-UPDATES = ("disk", "distributed", "tensor", "ipc")
+OLD_UPDATER = "managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Dotted names below `sglang.srt` of what is hooked.
+
+    Args:
+        collect: Fills a finished request's routes.
+        prefill_result: Processes the result of a prefill.
+        release: Takes a retracted request's slots away.
+        updates: Change the weights.
+        rename: Renames the weights without changing them; None where schedulers do not know it.
+        output: Lists the routes of a batch; None where it needs no repair.
+    """
+
+    collect: str
+    prefill_result: str
+    release: str
+    updates: tuple[str, ...]
+    rename: str | None
+    output: str | None
+
+
+def targets_of(version: tuple[int, ...]) -> Targets:
+    """What is hooked in a version of SGLang."""
+    # 0.5.13 made classes of the scheduler's mixins, and a function of the release.
+    is_old = version < (0, 5, 13)
+    processor, updater = (OLD_PROCESSOR, OLD_UPDATER) if is_old else (PROCESSOR, UPDATER)
+    collect = "maybe_collect_routed_experts" if is_old else "_maybe_collect_routed_experts"
+    release = "ScheduleBatch.release_req" if is_old else "release_req"
+    sources = ("disk", "distributed", "tensor", "ipc")
+    return Targets(
+        collect=f"{processor}.{collect}",
+        prefill_result=f"{processor}.process_batch_result_prefill",
+        release=f"managers.schedule_batch.{release}",
+        updates=tuple(f"{updater}.update_weights_from_{source}" for source in sources),
+        # Schedulers know the weights' name since 0.5.19.
+        rename="managers.scheduler.Scheduler.handle_update_weight_version"
+        if version >= (0, 5, 19)
+        else None,
+        # 0.5.12 lists the routes of opted-in requests only and so shifts them in a mixed batch.
+        output=f"{processor}.stream_output_generation" if is_old else None,
+    )
+
+
+def parse(text: str) -> tuple[int, ...]:
+    """The three numbers of a version; suffixes (rc1, post1, +cu130) count for nothing here."""
+    parts = text.split("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
 
 
 @functools.cache
-def version() -> tuple[int, ...]:
-    """The installed SGLang's version, without suffixes."""
-    numbers = metadata.version("sglang").split("+")[0].split(".")[:3]
-    return tuple(int("".join(c for c in number if c.isdigit()) or 0) for number in numbers)
+def installed() -> tuple[int, ...]:
+    """The version of the installed SGLang.
 
-
-def check_version() -> None:
-    """Raise ServerError for versions whose seams are unknown or absent."""
-    if not OLDEST <= version() < (0, 6):
+    Raises:
+        ServerError: One whose seams are unknown or absent.
+    """
+    version = parse(metadata.version("sglang"))
+    if not OLDEST <= version < UNKNOWN:
         raise ServerError(
             "an SGLang that the capture does not know",
             expected="0.5.12 to 0.5.x",
-            got=".".join(map(str, version())),
+            got=metadata.version("sglang"),
             fix="See the supported versions in docs/capture.md",
         )
-
-
-def collect_target() -> str:
-    """The method that fills a finished request's routes. Its class came in 0.5.13."""
-    if version() < (0, 5, 13):
-        return (
-            "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
-            ".maybe_collect_routed_experts"
-        )
-    return f"{PROCESSOR}._maybe_collect_routed_experts"
-
-
-def prefill_result_target() -> str:
-    """The method that processes the result of a prefill. Its class came in 0.5.13."""
-    if version() < (0, 5, 13):
-        return (
-            "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
-            ".process_batch_result_prefill"
-        )
-    return f"{PROCESSOR}.process_batch_result_prefill"
-
-
-def release_target() -> str:
-    """What takes a retracted request's slots away. A function since 0.5.13, a method before."""
-    if version() < (0, 5, 13):
-        return "managers.schedule_batch.ScheduleBatch.release_req"
-    return "managers.schedule_batch.release_req"
+    return version
 
 
 def released(*arguments, **named):
-    """The request and the pool in the arguments of `release_target`."""
+    """The request and the pool in the arguments of `Targets.release`, function or method."""
     if "req" in named:
         return named["req"], named["req_to_token_pool"]
-    batch, index = arguments[:2] if len(arguments) > 1 else (arguments[0], named["idx"])
+    batch = arguments[0]
+    index = arguments[1] if len(arguments) > 1 else named["idx"]
     return batch.reqs[index], batch.req_to_token_pool
-
-
-def update_targets() -> list[str]:
-    """The methods that change the weights. Their class came in 0.5.13."""
-    owner = UPDATER
-    if version() < (0, 5, 13):
-        owner = "managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin"
-    return [f"{owner}.update_weights_from_{source}" for source in UPDATES]
-
-
-def rename_target() -> str | None:
-    """The method that renames the weights without changing them; known since 0.5.19."""
-    if version() < (0, 5, 19):
-        return None
-    return "managers.scheduler.Scheduler.handle_update_weight_version"
-
-
-def output_target() -> str | None:
-    """0.5.12 lists the routes of opted-in requests only and so shifts them in a mixed batch."""
-    if version() < (0, 5, 13):
-        return (
-            "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
-            ".stream_output_generation"
-        )
-    return None
 
 
 def server_args():
     """The server's arguments. Their accessor moved in 0.5.15."""
-    if version() < (0, 5, 15):
+    if installed() < (0, 5, 15):
         from sglang.srt.server_args import get_global_server_args
 
         return get_global_server_args()
@@ -107,7 +107,9 @@ def server_args():
 
 def req_pool_index(req) -> int | None:
     """Row of the request in `req_to_token`, None without slots. In `req.kv` since 0.5.19."""
-    return req.req_pool_idx if version() < (0, 5, 19) else req.kv.req_pool_idx
+    if installed() < (0, 5, 19):
+        return req.req_pool_idx
+    return req.kv.req_pool_idx
 
 
 def check_hooks(targets) -> None:
