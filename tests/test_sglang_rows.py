@@ -1,0 +1,258 @@
+"""Which rows are true, on fakes: the cases that two runs on one machine cannot tell apart."""
+
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from routing_replay.payload import decode_compact
+from routing_replay.routes import Origin
+from routing_replay.sglang import rows, versions
+from routing_replay.sglang.capture import Stamps, gate_probs, pack, score_function, unpack
+from routing_replay.sglang.logits import LogitSampler
+from routing_replay.sglang.settings import CaptureSettings
+
+NUM_EXPERTS, NUM_LAYERS, TOP_K = 8, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def newest(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda: (0, 5, 23))
+
+
+class FakeEngine:
+    """Slots, a capturer and forward passes; pass n writes ids that only pass n writes."""
+
+    def __init__(self, num_slots=64, level="gates"):
+        buffer = torch.zeros(num_slots, NUM_LAYERS, TOP_K, dtype=torch.int32)
+        self.capturer = SimpleNamespace(
+            settings=CaptureSettings(level=level),
+            host_cache=SimpleNamespace(buffer=buffer),
+            stamps=Stamps(num_slots),
+            layers={0, 1},
+            num_layers=NUM_LAYERS,
+            topk_size=TOP_K,
+            num_experts=NUM_EXPERTS,
+            sampler=None,
+        )
+        self.pool = SimpleNamespace(req_to_token=torch.zeros(4, 32, dtype=torch.int32))
+
+    def forward(self, slots, number, origin, version=0):
+        """Pass `number` computes these slots; returns its packed rows and stamps."""
+        ids_TLK = torch.arange(TOP_K).expand(len(slots), NUM_LAYERS, TOP_K) + number
+        packed = pack(ids_TLK, torch.full(ids_TLK.shape, 0.25))
+        self.capturer.host_cache.buffer[slots] = packed
+        stamp = self.capturer.stamps.stamp(origin, version)
+        self.capturer.stamps.stamp_N[slots] = stamp
+        return packed.numpy(), np.full(len(slots), stamp, np.int32)
+
+    def prefill(self, req, slots, number, start=0, version=0):
+        """Pass `number` prefills the positions from `start` on, as `keep_prefill` sees it."""
+        self.pool.req_to_token[req.kv.req_pool_idx, start : start + len(slots)] = torch.tensor(
+            slots
+        )
+        packed_TLK, stamp_T = self.forward(slots, number, Origin.PREFILL, version)
+        output = SimpleNamespace(
+            topk=torch.from_numpy(packed_TLK),
+            extents=[(start, len(slots))],
+            finalize=lambda: None,
+            stamp_T=lambda: stamp_T,
+            logits=lambda: None,
+        )
+        result = SimpleNamespace(routed_experts_output=output, copy_done=None)
+        rows.keep_prefill(SimpleNamespace(reqs=[req], decoding_reqs=None), result)
+
+    def decode(self, req, slot, number, version=0):
+        """Pass `number` consumes the last token, at `slot`, and samples another."""
+        position = len(req.origin_input_ids) + len(req.output_ids) - 1
+        self.pool.req_to_token[req.kv.req_pool_idx, position] = slot
+        self.forward([slot], number, Origin.DECODE, version)
+        req.output_ids.append(0)
+
+    def routes(self, req):
+        payload = rows.collect(self.capturer, req, self.pool)
+        return decode_compact(payload.numpy().tobytes())[0]
+
+
+class FakeRequest:
+    def __init__(self, num_prompt, pool_index=0, level="gates", start=0):
+        self.origin_input_ids, self.output_ids = [0] * num_prompt, []
+        self.kv = SimpleNamespace(req_pool_idx=pool_index)
+        self.return_routed_experts, self.is_retracted = True, False
+        self.routed_experts_start_len = start
+        self.sampling_params = SimpleNamespace(custom_params={"routing_replay": level})
+
+    @property
+    def output_ids_through_stop(self):
+        return self.output_ids
+
+
+def passes(routes):
+    """Which forward pass each row is of: the smallest of its ids."""
+    return routes.expert_ids_TLK[:, 0].min(-1).tolist()
+
+
+def test_a_request_keeps_its_own_prefill_when_the_tree_gives_it_other_slots():
+    engine, req = FakeEngine(), FakeRequest(4)
+    engine.forward([20, 21, 22, 23], 5, Origin.PREFILL)  # another request, the same prompt
+    engine.prefill(req, [0, 1, 2, 3], 1)
+    req.output_ids.append(0)
+    # The radix tree has the prompt already: this request's slots become the other's.
+    engine.pool.req_to_token[0, :4] = torch.tensor([20, 21, 22, 23])
+    engine.decode(req, 30, 2)
+    assert passes(engine.routes(req)) == [1, 1, 1, 1, 2]
+
+
+def test_a_cached_prefix_has_the_rows_of_the_pass_that_computed_it():
+    engine, req = FakeEngine(), FakeRequest(4)
+    engine.forward([20, 21], 5, Origin.PREFILL, version=3)
+    engine.pool.req_to_token[0, :2] = torch.tensor([20, 21])
+    engine.prefill(req, [2, 3], 1, start=2, version=4)
+    req.output_ids.append(0)
+    routes = engine.routes(req)
+    assert passes(routes) == [5, 5, 1, 1]
+    assert routes.weight_version_T.tolist() == [3, 3, 4, 4]
+
+
+def test_a_retracted_request_keeps_the_first_pass_of_every_token():
+    engine, req = FakeEngine(), FakeRequest(3)
+    engine.prefill(req, [0, 1, 2], 1)
+    req.output_ids.append(0)
+    engine.decode(req, 3, 2)
+    # In flight under overlap when the request loses its slots: its token is thrown away.
+    engine.pool.req_to_token[0, 4] = 4
+    engine.forward([4], 5, Origin.DECODE)
+    rows.keep_retracted(engine.capturer, req, engine.pool)
+    engine.prefill(req, [10, 11, 12, 13, 14], 3, version=1)
+    req.output_ids.append(0)
+    engine.decode(req, 15, 4, version=1)
+    routes = engine.routes(req)
+    # 3 prompt rows and one decode of the first life; the thrown-away position is pass 3's.
+    assert passes(routes) == [1, 1, 1, 2, 3, 4]
+    assert routes.weight_version_T.tolist() == [0, 0, 0, 0, 1, 1]
+    assert routes.origin_T.tolist() == [1, 1, 1, 2, 1, 2]
+
+
+def test_a_second_retraction_in_the_middle_of_the_second_prefill_loses_nothing():
+    engine, req = FakeEngine(), FakeRequest(3)
+    engine.prefill(req, [0, 1, 2], 1)
+    req.output_ids.append(0)
+    engine.decode(req, 3, 2)
+    rows.keep_retracted(engine.capturer, req, engine.pool)
+    engine.prefill(req, [10, 11], 3)  # a chunk; the slots behind it hold anything
+    engine.pool.req_to_token[0, 2:5] = torch.tensor([50, 51, 52])
+    rows.keep_retracted(engine.capturer, req, engine.pool)
+    engine.prefill(req, [10, 11, 12, 13, 14], 4)
+    req.output_ids.append(0)
+    assert passes(engine.routes(req)) == [1, 1, 1, 2, 4]
+
+
+def test_a_request_aborted_between_two_chunks_vouches_for_the_first_only():
+    engine, req = FakeEngine(), FakeRequest(5)
+    engine.forward(list(range(10, 15)), 5, Origin.PREFILL)  # what the later slots held before
+    engine.pool.req_to_token[0, :5] = torch.arange(10, 15)
+    engine.prefill(req, [0, 1], 1)
+    routes = engine.routes(req)
+    assert routes.covered_T.tolist() == [True, True, False, False]
+    assert passes(routes)[:2] == [1, 1]
+
+
+def test_start_cuts_kept_rows_and_slots_alike():
+    engine, req = FakeEngine(), FakeRequest(4, start=3)
+    engine.prefill(req, [0, 1, 2, 3], 1)
+    req.output_ids.append(0)
+    engine.decode(req, 9, 2)
+    assert passes(engine.routes(req)) == [1, 2]
+
+
+def test_levels_below_the_servers_and_stock_clients_get_what_they_asked_for():
+    engine, req = FakeEngine(), FakeRequest(2, level="ids")
+    engine.prefill(req, [0, 1], 1)
+    req.output_ids.append(0)
+    assert engine.routes(req).gate_probs_TLK is None
+    req.sampling_params.custom_params = None
+    stock = rows.collect(engine.capturer, req, engine.pool)
+    assert stock.dtype == torch.int32
+    assert stock.tolist() == [[[1, 2, 3], [1, 2, 3]]] * 2
+
+
+def test_ids_and_gates_share_a_slot_without_loss():
+    ids = torch.tensor([[0, 127, 32767]])
+    gates = torch.tensor([[1.0, 2.0**-24, 0.333]])
+    got_ids, got_gates = unpack(pack(ids, gates).numpy())
+    np.testing.assert_array_equal(got_ids, ids)
+    np.testing.assert_array_equal(got_gates, gates.half())
+    assert np.isnan(unpack(pack(ids, None).numpy())[1]).all()
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_gates_are_the_scores_over_the_sum_of_all_scores(function):
+    logits_TE = torch.randn(5, NUM_EXPERTS, generator=torch.Generator().manual_seed(1))
+    scores_TE = {
+        "softmax": logits_TE.exp(),
+        "sigmoid": 1 / (1 + (-logits_TE).exp()),
+        "sqrtsoftplus": (1 + logits_TE.exp()).log().sqrt(),
+    }[function]
+    ids_TK = logits_TE.topk(TOP_K).indices
+    expected_TK = scores_TE.gather(1, ids_TK) / scores_TE.sum(1, keepdim=True)
+    torch.testing.assert_close(gate_probs(logits_TE, ids_TK, function), expected_TK)
+    # A padded row may hold any id; it must not end the process.
+    assert gate_probs(logits_TE, ids_TK - 9, function).isfinite().all()
+
+
+def test_the_score_function_is_the_routers_not_the_configurations():
+    def config(**values):
+        defaults = {"custom_routing_function": None, "use_grouped_topk": False}
+        return SimpleNamespace(
+            **defaults | {"correction_bias": None, "scoring_func": "softmax"} | values
+        )
+
+    assert score_function(config()) == "softmax"
+    assert score_function(config(use_grouped_topk=True, correction_bias=1)) == "sigmoid"
+    assert score_function(config(custom_routing_function=print)) is None
+
+
+def test_the_ring_of_logits_forgets_overwritten_slots_and_its_oldest():
+    sampler = LogitSampler((4, 1, 2), num_slots=8, fraction=0.5, device="cpu")
+    assert len(sampler.ring_RLE) == 6  # half of 8 slots, and half as many again
+
+    def keep(slots, sampled, value):
+        values = np.full((len(sampled), 1, 2), value, np.float32)
+        sampler.keep(np.array(slots), np.array(sampled, np.int64), values)
+
+    def known():
+        found = sampler.of_slots(np.arange(8))
+        return dict(zip(found.rows_N.tolist(), found.values_NLE[:, 0, 0].tolist(), strict=True))
+
+    keep([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
+    keep([2], [], 2.0)  # written again, not sampled
+    assert known() == {0: 1.0, 1: 1.0, 3: 1.0}
+    keep([4, 5, 6], [0, 1, 2], 3.0)  # two free entries, then the oldest: slot 0's
+    assert known() == {1: 1.0, 3: 1.0, 4: 3.0, 5: 3.0, 6: 3.0}
+
+
+def test_the_hooks_of_each_version_generation():
+    old, new = versions.targets_of((0, 5, 12)), versions.targets_of((0, 5, 13))
+    assert old.release.endswith("ScheduleBatch.release_req")
+    assert old.output is not None and new.output is None
+    assert versions.targets_of((0, 5, 18)).rename is None
+    assert versions.targets_of((0, 5, 19)).rename is not None
+    assert versions.parse("0.5.10.post1+cu130") == (0, 5, 10)
+
+
+def test_the_installed_sglang_has_everything_that_is_hooked():
+    pytest.importorskip("sglang")
+    from routing_replay.sglang.sources import check_sources
+
+    root = Path(metadata.distribution("sglang").locate_file(""))
+    assert check_sources(root, versions.parse(metadata.version("sglang"))) == []
+
+
+def test_a_source_without_a_hooked_name_is_reported(tmp_path):
+    from routing_replay.sglang.sources import check_sources
+
+    problems = check_sources(tmp_path, (0, 5, 23))
+    assert "layers.moe.topk._post_process_topk_ids does not exist" in problems
