@@ -98,17 +98,20 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self._inputs = []
+        self._inputs, self.chosen = [], []  # chosen: the last forward's ids [T, K], per router
         for name, module in self.model.named_modules():
             if name.endswith("mlp.gate"):
-                module.register_forward_pre_hook(
-                    lambda gate, arguments: self._inputs.append((gate, arguments[0]))
-                )
+                module.register_forward_hook(self._note)
+
+    def _note(self, gate, arguments, output):
+        self._inputs.append((gate, arguments[0]))
+        self.chosen.append(output[-1] if isinstance(output, tuple) else None)
 
     @torch.no_grad()
     def __call__(self, tokens, past=None):
         """Router logits [T, L, E] and log-probs [T, V] of `tokens`, and the cache after them."""
         self._inputs.clear()
+        self.chosen.clear()
         ids = torch.tensor([list(tokens)])
         output = self.model(input_ids=ids, past_key_values=past, use_cache=True)
         layers = [
