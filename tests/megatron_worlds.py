@@ -13,9 +13,9 @@ Starting a rank costs 10 s and more of imports, so one world should serve many c
 
 import contextlib
 import importlib
+import io
 import logging
 import os
-import pickle
 import socket
 import sys
 import time
@@ -98,7 +98,7 @@ def _collect(pipes, timeout_s):
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                failed, value = pickle.loads(pipe.recv_bytes())
+                failed, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
             except EOFError:
                 failed, value = True, "the process ended without a result (killed?)"
             if failed:
@@ -113,8 +113,11 @@ def _run_rank(pipe, where, rank, nproc, port, args):
         message = False, value
     except BaseException:
         message = True, traceback.format_exc()
-    # Plain pickle: multiprocessing's own would share tensors' memory, which dies with this process.
-    pipe.send_bytes(pickle.dumps(message))
+    # multiprocessing's pickle would share tensors' memory, which dies with this process; plain
+    # pickle would import Megatron in the parent, for a storage class that it replaces.
+    packed = io.BytesIO()
+    torch.save(message, packed)
+    pipe.send_bytes(packed.getvalue())
     pipe.close()
     # A failed rank leaves its peers inside collectives; a rank that is done waits for none of them.
     sys.stdout.flush()

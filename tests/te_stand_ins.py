@@ -35,12 +35,14 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 class _GroupedLinear(torch.nn.Module):
     split_axis = None
 
-    def __init__(self, num_gemms, input_size, output_size, *, pg_collection, **unused):
+    def __init__(self, num_gemms, input_size, output_size, *, config, pg_collection, **unused):
         super().__init__()
         shape = [output_size, input_size]
         shape[self.split_axis] //= pg_collection.expt_tp.size()
         for index in range(num_gemms):
-            self.register_parameter(f"weight{index}", torch.nn.Parameter(torch.empty(shape)))
+            weight = torch.nn.Parameter(torch.empty(shape))
+            weight.allreduce = config.expert_model_parallel_size == 1  # else reduced among experts
+            self.register_parameter(f"weight{index}", weight)
 
     def forward(self, tokens, tokens_per_expert):
         parts = tokens.split(tokens_per_expert)

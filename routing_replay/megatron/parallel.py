@@ -109,8 +109,6 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None):
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        # Second groups for CPU tensors: where gloo is the backend, the first can carry them.
-        create_gloo_process_groups=backend != "gloo",
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + _SEED_STRIDE_PER_STAGE * stage)
