@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routing_replay.attribution import Progress, RolloutBatch, Variant, attribute, plan, summarize
+from routing_replay.attribution import Progress, Variant, attribute, plan, summarize
 from routing_replay.comparison import compare_tables
 from routing_replay.config import ReplayConfig
 from routing_replay.metrics import to_floats
 from routing_replay.policy_kl import policy_metrics
+from routing_replay.rollout_batch import RolloutBatch
 from routing_replay.routes import Routes
 from routing_replay.table import RouteTable
 
@@ -272,7 +273,7 @@ class Trainer:
 
     def _logp(self, scorer) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([scores.logp_T for _, scores in scorer._run()])
+            return torch.cat([scores.logp_T for _, scores in scorer.run()])
 
     def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
         layers = rollout.table.model.layers

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from routing_replay.attribution import (
     Progress,
-    RolloutBatch,
     attribute,
     plan,
     sequence_sums,
     summarize,
 )
 from routing_replay.errors import ConfigError, DataError
+from routing_replay.rollout_batch import RolloutBatch
 
 LAYERS = (1, 2, 5)
 

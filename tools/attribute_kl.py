@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist
 
 from routing_replay import attribution
-from routing_replay.attribution import Progress, RolloutBatch, Variant
+from routing_replay.attribution import Progress, Variant
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import RoutingReplayError
 from routing_replay.logprobs import TokenScores, token_logprobs
+from routing_replay.rollout_batch import RolloutBatch
 from routing_replay.table import RouteTable
 
 from routing_replay.megatron import parallel  # isort: skip
@@ -132,7 +133,7 @@ class Scorer:
         chosen.update(variant.replayed)
         scope = self.replay.replaying(self.table, record_live=live_routes is not None)
         with torch.no_grad(), scope as recorded:
-            parts = self._run()
+            parts = self.run()
         if recorded is not None:
             recorded.table(live_routes)
         num_columns = len(attribution.COLUMNS)
@@ -157,7 +158,7 @@ class Scorer:
         rows = (logp_T, entropy_T, logp_mu_T, mask_T)
         return attribution.sequence_sums(*(row_T[None] for row_T in rows))[0]
 
-    def _run(self) -> list[tuple[list[int], TokenScores]]:
+    def run(self) -> list[tuple[list[int], TokenScores]]:
         """(sequences, scores [B, T]) of each microbatch, on the last stage; else nothing."""
 
         def forward_step(iterator, model):
