@@ -1,0 +1,128 @@
+"""recipes.minirl as a user runs it: real SGLang server, real Megatron trainer, kill and resume."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NUM_STEPS = 4
+TIMEOUT_S = 300
+SMALL = [
+    *("--warmup-target", "0", "--heldout-limit", "16", "--checkpoint-every", "1"),
+    *("--prompts-per-step", "8", "--samples-per-prompt", "4", "--minibatch-size", "8"),
+    *("--steps", str(NUM_STEPS)),
+]
+
+
+def start(run_dir, *flags):
+    command = [sys.executable, "-m", "recipes.minirl", "--run-dir", str(run_dir), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    """Its output and exit code; ended if it takes too long."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    return output, process.returncode
+
+
+def records(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def kill_trainer_after_step(process, run_dir, step):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any(record["step"] >= step for record in records(run_dir)):
+        assert process.poll() is None and time.monotonic() < deadline, "no step was finished"
+        time.sleep(0.1)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "recipes.minirl.train" in child.cmdline() and "RANK" in child.environ()
+    ]
+    assert len(ranks) == 1
+    ranks[0].kill()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose trainer is killed after its second step, and which is then resumed."""
+    folder = tmp_path_factory.mktemp("recipe")
+    run_dir = folder / "run"
+    process = start(run_dir, "--cache-dir", str(folder / "cache"), *SMALL)
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        kill_trainer_after_step(process, run_dir, 2)
+        first = finish(process)
+    second = finish(start(run_dir, "--resume"))
+    return run_dir, first, second
+
+
+def test_a_killed_trainer_ends_the_run_with_one_message_that_says_how_to_go_on(run):
+    run_dir, (output, status), _ = run
+    assert status == 1
+    assert "error: the trainer ended with status" in output
+    assert f"--run-dir {run_dir} --resume" in output
+
+
+def test_the_resumed_run_ends_well_with_every_step_once(run):
+    run_dir, _, (output, status) = run
+    assert status == 0, output
+    assert [record["step"] for record in records(run_dir)] == list(range(NUM_STEPS + 1))
+    assert "Result: 4 steps" in output
+    assert (run_dir / "report.html").stat().st_size > 10_000
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        "step_000003",
+        "step_000004",
+    ]
+
+
+def test_every_step_was_replayed_and_measured_with_and_without_replay(run):
+    steps = records(run[0])[1:]
+    for step in steps:
+        # Every token of a sequence but its last is consumed and has a route; the rest is padding.
+        assert 0.5 < step["routing_replay/coverage"] < 1
+        assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
+        assert 0 < step["routing_replay/overlap"] <= 1
+        assert step["routing_replay/router_kl"] >= 0
+        assert {f"routing_replay/overlap_layer_{layer}" for layer in range(6)} <= step.keys()
+        for name in ("reward", "entropy", "staleness/kl_k3", "off_policy/ess", "grad_norm"):
+            assert name in step
+    replayed, live = (
+        sum(step[f"train_infer/kl_k3{suffix}"] for step in steps) for suffix in ("", "_live")
+    )
+    # On random weights a different expert means a different function.
+    assert live / replayed > 5
+
+
+def test_no_process_outlives_the_run(run):
+    # Whatever the launcher started has the folder of the run in its command line or environment.
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            assert process.pid == os.getpid() or str(run[0]) not in " ".join(process.cmdline())
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run):
+    output, status = finish(start(run[0]))
+    assert status == 1
+    assert "the folder holds a run already" in output
+
+
+def test_a_dead_rollout_server_is_one_clear_message(run, tmp_path):
+    flags = ["--cache-dir", str(run[0].parent / "cache"), "--rollout-url", "http://127.0.0.1:9"]
+    output, status = finish(start(tmp_path / "run", *SMALL, *flags))
+    assert status == 1
+    assert "http://127.0.0.1:9" in output
+    assert "Traceback" not in output

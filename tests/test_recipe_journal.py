@@ -1,0 +1,85 @@
+"""recipes.minirl: what a run leaves behind, and weights for the servers."""
+
+import json
+
+import pytest
+import torch
+
+from recipes.minirl import journal
+from recipes.minirl.journal import Journal, line, truncate, worst_layers
+from recipes.minirl.publish import round_to_fp8_grid
+
+
+def write_steps(run_dir, first, last, num_steps=9, resumed_from=None):
+    made = Journal(run_dir, first - 1 if resumed_from is None else resumed_from, num_steps)
+    for step in range(first, last + 1):
+        made.write(step, {"reward": step / 10, "time_s": float(first)})
+    made.close()
+
+
+def test_a_resumed_run_has_every_step_once_and_the_later_one_counts(tmp_path):
+    write_steps(tmp_path, 0, 5)
+    write_steps(tmp_path, 4, 7)  # the newest checkpoint was that of step 3
+    records = journal.read(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(8))
+    assert [r["time_s"] for r in records] == [0.0] * 4 + [4.0] * 4
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
+    write_steps(tmp_path, 0, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "rew')
+    truncate(path, 9)
+    assert [r["step"] for r in journal.read(path)] == [0, 1, 2]
+    assert path.read_text().endswith("}\n")
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_record(tmp_path):
+    made = Journal(tmp_path, 0, 1)
+    made.write(1, {"reward": float("nan"), "kl": float("inf"), "entropy": 0.5})
+    made.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "entropy": 0.5}
+
+
+def test_the_line_of_a_step_shows_reward_entropy_both_kls_and_the_worst_layers():
+    metrics = {
+        "reward": 0.25,
+        "entropy": 0.5,
+        "train_infer/kl_k3": 1e-4,
+        "train_infer/kl_k3_live": 4e-4,
+        "routing_replay/overlap_layer_0": 0.99,
+        "routing_replay/overlap_layer_3": 0.9,
+        "routing_replay/overlap_layer_12": 0.95,
+    }
+    assert worst_layers(metrics) == [(3, 0.9), (12, 0.95)]
+    assert line(2, 30, metrics) == (
+        "step   2/30  reward 0.250  entropy 0.500  KL 1.00e-04 (live 4.00e-04)  "
+        "lowest overlap: layers 3 (0.900), 12 (0.950)"
+    )
+
+
+def e4m3_numbers():
+    """All finite numbers of float8 e4m3fn, from its definition: 4 exponent, 3 mantissa bits."""
+    positive = [m / 8 * 2.0**-6 for m in range(8)]
+    positive += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    positive.remove(480.0)  # its bits are nan
+    return torch.tensor(sorted({-x for x in positive} | set(positive)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_takes_the_nearest_e4m3_number_times_the_scale_of_the_row(dtype):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[2] = 0
+    rounded = round_to_fp8_grid(weight)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded[2], weight[2])
+    grid = e4m3_numbers()
+    for row in (0, 1, 3, 4, 5):
+        exact = weight[row].double()
+        scale = exact.abs().max() / 448
+        distance = ((exact / scale)[:, None] - grid).abs().min(dim=1).values * scale
+        # The nearest grid point, but for the rounding of float32 and of the result's own dtype.
+        error = (rounded[row].double() - exact).abs()
+        slack = exact.abs() * torch.finfo(dtype).eps + 1e-6 * scale
+        assert (error <= distance + slack).all()
+    assert not torch.equal(rounded, weight)
