@@ -82,7 +82,7 @@ class FakeRequest:
         self.origin_input_ids, self.output_ids = [0] * num_prompt, []
         self.kv = SimpleNamespace(req_pool_idx=pool_index)
         self.return_routed_experts, self.is_retracted = True, False
-        self.routed_experts_start_len = start
+        self.routed_experts_start_len, self.input_embeds = start, None
         self.sampling_params = SimpleNamespace(custom_params={"routing_replay": level})
 
     @property

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,18 +160,23 @@ def test_capture_settings_are_checked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pp_size": 2}, "pipeline parallelism"),
-        ({"enable_hierarchical_cache": True}, "hierarchical cache"),
-        ({"disaggregation_mode": "decode"}, "prefill/decode disaggregation"),
-        ({"enable_two_batch_overlap": True}, "batch overlap"),
-        ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
-        ({"moe_runner_backend": "triton_kernel"}, "--moe-runner-backend triton_kernel"),
-        ({"chunked_prefill_size": -1}, "unchunked prefill"),
-        ({"enable_dp_attention": True}, "data-parallel attention"),
+        ({"pp_size": 2}, "pp_size=2"),
+        ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache=True"),
+        ({"enable_lmcache": True}, "enable_lmcache=True"),
+        ({"disaggregation_mode": "decode"}, "disaggregation_mode=decode"),
+        ({"enable_two_batch_overlap": True}, "enable_two_batch_overlap=True"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm=EAGLE"),
+        ({"dllm_algorithm": "LowConfidence"}, "dllm_algorithm=LowConfidence"),
+        ({"attn_cp_size": 2}, "attn_cp_size=2"),
+        ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1"),
+        ({"enable_dp_attention": True}, "enable_dp_attention and the capture level logits"),
+        ({"backend": "triton_kernel"}, "moe_runner_backend=triton_kernel"),
     ],
 )
 def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message):
     settings = CaptureSettings(level="logits")
-    refuse_unsupported(type("Arguments", (), {"disaggregation_mode": "null"}), settings)
-    with pytest.raises(ServerError, match=f"no true routes with.*{message}.*Reason: "):
-        refuse_unsupported(type("Arguments", (), arguments), settings)
+    defaults = {"disaggregation_mode": "null", "chunked_prefill_size": 8192, "pp_size": 1}
+    refuse_unsupported(SimpleNamespace(**defaults), "triton", settings)
+    backend = arguments.pop("backend", "triton")
+    with pytest.raises(ServerError, match=f"no true routes with {message}.*Reason: "):
+        refuse_unsupported(SimpleNamespace(**defaults | arguments), backend, settings)

@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 import torch
+from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
@@ -97,7 +98,7 @@ class Capturer(RoutedExpertsCapturer):
 
         self.settings = CaptureSettings.from_environment()
         server_args = versions.server_args()
-        refuse_unsupported(server_args, self.settings)
+        refuse_unsupported(server_args, get_moe_runner_backend().value, self.settings)
         versions.check_hooks(targets())
         super().__init__(*arguments, **named)
         self.weight_version = parse_version(getattr(server_args, "weight_version", None))

@@ -2,69 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import ServerError
 
 # Their kernels choose the experts themselves and never report them: every row would be zero.
-IN_KERNEL_BACKENDS = ("triton_kernel", "triton_kernels", "flashinfer_trtllm", "flashinfer_mxfp4")
+IN_KERNEL_BACKENDS = (
+    *("triton_kernel", "flashinfer_trtllm", "flashinfer_mxfp4", "experimental_sgl_trtllm"),
+)
 
 
-def refuse_unsupported(server_args, settings) -> None:
+@dataclass(frozen=True)
+class Feature:
+    """Arguments of SGLang that must keep their defaults, and why.
+
+    Args:
+        names: Of the arguments, in whatever version; one that a version lacks is not set.
+        harmless: Values under which the rows are true.
+        why: What would go wrong, and what to do instead.
+    """
+
+    names: tuple[str, ...]
+    harmless: tuple
+    why: str
+
+
+OFF = (None, False)
+FEATURES = (
+    Feature(("pp_size",), (None, 1), "every stage sees its own layers only. Use --tp-size"),
+    Feature(
+        ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse"),
+        OFF,
+        "prefixes come back from outside in other slots, without their rows. Turn it off",
+    ),
+    Feature(
+        ("disaggregation_mode",),
+        (None, "null"),
+        "the decoding server never saw the prompt's rows. Use undivided servers",
+    ),
+    Feature(
+        ("enable_two_batch_overlap",),
+        OFF,
+        "both halves of a batch write the same rows of one buffer. Turn it off",
+    ),
+    Feature(
+        ("speculative_algorithm",),
+        OFF,
+        "accepted tokens move between slots without their rows. Turn it off for rollouts",
+    ),
+    Feature(
+        ("dllm_algorithm",), OFF, "a diffusion model visits a token many times, a row holds one"
+    ),
+    Feature(
+        ("attn_cp_size", "dcp_size"), (None, 1), "a rank sees a part of the tokens. Use --tp-size"
+    ),
+)
+
+
+def refuse_unsupported(server_args, moe_backend: str, settings) -> None:
     """Raise for the first unsupported feature that the server was started with.
 
     Args:
-        server_args: SGLang's arguments, whatever its version; a missing one is not set.
+        server_args: SGLang's arguments.
+        moe_backend: The MoE runner that SGLang chose, by its name.
         settings: The `CaptureSettings`.
 
     Raises:
         ServerError: What is on, why the rows would be wrong, and what to use instead.
     """
-
-    def value(name):
-        return getattr(server_args, name, None)
-
-    rules = [
-        (
-            (value("pp_size") or 1) > 1,
-            "pipeline parallelism (--pp-size)",
-            "every stage sees its own layers only. Use tensor parallelism",
-        ),
-        (
-            bool(value("enable_hierarchical_cache")),
-            "the hierarchical cache (--enable-hierarchical-cache)",
-            "prefixes come back from the host in other slots, without their rows. Turn it off",
-        ),
-        (
-            value("disaggregation_mode") not in (None, "null"),
-            "prefill/decode disaggregation (--disaggregation-mode)",
-            "the decoding server never saw the prompt's rows. Use undivided servers",
-        ),
-        (
-            bool(value("enable_two_batch_overlap")) or bool(value("enable_single_batch_overlap")),
-            "batch overlap (--enable-two-batch-overlap)",
-            "both halves of a batch write the same rows of one buffer. Turn it off",
-        ),
-        (
-            value("speculative_algorithm") is not None,
-            "speculative decoding (--speculative-algorithm)",
-            "accepted tokens move between slots without their rows. Turn it off for rollouts",
-        ),
-        (
-            value("moe_runner_backend") in IN_KERNEL_BACKENDS,
-            f"--moe-runner-backend {value('moe_runner_backend')}",
+    for feature in FEATURES:
+        for name in feature.names:
+            value = getattr(server_args, name, None)
+            if value not in feature.harmless:
+                raise _refusal(f"{name}={value}", feature.why)
+    if moe_backend in IN_KERNEL_BACKENDS:
+        raise _refusal(
+            f"moe_runner_backend={moe_backend}",
             "it routes inside its kernel and reports nothing. Use triton or "
             "flashinfer_trtllm_routed",
-        ),
-        (
-            (value("chunked_prefill_size") or 1) < 0,
-            "unchunked prefill (--chunked-prefill-size -1)",
+        )
+    if (server_args.chunked_prefill_size or 0) < 0:
+        raise _refusal(
+            f"chunked_prefill_size={server_args.chunked_prefill_size}",
             "the capture's buffer has the size of a chunk. Name a size",
-        ),
-        (
-            settings.has_logits and bool(value("enable_dp_attention")),
-            "logits under data-parallel attention (--enable-dp-attention)",
-            "a rank sees the tokens of all ranks. Capture gates, or turn it off",
-        ),
-    ]
-    for is_on, what, why in rules:
-        if is_on:
-            raise ServerError(f"no true routes with {what}", fix=f"Reason: {why}")
+        )
+    if settings.has_logits and getattr(server_args, "enable_dp_attention", False):
+        raise _refusal(
+            "enable_dp_attention and the capture level logits",
+            "a rank sees the logits of all ranks. Capture gates, or turn it off",
+        )
+
+
+def _refusal(what: str, why: str) -> ServerError:
+    return ServerError(f"no true routes with {what}", fix=f"Reason: {why}")

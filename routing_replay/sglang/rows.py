@@ -108,8 +108,9 @@ def keep_retracted(capturer, req, req_to_token_pool) -> None:
     if not req.return_routed_experts:
         return
     stop = len(req.origin_input_ids) + len(req.output_ids) - 1
-    if not req.output_ids:
-        # Nothing was sampled yet; the next prefill is the first whose log-probs count.
+    if not req.output_ids or req.input_embeds is not None:
+        # Nothing was sampled yet, or SGLang throws it away (prompts of embeddings): the next
+        # prefill is the first whose log-probs count.
         setattr(req, ATTRIBUTE, [])
         return
     setattr(req, ATTRIBUTE, [_rows(capturer, req, req_to_token_pool, 0, stop)])
