@@ -163,9 +163,10 @@ def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
             server.check()  # a dead server explains the trainer's complaint better than it does
         time.sleep(POLL_S)
     messages = sorted(run_dir.glob("error_rank_*.txt"), key=os.path.getmtime)
+    has_begun = (run_dir / "metrics.jsonl").exists()
     resume = f"Continue with: python -m recipes.minirl --run-dir {run_dir} --resume"
     if messages:
-        raise TrainingError(messages[0].read_text(), fix=resume)
+        raise TrainingError(messages[0].read_text(), fix=resume if has_begun else None)
     raise TrainingError(
         f"the trainer ended with status {trainer.status}",
         where=trainer.log_path,

@@ -18,7 +18,7 @@ from routing_replay.errors import ConfigError
 class RunSettings:
     """run: how long, where, and from which state"""
 
-    run_dir: str = setting("", "folder of the run; runs/<preset>-<time> if empty")
+    run_dir: str = setting("", "folder of the run; runs/minirl-<time> if empty")
     resume: bool = setting(False, "continue the run in --run-dir from its newest checkpoint")
     steps: int = setting(40, "training steps (each: one rollout batch)")
     seed: int = setting(0, "seed of the data order, the tiny model and its warm-up")
@@ -27,6 +27,9 @@ class RunSettings:
         0, "threads of each trainer rank and launched server; 0: the cores shared evenly"
     )
     checkpoint_every: int = setting(10, "steps between checkpoints; 0: at the end only")
+    measure_live_every: int = setting(
+        1, "steps between extra old-policy passes without replay (metrics _live); 0: at the end"
+    )
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
     evaluate_every: int = setting(
         0, "steps between evaluations on held-out prompts; 0: before the first, after the last"
@@ -271,6 +274,10 @@ def _check_sizes(config: RecipeConfig) -> None:
         raise ConfigError(
             "prompts and heldout_prompts go together",
             got=f"prompts={config.data.prompts!r}, heldout_prompts={config.data.heldout_prompts!r}",
+        )
+    if config.model.model != "tiny" and not config.data.prompts:
+        raise ConfigError(
+            "a model needs prompts", expected="--prompts and --heldout-prompts", got="none"
         )
     if config.batch_size % t.minibatch_size:
         raise ConfigError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,9 +32,13 @@ class Journal:
         self.num_steps = num_steps
         truncate(self.path, last_step)
         self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
-        # Standard output: the trainer's standard error goes to a log file.
         self._bar = tqdm(
-            total=num_steps, initial=last_step, unit="step", file=sys.stdout, dynamic_ncols=True
+            total=num_steps,
+            initial=last_step,
+            unit="step",
+            file=sys.stdout,  # the trainer's standard error goes to a log file
+            disable=not sys.stdout.isatty(),
+            dynamic_ncols=True,
         )
 
     def phase(self, name: str) -> None:
@@ -51,10 +58,32 @@ class Journal:
         if step:
             self._bar.update()
         self._bar.write(line(step, self.num_steps, finite), file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()
         self._tensorboard.close()
+
+
+class Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self, journal: Journal | None):
+        self._journal = journal
+        self._start = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._journal:
+            self._journal.phase(phase)
+        start = time.monotonic()
+        yield
+        self._phases[phase] = time.monotonic() - start
+
+    def times(self) -> dict[str, float]:
+        phases = {f"time/{k.replace(' ', '_')}_s": v for k, v in self._phases.items()}
+        return {"time_s": time.monotonic() - self._start} | phases
 
 
 def read(path: Path) -> list[dict]:

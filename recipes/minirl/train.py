@@ -10,117 +10,144 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import parallel
 from routing_replay.metrics import Metric, merge, to_floats
-from routing_replay.objectives import advantages
+from routing_replay.objectives import Objective, advantages
 from routing_replay.table import RouteTable
 
 from . import checkpoints
 from .batch import Batch
 from .config import RecipeConfig
-from .inputs import inputs_of
-from .journal import Journal
+from .first_rank import FirstRank
+from .inputs import Inputs, inputs_of
+from .journal import Clock, Journal
 from .policy import Policy, Scores
 from .prompts import take
 from .publish import write_weights
 from .rollout import Rollout, mean_reward
 
-POLL_S = 0.02
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a step works with; `rollout` and `journal` exist on the first rank only."""
+
+    config: RecipeConfig
+    run_dir: Path
+    inputs: Inputs
+    policy: Policy
+    first_rank: FirstRank
+    rollout: Rollout | None
+    journal: Journal | None
+    objective: Objective
+
+    def publish(self, version: int) -> None:
+        """Give the current weights to all servers; collective."""
+        folder = write_weights(self.policy, self.run_dir / "weights", self.inputs.base)
+        update = self.rollout.client.update_weights if self.rollout else None
+        self.first_rank.does(f"published_{version}", update, str(folder), version)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean reward on the held-out prompts, sampled like the training prompts, no replay."""
+
+        def sample() -> dict[str, float]:
+            samples = self.rollout.sample(self.inputs.heldout, 1, capture="off")
+            return {"eval/reward": mean_reward(samples)}
+
+        return self.first_rank.does(f"evaluated_{step}", sample)
 
 
 def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
-    """The whole run: what happens in a step stands here from top to bottom."""
+    """The whole run, from its newest checkpoint if there is one."""
     inputs = inputs_of(config)
     checkpoint = checkpoints.newest(run_dir)
     progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
     policy = Policy(config, checkpoint or inputs.base)
     if checkpoint:
         checkpoints.load_trainer(policy, checkpoint)
-    objective = config.make_objective()
     first_rank = FirstRank(run_dir / "scratch")
     rollout = journal = None
     if first_rank.is_me:
         rollout = Rollout(config, urls, inputs.base, policy.replay.model)
         journal = Journal(run_dir, progress.step, config.run.steps)
-
-    def publish(step: int) -> None:
-        folder = write_weights(policy, run_dir / "weights", inputs.base)
-        update = rollout.client.update_weights if rollout else None
-        first_rank.does(f"published_{step}", update, folder, step)
-
-    def evaluate() -> dict[str, float]:
-        return {"eval/reward": mean_reward(rollout.sample(inputs.heldout, 1, capture="off"))}
-
-    publish(progress.step)
+    job = Job(
+        config=config,
+        run_dir=run_dir,
+        inputs=inputs,
+        policy=policy,
+        first_rank=first_rank,
+        rollout=rollout,
+        journal=journal,
+        objective=config.make_objective(),
+    )
+    job.publish(progress.step)
     if not progress.step:
-        found = first_rank.does("evaluated_0", evaluate)
+        found = job.evaluate(0)
         if journal:
             journal.write(0, found)
-
-    for step in range(progress.step + 1, config.run.steps + 1):
-        clock, scratch = Clock(journal), first_rank.new_folder(f"step_{step:06d}")
-
-        # 1. Rollout and rewards, on the first rank.
-        with clock("rollout"):
-            prompts = take(
-                inputs.prompts,
-                progress.prompts_consumed,
-                config.data.prompts_per_step,
-                config.run.seed,
-            )
-            found = first_rank.does(
-                f"sampled_{step}", sample_batch, policy, rollout, prompts, scratch
-            )
-            batch, table = open_batch(scratch)
-
-        # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
-        with clock("old log-probs"):
-            old, replayed, token_rows_ST = score_old(policy, batch, table, scratch)
-            metrics_of_ranks = policy.reduce(policy.discrepancy(batch, old))
-            if replayed is table and table is not None:
-                metrics_of_ranks |= policy.replay.metrics()
-        with clock("live log-probs"):
-            metrics_of_ranks |= policy.reduce(live_discrepancy(policy, batch, old, table))
-
-        # 3. N updates, each on its own minibatch, with the same routes.
-        with clock("update"):
-            updates: dict[str, Metric] = {}
-            for minibatch in range(config.num_mini_batches):
-                with replaying(policy, replayed):
-                    updates = merge(
-                        updates, policy.update(batch, token_rows_ST, old, objective, minibatch)
-                    )
-            metrics_of_ranks |= policy.reduce(updates)
-
-        # 4. New weights for the servers.
-        with clock("weights"):
-            publish(step)
-
-        # 5. Metrics, now and then an evaluation, and a checkpoint.
-        progress = checkpoints.Progress(
-            step=step, prompts_consumed=progress.prompts_consumed + len(prompts)
-        )
-        if is_due(step, config.run.evaluate_every, config.run.steps):
-            with clock("evaluation"):
-                found |= first_rank.does(f"evaluated_{step}", evaluate)
-        if journal:
-            journal.write(step, found | to_floats(metrics_of_ranks) | clock.times())
-        if is_due(step, config.run.checkpoint_every, config.run.steps):
-            checkpoints.save(policy, run_dir, progress, inputs.base)
-        first_rank.remove(scratch)
+    while progress.step < config.run.steps:
+        progress = take_step(job, progress)
+    first_rank.remove(first_rank.folder)
     if journal:
         journal.close()
+
+
+def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
+    """One step: what happens in it stands here from top to bottom."""
+    config, policy, step = job.config, job.policy, progress.step + 1
+    clock, scratch = Clock(job.journal), job.first_rank.new_folder(f"step_{step:06d}")
+    count, seed = config.data.prompts_per_step, config.run.seed
+
+    # 1. Rollout and rewards, on the first rank.
+    with clock("rollout"):
+        prompts = take(job.inputs.prompts, progress.prompts_consumed, count, seed)
+        found = job.first_rank.does(
+            f"sampled_{step}", sample_batch, policy, job.rollout, prompts, scratch
+        )
+        batch, table = open_batch(scratch)
+
+    # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
+    with clock("old log-probs"):
+        old, replayed, token_rows_ST = score_old(policy, batch, table, scratch)
+        metrics = policy.reduce(policy.discrepancy(batch, old))
+        if table is not None:
+            metrics |= policy.replay.metrics()
+    if is_due(step, config.run.measure_live_every, config.run.steps):
+        with clock("live log-probs"):
+            metrics |= policy.reduce(live_discrepancy(policy, batch, old, table))
+
+    # 3. N updates, each on its own minibatch, with the same routes.
+    with clock("update"):
+        updates: dict[str, Metric] = {}
+        for minibatch in range(config.num_mini_batches):
+            with replaying(policy, replayed):
+                of_update = policy.update(batch, token_rows_ST, old, job.objective, minibatch)
+            updates = merge(updates, of_update)
+        metrics |= policy.reduce(updates)
+
+    # 4. New weights for the servers.
+    with clock("weights"):
+        job.publish(step)
+
+    # 5. Now and then an evaluation; metrics; now and then a checkpoint.
+    if is_due(step, config.run.evaluate_every, config.run.steps):
+        with clock("evaluation"):
+            found |= job.evaluate(step)
+    if job.journal:
+        job.journal.write(step, found | to_floats(metrics) | clock.times())
+    consumed = progress.prompts_consumed + len(prompts)
+    progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
+    if is_due(step, config.run.checkpoint_every, config.run.steps):
+        checkpoints.save(policy, job.run_dir, progress, job.inputs.base)
+    job.first_rank.remove(scratch)
+    return progress
 
 
 def sample_batch(policy: Policy, rollout: Rollout, prompts, scratch: Path) -> dict[str, float]:
@@ -194,72 +221,6 @@ def replaying(policy: Policy, table: RouteTable | None):
 def is_due(step: int, every: int, last: int) -> bool:
     """Every so many steps, and after the last one."""
     return step == last or (every > 0 and step % every == 0)
-
-
-class FirstRank:
-    """Work of one rank that the others wait for asleep, however long it takes.
-
-    A collective would time out while a server samples, so they look for a file instead.
-
-    Args:
-        folder: On a disk that all ranks see; emptied at the start.
-    """
-
-    def __init__(self, folder: Path):
-        self.is_me = dist.get_rank() == 0
-        self.folder = folder
-        if self.is_me:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier()
-
-    def does(self, name: str, work: Callable, *args) -> dict[str, float]:
-        """The first rank calls `work(*args)`; nobody goes on before it is done.
-
-        Returns:
-            The metrics that it returned; nothing on the other ranks.
-        """
-        marker, metrics = self.folder / name, {}
-        if self.is_me:
-            metrics = work(*args) or {}
-            marker.touch()
-        while not marker.exists():
-            time.sleep(POLL_S)
-        return metrics
-
-    def new_folder(self, name: str) -> Path:
-        """A folder for files of the first rank that the others open."""
-        path = self.folder / name
-        if self.is_me:
-            path.mkdir()
-        return path
-
-    def remove(self, path: Path) -> None:
-        """Remove such a folder once all ranks have finished with it."""
-        dist.barrier()
-        if self.is_me:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-class Clock:
-    """Seconds per phase of a step."""
-
-    def __init__(self, journal: Journal | None):
-        self._journal = journal
-        self._start = time.monotonic()
-        self._phases: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        if self._journal:
-            self._journal.phase(phase)
-        start = time.monotonic()
-        yield
-        self._phases[phase] = time.monotonic() - start
-
-    def times(self) -> dict[str, float]:
-        phases = {f"time/{k.replace(' ', '_')}_s": v for k, v in self._phases.items()}
-        return {"time_s": time.monotonic() - self._start} | phases
 
 
 def main(argv: list[str] | None = None) -> int:
