@@ -8,7 +8,10 @@ from ..errors import ServerError
 
 # Their kernels choose the experts themselves and never report them: every row would be zero.
 IN_KERNEL_BACKENDS = (
-    *("triton_kernel", "flashinfer_trtllm", "flashinfer_mxfp4", "experimental_sgl_trtllm"),
+    "triton_kernel",
+    "flashinfer_trtllm",
+    "flashinfer_mxfp4",
+    "experimental_sgl_trtllm",
 )
 
 
