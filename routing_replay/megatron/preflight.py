@@ -6,6 +6,7 @@ arguments of a job alike.
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -240,6 +241,5 @@ def _version(version: str) -> Iterator[Finding]:
 
 
 def _installed_version() -> str:
-    import megatron.core
-
-    return megatron.core.__version__
+    # Not megatron.core.__version__: it may carry the commit of whatever checkout is current.
+    return importlib.metadata.version("megatron-core")

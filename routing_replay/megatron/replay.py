@@ -95,6 +95,7 @@ class Replay:
         self._microbatch: Microbatch | None = None
         self._forward: Pass | None = None  # the pass whose chunk is running
         self._backward: Pass | None = None  # the pass whose backward is running
+        self._backward_task = -1  # autograd's number of that backward
         self._agreement: LayerAgreement | None = None
         self._hooks: list = []
         self._seams: list[RouterSeam] = []
@@ -386,7 +387,7 @@ class Replay:
 
     def _begin_backward(self, begun: Pass) -> None:
         """The gradient of a chunk's output arrives before anything else of its backward."""
-        self._backward = begun
+        self._backward, self._backward_task = begun, torch._C._current_graph_task_id()
         done = functools.partial(self._end_backward, begun)
         torch.autograd.Variable._execution_engine.queue_callback(done)
 
@@ -397,8 +398,13 @@ class Replay:
             self._backward = None
 
     def _select(self, seam: RouterSeam, live: LiveTopK) -> Selection:
-        is_recompute = torch._C._current_graph_task_id() != -1
+        task = torch._C._current_graph_task_id()
+        is_recompute = task != -1
         current = self._backward if is_recompute else self._forward
+        if is_recompute and current is not None and current.is_closed:
+            self._backward = None
+            if task != self._backward_task:  # left behind by a late backward that failed
+                current = None
         if current is not None:
             return current.select(seam, live, is_recompute)
         if self._scope is None:

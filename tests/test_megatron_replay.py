@@ -1,0 +1,125 @@
+"""Replay on real Megatron: the matrix's representative part, and every failure with its error."""
+
+import functools
+
+import pytest
+import replay_failures
+import replay_matrix
+from megatron_worlds import run_world
+
+# Representative of `make test-matrix`: each parallelism, each recomputation, each kind of router.
+IN_MAKE_TEST = {
+    1: [
+        "padded",
+        "recompute_full-packed",
+        "recompute_moe-sigmoid_bias-padded",
+        "recompute_full-groups-padded",
+        "recompute_moe-aux_loss-padded",
+        "pre_softmax_scaled-padded",
+        "padded-ragged",
+    ],
+    2: [
+        "tp2-recompute_full-packed",
+        "pp2-recompute_full-padded-dense0",
+        "pp2-vpp2-recompute_full-groups-padded",
+        "cp2-recompute_full-packed",
+        "ep2-allgather-recompute_full-padded",
+        "ep2-recompute_moe-padded",
+        "tp2-ep2-etp1-padded",
+        "recompute_full-packed",
+    ],
+}
+
+
+def report(num_ranks, names):
+    wrong = [
+        text
+        for of_rank in run_world(
+            replay_matrix.run_cases, num_ranks, names, num_ranks, timeout_s=3000
+        )
+        for text in of_rank
+    ]
+    print(f"{len(names)} configurations on {num_ranks} ranks: {len(wrong)} findings")
+    return wrong
+
+
+@pytest.mark.parametrize("num_ranks", IN_MAKE_TEST)
+@pytest.mark.timeout(900)
+def test_replay_is_exact_on_representative_configurations(num_ranks):
+    assert report(num_ranks, IN_MAKE_TEST[num_ranks]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_replay_is_exact_on_the_whole_matrix(num_ranks):
+    assert report(num_ranks, [case.name for case in replay_matrix.cases(num_ranks)]) == []
+
+
+def test_the_matrix_has_at_least_60_configurations_and_no_name_twice():
+    names = [(n, case.name) for n in (1, 2, 4) for case in replay_matrix.cases(n)]
+    assert len(names) == len(set(names)) >= 60
+
+
+@pytest.mark.parametrize("fault", ["shifted_rows", "swapped_layers", "live_recompute"])
+def test_the_matrix_notices_a_planted_fault(fault):
+    [wrong] = run_world(replay_matrix.run_with_fault, 1, fault)
+    assert any("(b)" in text for text in wrong), wrong
+
+
+@functools.cache
+def raised():
+    [found] = run_world(replay_failures.provoke_all, 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("rows_out_of_range", "ReplayError", "token_rows are out of range; expected -1 (live) or"),
+        ("rows_of_the_wrong_length", "ReplayError", "another number of tokens than token_rows"),
+        ("rows_on_the_wrong_device", "ReplayError", "expected the CPU; got meta"),
+        ("rows_of_the_wrong_type", "ReplayError", "expected an int64 tensor; got int32"),
+        ("table_of_fewer_layers", "TableError", "belong to another model; expected 4 routed"),
+        ("table_of_more_experts", "TableError", "got 4 routed layers 0-3, 16 experts"),
+        ("table_of_another_top_k", "TableError", "8 experts, top-3"),
+        (
+            "recorded_routes_where_the_rollouts_belong",
+            "ReplayError",
+            "mode R3 replays the rollout engine's routes",
+        ),
+        ("model_runs_without_a_microbatch", "ReplayError", "no microbatch was announced"),
+        ("model_runs_twice_in_a_microbatch", "ReplayError", "ran twice in one microbatch"),
+        ("microbatch_without_the_model", "ReplayError", "announced but no model chunk ran"),
+        ("microbatch_within_a_microbatch", "ReplayError", "announced within another"),
+        ("scope_within_a_scope", "ReplayError", "a scope is open already"),
+        ("scope_without_any_microbatch", "ReplayError", "not every model chunk ran"),
+        ("a_router_that_did_not_run", "ReplayError", "0 forward passes"),
+        (
+            "inner_module_called_past_the_attached_one",
+            "ReplayError",
+            "outside every announced microbatch",
+        ),
+        ("backward_after_the_scope", "ReplayError", "recomputed after its scope was closed"),
+        ("exception_in_the_forward", "RuntimeError", "the attention broke"),
+        ("exception_in_the_backward", "RuntimeError", "the gradient broke"),
+        ("attach_twice", "ReplayError", "attached to this model already"),
+        ("remove_in_mid_step", "ReplayError", "removed in mid-step"),
+        ("use_after_remove", "ReplayError", "was removed from this model"),
+        ("a_row_recorded_twice", "ReplayError", "recorded more than once"),
+        ("table_of_an_unfinished_recording", "ReplayError", "the recording is not complete"),
+        ("only_one_of_two_chunks_runs", "ReplayError", "not every model chunk ran"),
+        ("routers_built_twice", "PreflightError", "two routers claim one layer"),
+        ("a_chunk_left_out", "PreflightError", "not the model's MoE layers"),
+        ("a_dense_model", "PreflightError", "no router that can replay"),
+    ],
+)
+def test_a_failure_has_one_clear_error_and_leaves_the_model_stock(name, kind, message):
+    found_kind, text, is_stock = raised()[name]
+    assert (found_kind, message in text) == (kind, True), f"{found_kind}: {text}"
+    assert is_stock, f"after {name} the model is not stock"
+
+
+def test_every_provoked_failure_is_expected_above():
+    marks = test_a_failure_has_one_clear_error_and_leaves_the_model_stock.pytestmark
+    assert {row[0] for row in marks[0].args[1]} == set(raised())
