@@ -1,0 +1,107 @@
+"""Preflight: every configuration under which replay would be wrong is refused, with its fix."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from routing_replay.config import ReplayConfig
+from routing_replay.errors import PreflightError
+from routing_replay.megatron import preflight
+
+TESTED = preflight.TESTED_VERSIONS[-1]
+
+
+def config(**changes):
+    """A configuration that passes, with changes; the names are TransformerConfig's."""
+    settings = {
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_fusion": False,
+        "cuda_graph_impl": "none",
+    }
+    return SimpleNamespace(**{**settings, **changes})
+
+
+def names(findings, is_error=True):
+    return [f.name for f in findings if f.is_error == is_error]
+
+
+def test_a_plain_configuration_has_no_finding():
+    assert preflight.examine(config(), version=TESTED) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "fix"),
+    [
+        ({"num_moe_experts": None}, "dense-model", "Leave routing replay disabled"),
+        ({"moe_router_fusion": True}, "router-fusion", "--moe-router-fusion"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "sinkhorn", "Train with aux_loss"),
+        (
+            {"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]},
+            "quantile-balancing",
+            "Train with aux_loss",
+        ),
+        ({"moe_expert_capacity_factor": 1.25}, "capacity", "without a capacity factor"),
+        ({"moe_router_force_load_balancing": True}, "forced-routing", "benchmarks only"),
+        ({"moe_router_force_biased": 0.5}, "forced-routing", "benchmarks only"),
+        ({"cuda_graph_impl": "full_iteration"}, "cuda-graph", "--cuda-graph-modules"),
+        (
+            {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn", "moe_router"]},
+            "cuda-graph",
+            "attn alone is fine",
+        ),
+        ({"enable_cuda_graph": True}, "cuda-graph", "--cuda-graph-modules"),
+        ({"overlap_moe_expert_parallel_comm": True}, "expert-overlap", "Drop --overlap-moe"),
+    ],
+)
+def test_what_would_replay_wrongly_is_an_error_with_a_fix(changes, name, fix):
+    findings = preflight.examine(config(**changes), version=TESTED)
+    assert names(findings) == [name]
+    assert fix in findings[0].fix and findings[0].cause
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"moe_input_jitter_eps": 0.01}, "input-jitter"),
+        ({"moe_router_enable_expert_bias": True}, "expert-bias"),
+        ({"mtp_num_layers": 1}, "mtp"),
+    ],
+)
+def test_what_one_should_know_is_a_warning(changes, name):
+    findings = preflight.examine(config(**changes), version=TESTED)
+    assert names(findings) == [] and names(findings, is_error=False) == [name]
+
+
+def test_a_graph_of_the_attention_alone_is_fine():
+    graphed = config(cuda_graph_impl="local", cuda_graph_modules=["attn"])
+    assert preflight.examine(graphed, version=TESTED) == []
+
+
+def test_unsetting_the_fusion_makes_it_acceptable():
+    replay = ReplayConfig(unset_router_fusion=True)
+    assert preflight.examine(config(moe_router_fusion=True), replay, TESTED) == []
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0.0"])
+def test_an_unsupported_version_is_an_error_that_names_the_tested_ones(version):
+    [finding] = preflight.examine(config(), version=version)
+    assert finding.is_error and TESTED in finding.fix
+
+
+def test_an_untested_version_is_a_warning_that_names_the_tested_ones():
+    [finding] = preflight.examine(config(), version="0.19.99")
+    assert not finding.is_error and TESTED in finding.fix
+
+
+def test_require_raises_the_error_and_warns_of_the_rest():
+    with pytest.raises(PreflightError, match="moe_router_fusion is on.*--moe-router-fusion"):
+        preflight.require(config(moe_router_fusion=True), ReplayConfig())
+    with pytest.warns(UserWarning, match="expert-bias"):
+        preflight.require(config(moe_router_enable_expert_bias=True), ReplayConfig())
+
+
+def test_saved_arguments_are_read_by_their_names():
+    arguments = SimpleNamespace(num_experts=8, moe_router_fusion=True)
+    assert names(preflight.examine(arguments, version=TESTED)) == ["router-fusion"]
