@@ -13,12 +13,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS = 4
-TIMEOUT_S = 300
+# Of one launch, on a machine that others use as well; about 40 s on two free cores.
+TIMEOUT_S = 600
+pytestmark = pytest.mark.timeout(4 * TIMEOUT_S)
 SMALL = [
     *("--warmup-target", "0", "--heldout-limit", "16", "--checkpoint-every", "1"),
     *("--prompts-per-step", "8", "--samples-per-prompt", "4", "--minibatch-size", "8"),
     *("--steps", str(NUM_STEPS)),
 ]
+
+
+def write_prompts(folder):
+    """Prompts whose right answer is to stop at once: random weights do so now and then."""
+    paths = folder / "train.jsonl", folder / "heldout.jsonl"
+    for path, numbers in zip(paths, (range(10, 60), range(60, 99)), strict=True):
+        lines = [{"prompt": f"{a}+{a}=", "answer": "", "verifier": "exact"} for a in numbers]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["--prompts", str(paths[0]), "--heldout-prompts", str(paths[1])]
 
 
 def start(run_dir, *flags):
@@ -61,7 +72,8 @@ def run(tmp_path_factory):
     """A run whose trainer is killed after its second step, and which is then resumed."""
     folder = tmp_path_factory.mktemp("recipe")
     run_dir = folder / "run"
-    process = start(run_dir, "--cache-dir", str(folder / "cache"), *SMALL)
+    cache = ["--cache-dir", str(folder / "cache")]
+    process = start(run_dir, *cache, *write_prompts(folder), *SMALL)
     with contextlib.ExitStack() as stack:
         stack.callback(process.kill)
         kill_trainer_after_step(process, run_dir, 2)
@@ -96,10 +108,13 @@ def test_every_step_was_replayed_and_measured_with_and_without_replay(run):
         assert 0.5 < step["routing_replay/coverage"] < 1
         assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
         assert 0 < step["routing_replay/overlap"] <= 1
-        assert step["routing_replay/router_kl"] >= 0
+        assert step["routing_replay/router_kl_bound"] >= 0
         assert {f"routing_replay/overlap_layer_{layer}" for layer in range(6)} <= step.keys()
         for name in ("reward", "entropy", "staleness/kl_k3", "off_policy/ess", "grad_norm"):
             assert name in step
+    # Some response was right, so there was a gradient, and the policy moved.
+    assert sum(step["grad_norm"] for step in steps) > 0
+    assert max(step["staleness/logp_abs_diff_max"] for step in steps) > 0
     replayed, live = (
         sum(step[f"train_infer/kl_k3{suffix}"] for step in steps) for suffix in ("", "_live")
     )

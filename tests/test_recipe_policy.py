@@ -119,15 +119,32 @@ def checkpoint():
     return str(tiny_qwen3_moe(layers=LAYERS, experts=EXPERTS, top_k=TOP_K))
 
 
+def on_two_ranks(rank, checkpoint, folder, layouts):
+    steps = steps_of_layouts(rank, checkpoint, folder, layouts)
+    return steps, save_and_resume(rank, checkpoint, folder)
+
+
 @pytest.fixture(scope="module")
-def outcomes(checkpoint, tmp_path_factory):
+def worlds(checkpoint, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("steps"))
     single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")}
     double = {name: ("R3", settings) for name, settings in LAYOUTS.items()}
     double["pp2_R2"] = ("R2", {"pipeline_parallel": 2})
     (alone,) = run_world(steps_of_layouts, 1, checkpoint, folder, single)
-    together = run_world(steps_of_layouts, 2, checkpoint, folder, double)
-    return alone | together[0]
+    # One world of two ranks for everything: starting one costs more than any test here.
+    together = run_world(on_two_ranks, 2, checkpoint, folder, double)
+    steps, resumptions = zip(*together, strict=True)
+    return alone | steps[0], folder, resumptions
+
+
+@pytest.fixture(scope="module")
+def outcomes(worlds):
+    return worlds[0]
+
+
+@pytest.fixture(scope="module")
+def resumption(worlds):
+    return Path(worlds[1]), worlds[2]
 
 
 def assert_same_step(outcome, reference):
@@ -205,12 +222,6 @@ def save_and_resume(rank, checkpoint, folder):
     policy.replay.remove()
     parallel.destroy(keep_world=True)
     return names, straight, resumed, dataclasses.asdict(progress), message
-
-
-@pytest.fixture(scope="module")
-def resumption(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return folder, run_world(save_and_resume, 2, checkpoint, str(folder))
 
 
 def test_a_resumed_trainer_takes_the_next_step_bitwise(resumption):
