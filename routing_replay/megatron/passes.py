@@ -128,9 +128,10 @@ class ReplayingPass(Pass):
         if not is_recompute:
             self.num_replayed[seam.layer] = len(self.rows_T) - self._num_live
             self._look_at_live(seam, live, ids_TK)
-        # A no-grad pass of the trainer left its slots in an order of its own, and a no-grad pass
-        # that replays it must round alike; everything else takes the order of a training pass.
-        keep_slots = self.table.source == "training" and not torch.is_grad_enabled()
+        # The rollout's slots stay as the engine ordered them, alike in every pass. The trainer's
+        # own take the order that a stock pass with gradients has, so that sums round alike; a
+        # no-grad pass recorded them in the order that a stock pass without gradients has.
+        keep_slots = self.table.source == "rollout" or not torch.is_grad_enabled()
         return replay(live, ids_TK, self._live_F, keep_slots)
 
     def end_forward(self) -> None:
