@@ -50,7 +50,7 @@ class ModelSettings:
     warmup_target: float = setting(
         0.3, "supervised warm-up of the tiny model ends at this sampled accuracy; 0: no warm-up"
     )
-    warmup_steps: int = setting(400, "most supervised steps")
+    warmup_steps: int = setting(500, "most supervised steps")
 
 
 @dataclass(frozen=True, kw_only=True)
