@@ -15,6 +15,7 @@ RANKS = [
     "metrics",
     "routes",
     "payload",
+    "table_file",
     "table",
     "config",
     "policy_kl",
