@@ -95,6 +95,8 @@ def test_the_resumed_run_ends_well_with_every_step_once(run):
     assert [record["step"] for record in records(run_dir)] == list(range(NUM_STEPS + 1))
     assert "Result: 4 steps" in output
     assert (run_dir / "report.html").stat().st_size > 10_000
+    kept = {path.name for path in (run_dir / "last_batch").iterdir()}
+    assert {"batch.safetensors", "routes.safetensors"} <= kept
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
         "step_000003",
         "step_000004",

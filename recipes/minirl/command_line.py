@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
+from routing_replay import objectives
 from routing_replay.config import FLAG_PREFIX, read_yaml
 from routing_replay.errors import ConfigError
 
@@ -92,7 +93,21 @@ def _add_flag(group, name: str, f: Field) -> None:
     else:
         kind, choices = type(f.default), f.metadata["choices"]
         metavar = None if choices else kind.__name__.upper()
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help_text)
+        action = "store"
+        if name == "objective":
+            choices, metavar, action = (*choices, "help"), "NAME", _ObjectiveOrHelp
+        group.add_argument(
+            flag, type=kind, choices=choices, metavar=metavar, action=action, help=help_text
+        )
+
+
+class _ObjectiveOrHelp(argparse.Action):
+    """`--objective help` prints the table of all losses and ends."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if value == "help":
+            parser.exit(0, objectives.help_text() + "\n")
+        setattr(namespace, self.dest, value)
 
 
 def _preset_path(name: str) -> Path:

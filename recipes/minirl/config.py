@@ -113,9 +113,11 @@ class TrainingSettings:
 class ObjectiveSettings:
     """objective: the loss"""
 
-    objective: str = setting("minirl", "name of the loss", tuple(objectives.names()))
+    objective: str = setting(
+        "minirl", "name of the loss; help prints them all", tuple(objectives.names())
+    )
     objective_parameters: tuple[str, ...] = setting(
-        (), "parameters of the loss as name=value; see `routing-replay objectives`"
+        (), "parameters of the loss as name=value; see --objective help"
     )
 
 

@@ -50,6 +50,13 @@ class FirstRank:
             path.mkdir()
         return path
 
+    def keep(self, path: Path, target: Path) -> None:
+        """Such a folder takes the place of `target` once all ranks have finished with it."""
+        dist.barrier()
+        if self.is_me:
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
     def remove(self, path: Path) -> None:
         """Remove such a folder once all ranks have finished with it."""
         dist.barrier()

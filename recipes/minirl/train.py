@@ -146,7 +146,8 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
     if is_due(step, config.run.checkpoint_every, config.run.steps):
         checkpoints.save(policy, job.run_dir, progress, job.inputs.base)
-    job.first_rank.remove(scratch)
+    # The newest batch stays: `tools/attribute_kl.py` and `routing-replay inspect` look at it.
+    job.first_rank.keep(scratch, job.run_dir / "last_batch")
     return progress
 
 
