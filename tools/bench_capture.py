@@ -3,8 +3,9 @@
     python tools/bench_capture.py --model CHECKPOINT [--rounds 5] [--requests 16] [--new-tokens 64]
 
 One server for each, all of the same checkpoint and options; they take turns, round after round, so
-that whatever else the machine does meets all of them. Prints ratios to "off", their spread, bytes
-per token on the wire, and the speed of decoding the answers.
+that whatever else the machine does meets all of them. Prints ratios to "off" of the rate and of the
+processor time that all processes of a server take per token (on a shared machine the steadier of
+the two), their spread, bytes per token on the wire, and the speed of decoding the answers.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 
 import httpx
 import numpy as np
+import psutil
 
 from routing_replay.payload import FIELD, decode
 from routing_replay.sglang.client import RolloutClient, probe
@@ -51,10 +53,22 @@ def requests_of(arguments, capture, seed):
     ]
 
 
-def tokens_per_second(client, arguments, capture, seed):
-    start = time.perf_counter()
+def measure(server, client, arguments, capture, seed):
+    """Tokens per second, and processor seconds per token."""
+    start, cpu_start = time.perf_counter(), cpu_seconds(server)
     completions = client.generate(requests_of(arguments, capture, seed))
-    return sum(len(c.output_ids) for c in completions) / (time.perf_counter() - start)
+    num_tokens = sum(len(c.output_ids) for c in completions)
+    seconds, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu_start
+    return num_tokens / seconds, cpu / num_tokens
+
+
+def cpu_seconds(server):
+    """Processor time so far of the guard and everything below it."""
+    total = 0.0
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
 
 
 def wire(url, arguments, capture, model):
@@ -89,24 +103,33 @@ def main():
         for number in range(arguments.rounds + 1):
             # Round 0 warms up; the order turns, so that none is always first.
             for capture in (*CAPTURES[number % 4 :], *CAPTURES[: number % 4]):
-                rate = tokens_per_second(clients[capture], arguments, capture, 1 + number)
+                found = measure(servers[capture], clients[capture], arguments, capture, 1 + number)
                 if number:
-                    rates[capture].append(rate)
+                    rates[capture].append(found)
         report(arguments, servers, model, rates)
 
 
 def report(arguments, servers, model, rates):
-    print("| capture | tokens/s | ratio to off (lowest to highest) | bytes/token | decode GB/s |")
-    print("| --- | --- | --- | --- | --- |")
+    print(
+        "| capture | tokens/s | ratio to off | CPU time/token to off | bytes/token | decode GB/s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     for capture, values in rates.items():
-        ratios = [one / off for one, off in zip(values, rates["off"], strict=True)]
-        row = f"| {capture} | {statistics.median(values):.0f} | {statistics.median(ratios):.3f} "
-        row += f"({min(ratios):.3f} to {max(ratios):.3f}) | "
+        rate = statistics.median(rate for rate, _ in values)
+        row = f"| {capture} | {rate:.0f} | {spread(values, rates['off'], 0)} "
+        row += f"| {spread(values, rates['off'], 1)} | "
         if capture == "off":
             print(row + "0 | |")
             continue
         size, speed = wire(servers[capture].url, arguments, capture, model)
         print(row + f"{size:.0f} | {speed:.2f} |", flush=True)
+
+
+def spread(values, references, column):
+    """Median (quartiles) of the rounds' ratios."""
+    ratios = [one[column] / off[column] for one, off in zip(values, references, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import torch
 from . import versions
 
 STUBS = Path(__file__).parent / "cpu_stubs"
+# Room for 64 sequences of 1,024 tokens; an argument of the caller's comes later and wins.
+MAX_TOTAL_TOKENS = 1 << 16
 
 
 def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -54,6 +56,8 @@ def server_arguments() -> list[str]:
         "--disable-cuda-graph",
         # An idle scheduler polls: it would take a core from the trainer between rollouts.
         "--sleep-on-idle",
+        # SGLang would take most of the machine's memory for its cache, as it may on a GPU.
+        *("--max-total-tokens", str(MAX_TOTAL_TOKENS)),
     ]
 
 
