@@ -8,7 +8,8 @@ import dataclasses
 
 import numpy as np
 import torch
-from replay_matrix import Case, Job, random_table
+from replay_cases import Case
+from replay_matrix import Job, random_table
 
 from routing_replay.config import ReplayConfig
 from routing_replay.megatron.replay import attach

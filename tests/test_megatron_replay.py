@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import replay_cases
 import replay_failures
 import replay_matrix
 from megatron_worlds import run_world
@@ -53,11 +54,11 @@ def test_replay_is_exact_on_representative_configurations(num_ranks):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_replay_is_exact_on_the_whole_matrix(num_ranks):
-    assert report(num_ranks, [case.name for case in replay_matrix.cases(num_ranks)]) == []
+    assert report(num_ranks, [case.name for case in replay_cases.cases(num_ranks)]) == []
 
 
 def test_the_matrix_has_at_least_60_configurations_and_no_name_twice():
-    names = [(n, case.name) for n in (1, 2, 4) for case in replay_matrix.cases(n)]
+    names = [(n, case.name) for n in (1, 2, 4) for case in replay_cases.cases(n)]
     assert len(names) == len(set(names)) >= 60
 
 

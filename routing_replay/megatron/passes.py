@@ -20,7 +20,7 @@ from .selection import LiveTopK, Selection, replay
 
 @dataclass(kw_only=True)
 class Pass:
-    """What every pass counts, and the live pass: stock selection within a scope.
+    """What every pass is and counts.
 
     Args:
         number: Of the microbatch within its scope and chunk.
@@ -76,6 +76,13 @@ class Pass:
                 where=where,
                 fix="Open one replay.microbatch(token_rows) for each forward of the model",
             )
+
+
+class LivePass(Pass):
+    """A forward that routes live within a scope: nothing is promised, so nothing is counted."""
+
+    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        return seam.stock(live)
 
 
 @dataclass(kw_only=True)

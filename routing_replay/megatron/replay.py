@@ -15,7 +15,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,32 +28,12 @@ from ..table import RouteTable
 from . import preflight
 from .layout import as_rows, router_order
 from .observer import AgreementSample
-from .passes import Pass, RecordingPass, ReplayingPass
+from .passes import LivePass, Pass, RecordingPass, ReplayingPass
 from .receipt import Receipt
 from .recording import Recording
 from .routers import RouterSeam, describe_model, find_routers
+from .scopes import Microbatch, Scope
 from .selection import LiveTopK, Selection
-
-
-@dataclass(kw_only=True)
-class Scope:
-    """One `recording` or `replaying` block: its passes, and at its end its receipt."""
-
-    num_rows: int
-    table: RouteTable | None = None
-    recorded: Recording | None = None
-    agreement: LayerAgreement | None = None
-    passes: list[Pass] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class Microbatch:
-    """What `replay.microbatch` announced, until the model has run."""
-
-    rows_BS: np.ndarray
-    counts_BS: np.ndarray | None
-    is_live: bool = False
-    chunks: set[int] = field(default_factory=set)
 
 
 def attach(
@@ -233,8 +212,8 @@ class Replay:
         self._scope = scope
         try:
             yield
-            receipt = Receipt.of(p for p in scope.passes if not _is_live(p))
-            self._check_passes(scope)
+            receipt = Receipt.of(scope.replayed_passes())
+            scope.check_passes(len(self._chunks), _rank())
             receipt.check(_rank())
             if scope.recorded is not None:
                 scope.recorded.complete(scope.passes)
@@ -266,18 +245,6 @@ class Replay:
             if isinstance(p, ReplayingPass):
                 p.release()
         self._scope = self._microbatch = self._forward = self._backward = None
-
-    def _check_passes(self, scope: Scope) -> None:
-        passes = [p for p in scope.passes if not _is_live(p)]
-        numbers = [sum(p.chunk == chunk for p in passes) for chunk in range(len(self._chunks))]
-        if not passes or min(numbers) != max(numbers):
-            raise ReplayError(
-                "not every model chunk ran for every microbatch of the scope",
-                expected="the same number of microbatches, at least 1, for each chunk",
-                got=f"{numbers} for chunks 0..{len(numbers) - 1}",
-                where=f"rank {_rank()}",
-                fix="Run the whole schedule inside the scope",
-            )
 
     def _check_source(self, table: RouteTable) -> None:
         wanted = {"R2": "training", "R3": "rollout"}.get(self.config.mode)
@@ -335,7 +302,7 @@ class Replay:
 
     def _new_pass(self, chunk: int, microbatch: Microbatch) -> Pass:
         scope, seams = self._scope, [s for s in self._seams if s.chunk == chunk]
-        number = sum(p.chunk == chunk and not _is_live(p) for p in scope.passes)
+        number = sum(p.chunk == chunk for p in scope.replayed_passes())
         common = {"number": number, "chunk": chunk, "layers": tuple(s.layer for s in seams)}
         if microbatch.is_live:
             return LivePass(**common, rows_T=np.empty(0, np.int64))
@@ -426,17 +393,6 @@ class Replay:
     @property
     def _device(self) -> torch.device:
         return next(self._chunks[0].parameters()).device
-
-
-class LivePass(Pass):
-    """A forward that routes live within a scope: nothing is promised, so nothing is counted."""
-
-    def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
-        return seam.stock(live)
-
-
-def _is_live(p: Pass) -> bool:
-    return isinstance(p, LivePass)
 
 
 def _config_of(model_chunks, found):
