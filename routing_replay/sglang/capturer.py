@@ -150,8 +150,9 @@ class Capturer(RoutedExpertsCapturer):
             if self.sampler is not None:
                 self.sampler.write(layer_id, logits_TE)
         packed_TK = pack(ids_TK, gates_TK)
+        num_shared = ids_TX.shape[1] - self.topk_size
         # Columns of fused shared experts never reach the host; they only keep the width.
-        return torch.nn.functional.pad(packed_TK, (0, ids_TX.shape[1] - self.topk_size))
+        return torch.nn.functional.pad(packed_TK, (0, num_shared)) if num_shared else packed_TK
 
     def _sampler(self) -> LogitSampler:
         buffer = self.device_cache.buffer
