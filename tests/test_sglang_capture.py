@@ -171,7 +171,7 @@ def test_an_aborted_request_returns_the_rows_of_the_tokens_it_returns(server, re
 
 def test_rows_survive_retraction_under_the_weights_that_computed_them(server, references):
     """Stock prefills again and returns the second pass's rows: here those of other weights."""
-    asked = [request(random_prompt(40 + n), num_new=60) for n in range(3)]
+    asked = [request(random_prompt(40 + n), num_new=200) for n in range(3)]
 
     def retract_and_update():
         server.client.pause("retract")
@@ -198,7 +198,7 @@ def test_rows_survive_retraction_under_the_weights_that_computed_them(server, re
 
 
 def test_an_update_in_place_changes_the_version_in_the_middle_of_a_response(server, references):
-    asked = request(random_prompt(50), num_new=60)
+    asked = request(random_prompt(50), num_new=400)
 
     def update():
         server.client.pause("in_place")
