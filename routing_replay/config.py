@@ -13,6 +13,7 @@ from .errors import ConfigError
 
 MODES = ("disabled", "R2", "R3", "auto")
 CAPTURES = ("ids", "gates", "logits")
+SINKS = ("jsonl", "tensorboard", "wandb", "megatron")
 FLAG_PREFIX = "routing_replay_"
 
 
@@ -52,12 +53,26 @@ class ReplayConfig:
         "unset moe_router_fusion on the attached routers (the fused kernel bypasses replay) "
         "instead of refusing to attach",
     )
+    sinks: tuple[str, ...] = setting(
+        ("jsonl", "tensorboard"),
+        "where metrics go; megatron: the writers that Megatron has opened",
+        SINKS,
+    )
+    metrics_dir: str = setting(
+        "", "folder of metrics.jsonl and tensorboard/; the run's own, or routing_replay_metrics"
+    )
+    heat_map_every: int = setting(
+        0, "write heat maps of layers over steps to the sinks every N-th step; 0: none"
+    )
 
     def __post_init__(self):
         for name, choices in (("mode", MODES), ("capture", CAPTURES)):
             if getattr(self, name) not in choices:
                 raise unknown_name(f"{name} of routing replay", getattr(self, name), choices)
-        for name in ("agreement_every", "agreement_tokens"):
+        for sink in self.sinks:
+            if sink not in SINKS:
+                raise unknown_name("sink of routing replay", sink, SINKS)
+        for name in ("agreement_every", "agreement_tokens", "heat_map_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(
@@ -73,7 +88,7 @@ class ReplayConfig:
             name = str(key).replace("-", "_").removeprefix(FLAG_PREFIX)
             if name not in known:
                 raise unknown_name("setting of routing replay", key, sorted(known))
-            plain[name] = value
+            plain[name] = tuple(value) if isinstance(value, list) else value
         return cls(**plain)
 
     @classmethod
@@ -92,7 +107,10 @@ class ReplayConfig:
         settings = dict(read_yaml(path)) if path else {}
         base = cls.from_mapping(settings)
         given = {f.name: getattr(arguments, FLAG_PREFIX + f.name, None) for f in fields(cls)}
-        return replace(base, **{name: v for name, v in given.items() if v is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(
+            base, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        )
 
     def resolve(self, num_mini_batches: int) -> ReplayConfig:
         """These settings with `auto` replaced by the mode that N mini-batches call for."""
@@ -131,12 +149,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for f in fields(ReplayConfig):
         flag = "--" + (FLAG_PREFIX + f.name).replace("_", "-")
-        help_text = f"{f.metadata['help']} (default: {f.default})"
+        default = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+        help_text = f.metadata["help"] + ("" if default == "" else f" (default: {default})")
+        choices = f.metadata["choices"]
         if isinstance(f.default, bool):
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, default=None, help=help_text)
+        elif isinstance(f.default, tuple):
+            group.add_argument(flag, nargs="+", choices=choices, help=help_text)
         else:
-            choices = f.metadata["choices"]
             group.add_argument(flag, type=type(f.default), choices=choices, help=help_text)
     return parser
 

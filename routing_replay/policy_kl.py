@@ -28,21 +28,21 @@ def policy_metrics(
 
     With rho = p / q of the sampled token:
 
-    - `kl_k1`: mean of -log rho; unbiased, may be negative. MiniRL's train-inference KL for p =
-    pi_old, q = mu. - `kl_k3`: mean of rho - 1 - log rho; unbiased, never negative. The R3 paper's
-    estimator. - `logp_abs_diff_mean`, `logp_abs_diff_max`: of |log rho|.
+    - `kl_k1`: mean of -log rho; unbiased, may be negative. MiniRL's train-inference KL for
+      p = pi_old, q = mu.
+    - `kl_k3`: mean of rho - 1 - log rho; unbiased, never negative. The R3 paper's estimator.
+    - `logp_abs_diff_mean`, `logp_abs_diff_max`: of |log rho|.
     - `extreme_tau2`, `extreme_tau5`: share of tokens with max(rho, 1 / rho) above tau.
     - `chi2`: mean of rho^2 - 1, the chi-squared divergence of p from q.
-    - `ess`: sum of rho / sum of rho^2, the effective share of the samples; 1 where the policies are
-    equal.
-      The usual (sum rho)^2 / (n * sum rho^2) is this times the mean of rho, which is 1 in
-      expectation; without that factor it is a ratio of sums and so merges exactly over microbatches
-      and ranks.
+    - `ess`: sum of rho / sum of rho^2, the effective share of the samples; 1 where the policies
+      are equal. The usual (sum rho)^2 / (n * sum rho^2) is this times the mean of rho, which is 1
+      in expectation; without that factor it is a ratio of sums and so merges exactly over
+      microbatches and ranks.
     - `nonfinite_tokens`: tokens in the mask that a policy gave no finite log-prob; in none of the
-    above.
+      above.
 
     Estimators that look at sampled tokens stay flat while a reward degrades: watch the extremes
-        too.
+    too.
 
     Args:
         logp_p_T: Log-probs under the policy that is compared, natural logarithm.

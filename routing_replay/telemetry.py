@@ -7,7 +7,6 @@ left out elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,11 +19,13 @@ from typing import Protocol
 
 import numpy as np
 
+from .config import ReplayConfig
 from .errors import ConfigError, DataError
 
 # How a metric's name ends that belongs to one layer (global, 0-based).
 LAYER_SUFFIX = re.compile(r"_layer_(\d+)$")
-SINKS = ("jsonl", "tensorboard", "wandb", "megatron")
+# Of metrics.jsonl and tensorboard/ in a job that names none.
+DEFAULT_DIRECTORY = "routing_replay_metrics"
 # Steps that a heat map shows, and pixels per cell.
 HEAT_STEPS, HEAT_PIXELS = 256, 6
 HEAT_METRICS = ("overlap", "exact_match", "router_kl", "router_kl_bound")
@@ -63,6 +64,7 @@ class JsonLinesSink:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            os.fsync(self._file.fileno())  # a step on record is never half there
         except OSError as error:
             raise DataError("metrics cannot be written", got=error, where=self.path) from error
 
@@ -91,7 +93,10 @@ class TensorBoardSink:
             for name, image_HWC in self._history.images().items():
                 self._writer.add_image(name, image_HWC, step, dataformats="HWC")
 
+        self._writer.flush()
+
     def close(self) -> None:
+        """The writer belongs to whoever made it."""
         self._writer.flush()
 
 
@@ -158,52 +163,31 @@ def _image(columns: Sequence[Mapping[int, float]]) -> np.ndarray:
     return image_LSC.repeat(HEAT_PIXELS, 0).repeat(HEAT_PIXELS, 1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of the sinks; usable as Megatron's `extra_args_provider`."""
-    group = parser.add_argument_group("routing replay telemetry")
-    group.add_argument(
-        "--routing-replay-sinks",
-        nargs="+",
-        choices=SINKS,
-        default=["jsonl"],
-        help="where metrics go (default: jsonl); megatron: the writers that Megatron has opened",
-    )
-    group.add_argument(
-        "--routing-replay-metrics-dir",
-        default="routing_replay_metrics",
-        help="directory of metrics.jsonl and of TensorBoard's files (default: %(default)s)",
-    )
-    group.add_argument(
-        "--routing-replay-heat-map-every",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write heat maps of layers over steps every N-th step; 0: none (default)",
-    )
-    return parser
-
-
-def open_sinks(arguments: argparse.Namespace, megatron_writers: Sequence = ()) -> list[Sink]:
-    """The sinks that the flags ask for. Call it on the one rank that writes.
+def open_sinks(
+    config: ReplayConfig, megatron_writers: Sequence = (), first_step: int | None = None
+) -> list[Sink]:
+    """The sinks that the settings ask for. Call it on the one rank that writes.
 
     Args:
-        arguments: Parsed flags of `add_arguments`.
+        config: `sinks`, `metrics_dir` and `heat_map_every` are read.
         megatron_writers: For "megatron": what its `get_tensorboard_writer()` and
             `get_wandb_writer()` return on that rank (its last one); None entries are skipped.
+        first_step: Of a resumed run: what TensorBoard shows of later steps is dropped.
 
     Raises:
         ConfigError: A package is missing, or "megatron" without an open writer.
     """
-    directory = arguments.routing_replay_metrics_dir
-    every = arguments.routing_replay_heat_map_every
+    directory = Path(config.metrics_dir or DEFAULT_DIRECTORY)
+    every = config.heat_map_every
     sinks: list[Sink] = []
-    for name in dict.fromkeys(arguments.routing_replay_sinks):
+    for name in dict.fromkeys(config.sinks):
         match name:
             case "jsonl":
                 sinks.append(JsonLinesSink(directory))
             case "tensorboard":
                 module = _import("torch.utils.tensorboard", "tensorboard")
-                sinks.append(TensorBoardSink(module.SummaryWriter(directory), every))
+                writer = module.SummaryWriter(directory / "tensorboard", purge_step=first_step)
+                sinks.append(TensorBoardSink(writer, every))
             case "wandb":
                 wandb = _import("wandb", "wandb")
                 run = wandb.run or wandb.init(dir=directory)

@@ -1,13 +1,14 @@
 """recipes.minirl: what a run leaves behind, and weights for the servers."""
 
-import json
-
 import pytest
 import torch
 
 from recipes.minirl import journal
-from recipes.minirl.journal import Journal, line, truncate, worst_layers
+from recipes.minirl.journal import Journal, check_telemetry, line, truncate, worst_layers
 from recipes.minirl.publish import round_to_fp8_grid
+from routing_replay.config import ReplayConfig
+from routing_replay.errors import ConfigError
+from routing_replay.telemetry import HEAT_PIXELS
 
 
 def write_steps(run_dir, first, last, num_steps=9, resumed_from=None):
@@ -34,11 +35,55 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     assert path.read_text().endswith("}\n")
 
 
-def test_values_that_are_not_finite_are_left_out_of_the_record(tmp_path):
+def test_values_that_are_not_finite_are_null_in_the_record_and_missing_in_the_line(tmp_path):
     made = Journal(tmp_path, 0, 1)
-    made.write(1, {"reward": float("nan"), "kl": float("inf"), "entropy": 0.5})
+    values = {"reward": float("nan"), "kl": float("inf"), "entropy": 0.5, "time_s": 2.0}
+    made.write(1, values)
     made.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "entropy": 0.5}
+    assert journal.read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "reward": None, "kl": None, "entropy": 0.5, "time_s": 2.0}
+    ]
+    assert line(1, 1, values) == "step   1/1  entropy 0.500  2.0 s"
+
+
+def test_a_resumed_run_shows_every_step_once_in_tensorboard_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_steps(tmp_path, 0, 5)
+    write_steps(tmp_path, 4, 7)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, round(e.value, 6)) for e in events.Scalars("reward")] == [
+        (step, step / 10) for step in range(8)
+    ]
+
+
+def test_heat_maps_of_the_layers_are_written_when_they_are_due(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = Journal(tmp_path, 0, 4, ReplayConfig(heat_map_every=2))
+    for step in range(1, 5):
+        made.write(step, {"routing_replay/overlap_layer_0": 1 - step / 10, "time_s": 1.0})
+    made.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    images = events.Images("routing_replay/overlap_heat_map")
+    assert [image.step for image in images] == [2, 4]
+    # One layer down, the steps so far across.
+    assert [(i.height, i.width) for i in images] == [
+        (HEAT_PIXELS, 2 * HEAT_PIXELS),
+        (HEAT_PIXELS, 4 * HEAT_PIXELS),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "message"),
+    [
+        (ReplayConfig(sinks=("megatron",)), "expected jsonl, tensorboard or wandb in this recipe"),
+        (ReplayConfig(metrics_dir="elsewhere"), "expected --run-dir; got --routing-replay-metrics"),
+    ],
+)
+def test_sinks_that_the_recipe_does_not_have_are_refused(telemetry, message):
+    with pytest.raises(ConfigError, match=message):
+        check_telemetry(telemetry)
 
 
 def test_the_line_of_a_step_shows_reward_entropy_both_kls_and_the_worst_layers():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from routing_replay.agreement import LayerAgreement
+from routing_replay.config import ReplayConfig, add_arguments
 from routing_replay.errors import ConfigError
 from routing_replay.policy_kl import decomposed_metrics
 from routing_replay.telemetry import (
@@ -19,7 +20,6 @@ from routing_replay.telemetry import (
     LayerHistory,
     TensorBoardSink,
     WandbSink,
-    add_arguments,
     open_sinks,
 )
 
@@ -44,7 +44,8 @@ class Writer:
 
 
 def parse(*flags):
-    return add_arguments(argparse.ArgumentParser()).parse_args(flags)
+    arguments = add_arguments(argparse.ArgumentParser()).parse_args(flags)
+    return ReplayConfig.from_arguments(arguments)
 
 
 def test_json_lines_are_whole_and_a_value_that_is_not_finite_is_null(tmp_path):
@@ -127,7 +128,7 @@ def test_a_real_tensorboard_file_holds_the_scalar(tmp_path):
     (sink,) = open_sinks(parse(*flags))
     sink.write(7, {"reward": 0.25})
     sink.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(7, 0.25)]
 
 

@@ -1,17 +1,21 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard, a progress bar and one line per step."""
+"""What a run leaves behind: its metrics in the sinks, a progress bar and one line per step."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
+
+from routing_replay.config import ReplayConfig
+from routing_replay.errors import ConfigError
+from routing_replay.telemetry import open_sinks
 
 WORST_LAYERS = 2
 
@@ -23,15 +27,20 @@ class Journal:
         run_dir: Folder of the run; records after `last_step` are cut off, as after a crash.
         last_step: The last step that counts.
         num_steps: Steps of the whole run.
+        telemetry: Which sinks there are. metrics.jsonl is always one: resuming and reports read it.
     """
 
-    def __init__(self, run_dir: Path, last_step: int, num_steps: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, run_dir: Path, last_step: int, num_steps: int, telemetry: ReplayConfig | None = None
+    ):
         self.path = run_dir / "metrics.jsonl"
         self.num_steps = num_steps
+        telemetry = telemetry or ReplayConfig()
         truncate(self.path, last_step)
-        self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
+        self._sinks = open_sinks(
+            replace(telemetry, sinks=("jsonl", *telemetry.sinks), metrics_dir=str(run_dir)),
+            first_step=last_step + 1,
+        )
         self._bar = tqdm(
             total=num_steps,
             initial=last_step,
@@ -46,23 +55,33 @@ class Journal:
         self._bar.set_description(name)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Record a finished step, durably: a step on record is never half there."""
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | finite) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        """Record a finished step in every sink, and show it."""
+        for sink in self._sinks:
+            sink.write(step, metrics)
         if step:
             self._bar.update()
-        self._bar.write(line(step, self.num_steps, finite), file=sys.stdout)
+        self._bar.write(line(step, self.num_steps, metrics), file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def check_telemetry(telemetry: ReplayConfig) -> None:
+    """Refuse what makes no sense in the recipe, which has its own folder and its own writers."""
+    if "megatron" in telemetry.sinks:
+        raise ConfigError(
+            "the sink 'megatron' writes to the writers of Megatron's own training script",
+            expected="jsonl, tensorboard or wandb in this recipe",
+        )
+    if telemetry.metrics_dir:
+        raise ConfigError(
+            "a run's metrics lie in the folder of the run",
+            expected="--run-dir",
+            got=f"--routing-replay-metrics-dir {telemetry.metrics_dir}",
+        )
 
 
 class Clock:
@@ -108,7 +127,8 @@ def truncate(path: Path, last_step: int) -> None:
 
 
 def line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
-    """One step in one line."""
+    """One step in one line; a value that is not finite is not shown."""
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
     parts = [f"step {step:3d}/{num_steps}"]
     for name, label, form in (
         ("eval/reward", "held-out reward", ".3f"),

@@ -22,6 +22,10 @@ from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
 # With transformers' default of 0.02 the logits of so small a model are flat, it learns nothing for
 # long, and experts are so alike that it hardly matters which one is chosen.
 INITIALIZER_RANGE = 0.12
+# Narrow, with experts as wide as the residual stream: then the experts carry what the model knows,
+# and a token that is sent to another one gets another answer, as in a large model.
+HIDDEN_SIZE = 64
+EXPERT_SIZE = 64
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
 RAMP_STEPS = 20
@@ -37,7 +41,8 @@ def checkpoint_folder(config: RecipeConfig) -> Path:
     """Where the tiny model of this configuration is or will be."""
     m = config.model
     described = [m.tiny_layers, m.tiny_experts, m.tiny_top_k, m.warmup_target, m.warmup_steps]
-    text = json.dumps([*described, config.run.seed, VOCABULARY, LABEL_SMOOTHING])
+    described += [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, LABEL_SMOOTHING, VOCABULARY]
+    text = json.dumps([*described, config.run.seed])
     return Path(m.cache_dir) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -75,9 +80,9 @@ def make_model(config: RecipeConfig):
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=len(VOCABULARY),
-            hidden_size=128,
-            intermediate_size=256,
-            moe_intermediate_size=32,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
+            moe_intermediate_size=EXPERT_SIZE,
             num_hidden_layers=m.tiny_layers,
             num_attention_heads=2,
             num_key_value_heads=2,

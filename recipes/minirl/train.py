@@ -76,7 +76,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     rollout = journal = None
     if first_rank.is_me:
         rollout = Rollout(config, urls, inputs.base, policy.replay.model)
-        journal = Journal(run_dir, progress.step, config.run.steps)
+        journal = Journal(run_dir, progress.step, config.run.steps, config.replay)
     job = Job(
         config=config,
         run_dir=run_dir,
