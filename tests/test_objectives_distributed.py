@@ -13,8 +13,7 @@ from oracles_objectives import case_on_the_grid, gradient_of, inputs_of
 
 from routing_replay import metrics, objectives
 
-# Clip-Cov, KL-Cov and M2PO choose tokens from the batch that they see; they get the step's choice
-# as an input.
+# Clip-Cov, KL-Cov and M2PO choose tokens among all of the step: they are given the step's choice.
 ALL = objectives.names()
 AGGREGATIONS = list(objectives.AGGREGATIONS)
 
@@ -22,36 +21,34 @@ AGGREGATIONS = list(objectives.AGGREGATIONS)
 def whole(name, **parameters):
     case = case_on_the_grid()
     inputs = inputs_of(case)
-    extra = step_inputs(inputs)
+    extra = chosen(name, inputs, parameters)
     return gradient_of(name, inputs_of(case, **extra), **parameters)
 
 
-def step_inputs(inputs) -> dict:
-    """What methods of the whole batch need from a pass over the step."""
-    logp_T = inputs.logp_theta_T.detach()
-    covariance_T = objectives.token_covariance(logp_T, inputs.advantages_T, inputs.mask_T)
-    keep_T = objectives.second_moment_mask(
-        inputs.logp_old_T, inputs.logp_mu_T, inputs.mask_T, threshold=1.0
+def chosen(name, inputs, parameters) -> dict:
+    """What a method chooses among all tokens of the step."""
+    step = objectives.StepTokens(
+        logp_theta_T=inputs.logp_theta_T.detach(),
+        logp_old_T=inputs.logp_old_T,
+        logp_mu_T=inputs.logp_mu_T,
+        advantages_T=inputs.advantages_T,
+        mask_T=inputs.mask_T,
+        uniform_T=inputs.uniform_T,
     )
-    # A draw of 1 drops nothing: how many Clip-Cov drops depends on the microbatch's count.
-    return {
-        "covariance_T": covariance_T,
-        "keep_T": keep_T,
-        "uniform_T": torch.ones_like(logp_T),
-    }
+    return dict(objectives.get(name, **parameters).parameters.choose(step))
 
 
-def part(token_T, *, sequences=None, context_group=None):
+def part(name, parameters, token_T, *, sequences=None, context_group=None):
     """The inputs of some of the tokens, with sequences renumbered from 0 when a list of them is
     given.
     """
     case = case_on_the_grid()
     inputs = inputs_of(case)
     given = {name: value for name, value in vars(inputs).items() if value is not None}
-    given |= step_inputs(inputs)
-    for name, value in given.items():
-        if name.endswith(("_T", "_TK")):
-            given[name] = value.detach()[token_T]
+    given |= chosen(name, inputs, parameters)
+    for field, value in given.items():
+        if field.endswith(("_T", "_TK")):
+            given[field] = value.detach()[token_T]
     given["logp_theta_T"].requires_grad_()
     if sequences is not None:
         number = torch.full((case.num_sequences,), -1)
@@ -66,9 +63,21 @@ def tokens_of(sequences):
     return torch.isin(sequence_T, torch.tensor(sequences)).nonzero().flatten()
 
 
+# Fractions that choose some tokens of the grid; the published 2e-4 would choose none or one.
+SOME = {"clip_cov": {"fraction": 0.2, "cov_low": -1.0}, "kl_cov": {"fraction": 0.2, "beta": 1.0}}
+SOME["m2po"] = {"threshold": 0.2}
+
+
 def splittable(name):
-    # KL-Cov ranks tokens within what it sees; with no penalty the ranks have no effect.
-    return {"beta": 0.0} if name == "kl_cov" else {}
+    return SOME.get(name, {})
+
+
+def test_the_step_chooses_some_tokens_and_not_all():
+    for name, parameters in SOME.items():
+        inputs = inputs_of(case_on_the_grid())
+        (choice_T,) = chosen(name, inputs, parameters).values()
+        share = choice_T[inputs.mask_T].double().mean()
+        assert 0.1 < share < 0.9, name
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -79,7 +88,7 @@ def test_microbatches_add_up_to_the_step(name):
     # Uneven microbatches: one sequence, many, the empty one alone.
     for sequences in ([21], list(range(0, 9)), [22], list(range(9, 21))):
         token_T = tokens_of(sequences)
-        inputs = part(token_T, sequences=sequences)
+        inputs = part(name, splittable(name), token_T, sequences=sequences)
         gradient, of_part = gradient_of(name, inputs, **splittable(name))
         found[token_T] = gradient
         loss += of_part.loss.item()
@@ -96,7 +105,7 @@ def test_microbatches_add_up_under_every_aggregation(aggregation):
     found = torch.zeros_like(expected)
     for sequences in ([3, 4, 5], [*range(3), *range(6, 23)]):
         token_T = tokens_of(sequences)
-        inputs = part(token_T, sequences=sequences)
+        inputs = part("minirl", {}, token_T, sequences=sequences)
         found[token_T], _ = gradient_of("minirl", inputs, aggregation=aggregation)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
@@ -134,7 +143,7 @@ def _rank(rank, folder):
     token_T = (torch.arange(num_tokens) // 2 % 2 == rank).nonzero().flatten()
     results = {}
     for number, (name, parameters) in enumerate(SPLIT):
-        inputs = part(token_T, context_group=dist.group.WORLD)
+        inputs = part(name, parameters, token_T, context_group=dist.group.WORLD)
         gradient, outputs = gradient_of(name, inputs, **parameters)
         loss = outputs.loss.detach().clone()
         dist.all_reduce(loss)

@@ -24,7 +24,7 @@ from .advantages import (
 )
 from .aggregation import AGGREGATIONS
 from .documentation import help_text
-from .inputs import Denominators, LossInputs, LossOutputs
+from .inputs import Denominators, LossInputs, LossOutputs, StepTokens
 from .kl import reward_penalty
 from .parameters import Parameters
 from .masks import second_moment_mask, token_covariance
@@ -39,6 +39,7 @@ __all__ = [
     "LossOutputs",
     "Objective",
     "Parameters",
+    "StepTokens",
     "advantages",
     "batch_norm",
     "differential_smoothing",

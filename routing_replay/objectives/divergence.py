@@ -38,6 +38,9 @@ class DPPOKL(DPPO):
 
 @dataclass(frozen=True, kw_only=True)
 class DPPOTopK(DPPO):
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"sampled_ids_T", "topk_ids_TK", "topk_logp_mu_TK", "topk_logp_theta_TK"}
+    )
     divergence: str = parameter(
         "tv",
         "divergence on the reduced support",

@@ -69,10 +69,11 @@ class LossInputs:
             same sequences, with the same numbers.
         logp_ref_T: log pi_ref of a frozen reference.
         entropy_T: Entropy of pi_theta over the vocabulary, in nats; with gradient for a bonus.
-        keep_T: bool; a filter of the whole step (M2PO). False drops the policy term only.
-        covariance_T: Covariance of log-prob and advantage, centred over the whole step (Clip-Cov,
-            KL-Cov).
-        uniform_T: Random numbers in [0, 1), equal on all tensor-parallel ranks (Clip-Cov).
+        keep_T: bool; a filter of the whole step (M2PO, Clip-Cov; see `Parameters.choose`). False
+            drops the policy term only.
+        penalised_T: bool; tokens that KL-Cov penalises, chosen over the whole step in the same way.
+        uniform_T: Random numbers in [0, 1), equal on all tensor-parallel ranks (Clip-Cov without
+            keep_T).
         router_shift_T: RSPO's gamma in (0, 1], see `router_shift`.
         sampled_ids_T: int64 token ids; needed by `dppo_topk`, with the next three.
         topk_ids_TK: int64 ids of mu's K most likely tokens.
@@ -96,7 +97,7 @@ class LossInputs:
     logp_ref_T: torch.Tensor | None = None
     entropy_T: torch.Tensor | None = None
     keep_T: torch.Tensor | None = None
-    covariance_T: torch.Tensor | None = None
+    penalised_T: torch.Tensor | None = None
     uniform_T: torch.Tensor | None = None
     router_shift_T: torch.Tensor | None = None
     sampled_ids_T: torch.Tensor | None = None
@@ -120,7 +121,7 @@ class LossInputs:
         self._check_kinds()
 
     def _check_kinds(self):
-        for name in ("mask_T", "keep_T"):
+        for name in ("mask_T", "keep_T", "penalised_T"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype != torch.bool:
                 raise ObjectiveError(f"{name} is not a mask", expected="bool", got=tensor.dtype)
@@ -145,6 +146,35 @@ class LossInputs:
                     expected=f"0..{self.num_sequences - 1}",
                     got=f"{int(low)}..{int(high)}",
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """All tokens of an optimizer step, of all microbatches and ranks: what methods choose from that
+    rank tokens against each other.
+
+    Args:
+        logp_theta_T: log pi_theta at the start of the step; None where the method does not look.
+        logp_old_T, logp_mu_T, advantages_T: As in LossInputs.
+        mask_T: bool; tokens in the loss.
+        uniform_T: Random numbers in [0, 1), equal on all ranks; None where nothing is drawn.
+    """
+
+    logp_theta_T: torch.Tensor | None
+    logp_old_T: torch.Tensor
+    logp_mu_T: torch.Tensor
+    advantages_T: torch.Tensor
+    mask_T: torch.Tensor
+    uniform_T: torch.Tensor | None = None
+
+    @property
+    def counted_T(self) -> torch.Tensor:
+        """In the loss and finite."""
+        counted_T = self.mask_T
+        for name in ("logp_theta_T", "logp_old_T", "logp_mu_T", "advantages_T"):
+            if getattr(self, name) is not None:
+                counted_T = counted_T & torch.isfinite(getattr(self, name))
+        return counted_T
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 
 from .divergence import bernoulli_kl
+from .inputs import StepTokens
 from .parameters import aggregation, parameter
 from .ppo import Clipped
 from .registry import objective
-from .surrogate import Surrogate, clipped
+from .surrogate import Surrogate, clipped, trust_region
 from .tokens import Tokens
 
 _COV = "Entropy Mechanism (2505.22617)"
@@ -39,27 +40,53 @@ class KPop(Clipped):
 
 @dataclass(frozen=True, kw_only=True)
 class M2PO(Clipped):
+    needs: ClassVar[frozenset[str]] = frozenset({"keep_T"})
     aggregation: str = aggregation("token-mean", "AReaL")
     threshold: float = parameter(
         0.04, "largest mean of (log m)^2 over the kept tokens", source="M2PO (2510.01161)", above=0
     )
 
+    def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
+        keep_T = second_moment_mask(step.logp_old_T, step.logp_mu_T, step.mask_T, self.threshold)
+        return {"keep_T": keep_T}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipCov(Clipped):
+    needs: ClassVar[frozenset[str]] = frozenset({"keep_T"})
+    chooses_by_theta: ClassVar[bool] = True
     aggregation: str = aggregation("token-mean", _COV)
     fraction: float = parameter(2e-4, "share of tokens that is dropped", source=_COV, above=0)
     cov_low: float = parameter(1.0, "lowest covariance that may be dropped", source=_COV)
     cov_high: float = parameter(5.0, "highest covariance that may be dropped", source=_COV)
 
+    def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
+        counted_T = step.counted_T
+        covariance_T = token_covariance(step.logp_theta_T, step.advantages_T, counted_T)
+        # exp of what is not counted may be anything, and no mask hears of it.
+        r_T = (step.logp_theta_T - step.logp_old_T).exp()
+        inside_T = trust_region(step.advantages_T, r_T, self.eps_low, self.eps_high)
+        eligible_T = (covariance_T > self.cov_low) & (covariance_T < self.cov_high)
+        eligible_T = eligible_T & inside_T & counted_T
+        # A draw per token instead of an exact number: it needs no count on the host.
+        chance = self.fraction * counted_T.sum() / eligible_T.sum().clamp(min=1)
+        return {"keep_T": ~(eligible_T & (step.uniform_T < chance))}
+
 
 @dataclass(frozen=True, kw_only=True)
 class KLCov(Clipped):
+    needs: ClassVar[frozenset[str]] = frozenset({"penalised_T"})
+    chooses_by_theta: ClassVar[bool] = True
     aggregation: str = aggregation("token-mean", _COV)
     fraction: float = parameter(2e-4, "share of tokens that is penalised", source=_COV, above=0)
     beta: float = parameter(
         0.1, "weight of |log r| there", source=f"{_COV}, its yaml (1.0 in its code)", least=0
     )
+
+    def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
+        counted_T = step.counted_T
+        covariance_T = token_covariance(step.logp_theta_T, step.advantages_T, counted_T)
+        return {"penalised_T": _highest(covariance_T, counted_T, self.fraction)}
 
 
 @objective(IcePop)
@@ -103,15 +130,11 @@ def m2po(tokens: Tokens, p: M2PO) -> Surrogate:
         are dropped until the mean of the rest is below the threshold.
     Reference: M2PO (2510.01161); AReaL.
     Use: Very stale data.
-    Pitfalls: The mask is of the batch. Compute it over the whole step with `second_moment_mask` and
-        pass it as keep_T; without keep_T it is of the microbatch. eps_* have no effect.
+    Pitfalls: The mask is of the whole step: pass keep_T, from `Parameters.choose`; without it the
+        mask is of the microbatch. eps_* have no effect.
     """
     r_T = tokens.log_r_T.exp()
-    kept_T = torch.ones_like(tokens.inputs.mask_T)
-    if tokens.inputs.keep_T is None:
-        kept_T = second_moment_mask(
-            tokens.log_old_T, tokens.log_mu_T, tokens.counted_T, p.threshold
-        )
+    kept_T = _chosen(tokens, p, "keep_T")
     return Surrogate(
         value_T=torch.where(kept_T, r_T, 0.0) * tokens.advantages_T,
         kept_T=kept_T,
@@ -128,23 +151,15 @@ def clip_cov(tokens: Tokens, p: ClipCov) -> Surrogate:
         (A - mean).
     Reference: Entropy Mechanism (2505.22617), Clip-Cov.
     Use: Against collapsing entropy.
-    Pitfalls: The draw must be equal on tensor-parallel ranks: pass uniform_T. The number dropped is
-        `fraction` in expectation, not exactly. Means are of the microbatch unless covariance_T is
-        given.
+    Pitfalls: The draw is over the whole step and equal on all ranks: pass keep_T, from
+        `Parameters.choose`; without it the draw is over the microbatch, with uniform_T. The number
+        dropped is `fraction` in expectation, not exactly.
     """
     surrogate = clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
-    covariance_T = _covariance(tokens)
-    eligible_T = (covariance_T > p.cov_low) & (covariance_T < p.cov_high)
-    eligible_T = eligible_T & surrogate.kept_T & tokens.counted_T
-    uniform_T = tokens.inputs.uniform_T
-    if uniform_T is None:
-        uniform_T = torch.rand_like(covariance_T)
-    # A draw per token instead of an exact number: it needs no count on the host.
-    chance = p.fraction * tokens.counted_T.sum() / eligible_T.sum().clamp(min=1)
-    dropped_T = eligible_T & (uniform_T < chance)
+    kept_T = _chosen(tokens, p, "keep_T")
     return Surrogate(
-        value_T=torch.where(dropped_T, torch.zeros_like(surrogate.value_T), surrogate.value_T),
-        kept_T=surrogate.kept_T & ~dropped_T,
+        value_T=torch.where(kept_T, surrogate.value_T, torch.zeros_like(surrogate.value_T)),
+        kept_T=surrogate.kept_T & kept_T,
         weight_T=surrogate.weight_T,
     )
 
@@ -157,12 +172,12 @@ def kl_cov(tokens: Tokens, p: KLCov) -> Surrogate:
         covariance.
     Reference: Entropy Mechanism (2505.22617), KL-Cov.
     Use: Against collapsing entropy, more smoothly than clip_cov.
-    Pitfalls: eps_* have no effect. Means and ranks are of the microbatch unless covariance_T is
-        given (then only the ranks are).
+    Pitfalls: eps_* have no effect. The choice is over the whole step: pass penalised_T, from
+        `Parameters.choose`; without it the choice is over the microbatch.
     """
     r_T = tokens.log_r_T.exp()
-    highest_T = _highest(_covariance(tokens), tokens.counted_T, p.fraction)
-    penalty_T = torch.where(highest_T, tokens.log_r_T.abs(), torch.zeros_like(r_T))
+    penalised_T = _chosen(tokens, p, "penalised_T")
+    penalty_T = torch.where(penalised_T, tokens.log_r_T.abs(), torch.zeros_like(r_T))
     return Surrogate(
         value_T=r_T * tokens.advantages_T - p.beta * penalty_T,
         kept_T=torch.ones_like(tokens.inputs.mask_T),
@@ -205,10 +220,21 @@ def _masked(tokens, p, kept_T, weight_T) -> Surrogate:
     )
 
 
-def _covariance(tokens):
-    if tokens.inputs.covariance_T is not None:
-        return tokens.safe(tokens.inputs.covariance_T)
-    return token_covariance(tokens.log_theta_T.detach(), tokens.advantages_T, tokens.counted_T)
+def _chosen(tokens, p, name):
+    """The caller's choice over the step, else one over this microbatch."""
+    given_T = getattr(tokens.inputs, name)
+    if given_T is not None:
+        return given_T
+    uniform_T = tokens.inputs.uniform_T
+    step = StepTokens(
+        logp_theta_T=tokens.log_theta_T.detach(),
+        logp_old_T=tokens.log_old_T,
+        logp_mu_T=tokens.log_mu_T,
+        advantages_T=tokens.advantages_T,
+        mask_T=tokens.counted_T,
+        uniform_T=torch.rand_like(tokens.log_old_T) if uniform_T is None else uniform_T,
+    )
+    return p.choose(step)[name]
 
 
 def token_covariance(

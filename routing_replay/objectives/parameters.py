@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
+
+import torch
 
 from ..errors import ConfigError
 from .advantages import ADVANTAGES
 from .aggregation import AGGREGATIONS
+from .inputs import StepTokens
 
 _KINDS = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
@@ -120,6 +124,14 @@ class Parameters:
 
     # The method's own weight holds m already: correcting by m again would square it.
     has_m: ClassVar[bool] = False
+    # Inputs that the method cannot do without, or that it would otherwise take from a microbatch.
+    needs: ClassVar[frozenset[str]] = frozenset()
+    # Whether `choose` looks at pi_theta: then a pass over the step has to come first.
+    chooses_by_theta: ClassVar[bool] = False
+
+    def choose(self, step: StepTokens) -> Mapping[str, torch.Tensor]:
+        """The method's choice among all tokens of an optimizer step, by name in LossInputs."""
+        return {}
 
     def __post_init__(self):
         if self.has_m and self.correction != "none":

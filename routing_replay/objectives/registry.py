@@ -31,6 +31,19 @@ class Objective:
     parameters: Parameters
     surrogate: Callable[[Tokens, Parameters], Surrogate]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Optional fields of LossInputs that have to be given; chosen ones (`Parameters.choose`)
+        would otherwise be of the microbatch.
+        """
+        p = self.parameters
+        needs = set(p.needs)
+        if p.kl_coefficient and p.kl_reference == "ref":
+            needs.add("logp_ref_T")
+        if p.entropy_coefficient:
+            needs.add("entropy_T")
+        return frozenset(needs)
+
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """- policy term + kl_coefficient * KL - entropy_coefficient * entropy, aggregated alike."""
         p, tokens = self.parameters, Tokens(inputs)

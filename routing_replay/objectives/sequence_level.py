@@ -45,6 +45,7 @@ class GMPO(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class RSPO(GMPO):
+    needs: ClassVar[frozenset[str]] = frozenset({"router_shift_T"})
     shift_min: float = parameter(
         0.8, "floor of the router-shift factor", source="a third party's code only", above=0
     )
