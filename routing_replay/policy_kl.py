@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from .errors import ObjectiveError
 from .metrics import Mean, Metric, Sum, masked_max, masked_mean
@@ -15,6 +17,22 @@ EXTREME_TAUS = (2, 5)
 MAX_LOG_RATIO = 300.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Which sequence each token belongs to.
+
+    Args:
+        index_T: int64, in [0, count).
+        count: Sequences here, empty ones included.
+        context_group: Process group (context parallelism) whose ranks hold other tokens of the
+            same sequences, with the same numbers; None if they are whole.
+    """
+
+    index_T: torch.Tensor
+    count: int
+    context_group: dist.ProcessGroup | None = None
+
+
 def policy_metrics(
     logp_p_T: torch.Tensor,
     logp_q_T: torch.Tensor,
@@ -22,6 +40,7 @@ def policy_metrics(
     *,
     prefix: str = "train_infer",
     suffix: str = "",
+    sequences: Sequences | None = None,
 ) -> dict[str, Metric]:
     """Estimates of KL(q || p) and of its companions; the tokens were sampled from q, the second
     policy.
@@ -39,7 +58,9 @@ def policy_metrics(
       in expectation; without that factor it is a ratio of sums and so merges exactly over
       microbatches and ranks.
     - `nonfinite_tokens`: tokens in the mask that a policy gave no finite log-prob; in none of the
-      above.
+      others.
+    - `perplexity_ratio`, with `sequences`: mean over the sequences of (perplexity under p) /
+      (perplexity under q) = exp(mean over its tokens of -log rho). Empty ones do not count.
 
     Estimators that look at sampled tokens stay flat while a reward degrades: watch the extremes
     too.
@@ -50,6 +71,7 @@ def policy_metrics(
         mask_T: bool; response tokens. Others may hold anything.
         prefix: Before the slash of the names.
         suffix: After the names, as `_live` for the pass without replay.
+        sequences: Needed for `perplexity_ratio`; collective over their context group.
 
     Returns:
         Metrics by name, detached, in float64.
@@ -74,58 +96,42 @@ def policy_metrics(
     for tau in EXTREME_TAUS:
         extreme_T = (distance_T > math.log(tau)).double()
         metrics[f"extreme_tau{tau}"] = masked_mean(extreme_T, counted_T)
+    if sequences is not None:
+        metrics["perplexity_ratio"] = _perplexity_ratio(log_rho_T, counted_T, sequences)
     return {f"{prefix}/{name}{suffix}": metric for name, metric in metrics.items()}
 
 
-def decomposed_metrics(
+def update_metrics(
     logp_theta_T: torch.Tensor,
     logp_old_T: torch.Tensor,
     logp_mu_T: torch.Tensor,
     mask_T: torch.Tensor,
     *,
     suffix: str = "",
+    sequences: Sequences | None = None,
 ) -> dict[str, Metric]:
-    """`policy_metrics` of m, r and w: log w = log m + log r, token by token.
+    """`policy_metrics` of r and w during an update; m was known before it.
 
-    `train_infer/` is m = pi_old / mu (discrepancy), `staleness/` is r = pi_theta / pi_old,
-    `off_policy/` is w = pi_theta / mu. The samples are mu's, so under a large discrepancy
-    `staleness/` is not exactly an estimate of KL(pi_old || pi_theta).
+    `staleness/` is r = pi_theta / pi_old, `off_policy/` is w = pi_theta / mu. With
+    m = pi_old / mu, log w = log m + log r token by token. The samples are mu's, so under a large
+    discrepancy `staleness/` is not exactly an estimate of KL(pi_old || pi_theta).
     """
-    pairs = {
-        "train_infer": (logp_old_T, logp_mu_T),
-        "staleness": (logp_theta_T, logp_old_T),
-        "off_policy": (logp_theta_T, logp_mu_T),
-    }
     metrics: dict[str, Metric] = {}
-    for prefix, (logp_p_T, logp_q_T) in pairs.items():
-        metrics |= policy_metrics(logp_p_T, logp_q_T, mask_T, prefix=prefix, suffix=suffix)
+    for prefix, logp_q_T in (("staleness", logp_old_T), ("off_policy", logp_mu_T)):
+        metrics |= policy_metrics(
+            logp_theta_T, logp_q_T, mask_T, prefix=prefix, suffix=suffix, sequences=sequences
+        )
     return metrics
 
 
-def perplexity_ratio(
-    logp_p_T: torch.Tensor,
-    logp_q_T: torch.Tensor,
-    mask_T: torch.Tensor,
-    sequence_T: torch.Tensor,
-    num_sequences: int,
-) -> Mean:
-    """Mean over sequences of (perplexity under p) / (perplexity under q); empty sequences do not
-    count.
-
-    Of one sequence it is exp(mean over its tokens of -log rho): `kl_k1` of the sequence,
-    exponentiated. It needs whole sequences, so under context parallelism it has to be computed
-    after gathering.
-
-    Args:
-        logp_p_T, logp_q_T, mask_T: As in `policy_metrics`.
-        sequence_T: int64; the token's sequence, in [0, num_sequences).
-        num_sequences: Sequences here, empty ones included.
-    """
-    log_rho_T, counted_T = _log_ratio(logp_p_T, logp_q_T, mask_T)
-    zeros_S = log_rho_T.new_zeros(num_sequences)
-    sums_S = zeros_S.index_add(0, sequence_T, -log_rho_T)
-    lengths_S = zeros_S.index_add(0, sequence_T, counted_T.double())
-    return masked_mean((sums_S / lengths_S.clamp(min=1)).exp(), lengths_S > 0)
+def _perplexity_ratio(log_rho_T, counted_T, sequences: Sequences) -> Mean:
+    """Of ranks that share sequences each one counts them all: a mean does not mind."""
+    columns_T2 = torch.stack([-log_rho_T, counted_T.double()], -1)
+    sums_S2 = log_rho_T.new_zeros(sequences.count, 2).index_add(0, sequences.index_T, columns_T2)
+    if sequences.context_group is not None:
+        dist.all_reduce(sums_S2, group=sequences.context_group)
+    total_S, length_S = sums_S2.unbind(-1)
+    return masked_mean((total_S / length_S.clamp(min=1)).exp(), length_S > 0)
 
 
 def _log_ratio(logp_p_T, logp_q_T, mask_T):

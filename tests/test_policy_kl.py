@@ -7,7 +7,7 @@ import torch
 
 from routing_replay.errors import ObjectiveError
 from routing_replay.metrics import merge, to_floats
-from routing_replay.policy_kl import decomposed_metrics, perplexity_ratio, policy_metrics
+from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
 
 EVERY = torch.ones(4, dtype=torch.bool)
 
@@ -100,7 +100,9 @@ def test_names_carry_prefix_and_suffix():
 
 def test_the_decomposition_adds_up():
     theta, old, mu = torch.randn(3, 50, dtype=torch.float64)
-    found = to_floats(decomposed_metrics(theta, old, mu, torch.ones(50).bool(), suffix="_live"))
+    everything = torch.ones(50).bool()
+    found = to_floats(update_metrics(theta, old, mu, everything, suffix="_live"))
+    found |= to_floats(policy_metrics(old, mu, everything, suffix="_live"))
     parts = found["train_infer/kl_k1_live"] + found["staleness/kl_k1_live"]
     assert found["off_policy/kl_k1_live"] == pytest.approx(parts)
 
@@ -110,8 +112,11 @@ def test_perplexity_ratio_is_the_mean_over_sequences():
     q = torch.zeros(5, dtype=torch.float64)
     p = torch.tensor([-0.2, -0.4, 0.1, 9.0, math.nan], dtype=torch.float64)
     mask = torch.tensor([True, True, True, False, False])
-    found = perplexity_ratio(p, q, mask, torch.tensor([0, 0, 1, 1, 3]), 4)
-    assert float(found.value()) == pytest.approx((math.exp(0.3) + math.exp(-0.1)) / 2)
+    sequences = Sequences(index_T=torch.tensor([0, 0, 1, 1, 3]), count=4)
+    found = to_floats(policy_metrics(p, q, mask, sequences=sequences))
+    assert found["train_infer/perplexity_ratio"] == pytest.approx(
+        (math.exp(0.3) + math.exp(-0.1)) / 2
+    )
 
 
 def test_shapes_that_differ_are_refused():

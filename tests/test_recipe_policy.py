@@ -78,9 +78,11 @@ def take_step(policy, folder):
     batch, table = make_step(policy.length_multiple)
     table = table if policy.config.replay.mode == "R3" else None
     old, replayed, rows_ST = score_old(policy, batch, table, folder)
+    live = policy.score(batch, batch.token_rows(None))
     metrics = policy.reduce(policy.discrepancy(batch, old))
     updates = {}
     for minibatch in range(2):
+        updates = merge(updates, policy.live_ratios(batch, live, minibatch))
         with replaying(policy, replayed):
             objective = policy.config.make_objective()
             updates = merge(updates, policy.update(batch, rows_ST, old, objective, minibatch))
@@ -174,6 +176,10 @@ def test_recording_and_replaying_works_over_pipeline_stages(outcomes):
 
 def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
     r3, r2, live = (outcomes[f"single_{mode}"].metrics for mode in ("R3", "R2", "disabled"))
+    # Without replay the live ratios are the ratios.
+    for name in ("kl_k3", "chi2", "perplexity_ratio", "logp_abs_diff_max"):
+        for prefix in ("staleness", "off_policy"):
+            assert live[f"{prefix}/{name}_live"] == pytest.approx(live[f"{prefix}/{name}"])
     # R2's old pass routes live, as that of the disabled mode; R3 was given random experts.
     assert r2["train_infer/kl_k3"] == live["train_infer/kl_k3"]
     assert r3["train_infer/kl_k3"] != pytest.approx(live["train_infer/kl_k3"], rel=1e-2)

@@ -13,7 +13,7 @@ import torch
 from routing_replay.agreement import LayerAgreement
 from routing_replay.config import ReplayConfig, add_arguments
 from routing_replay.errors import ConfigError
-from routing_replay.policy_kl import decomposed_metrics
+from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
 from routing_replay.telemetry import (
     HEAT_PIXELS,
     JsonLinesSink,
@@ -154,7 +154,9 @@ def plain(name):
 def test_every_metric_that_the_core_emits_is_documented():
     agreement = LayerAgreement([0, 3], num_rows=4, has_gates=True, has_logits=True)
     logp_T, mask_T = torch.zeros(2), torch.ones(2, dtype=torch.bool)
-    policies = decomposed_metrics(logp_T, logp_T, logp_T, mask_T, suffix="_live")
+    sequences = Sequences(index_T=torch.zeros(2, dtype=torch.int64), count=1)
+    policies = policy_metrics(logp_T, logp_T, mask_T, sequences=sequences)
+    policies |= update_metrics(logp_T, logp_T, logp_T, mask_T, suffix="_live", sequences=sequences)
     names = {plain(name) for name in agreement.reduced() | policies}
     assert len(names) > 20 and names - documented_names() == set()
 

@@ -85,7 +85,7 @@ def check_telemetry(telemetry: ReplayConfig) -> None:
 
 
 class Clock:
-    """Seconds per phase of a step."""
+    """Seconds per phase of a step, which may come in several parts."""
 
     def __init__(self, journal: Journal | None):
         self._journal = journal
@@ -98,7 +98,7 @@ class Clock:
             self._journal.phase(phase)
         start = time.monotonic()
         yield
-        self._phases[phase] = time.monotonic() - start
+        self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
 
     def times(self) -> dict[str, float]:
         phases = {f"time/{k.replace(' ', '_')}_s": v for k, v in self._phases.items()}

@@ -16,7 +16,7 @@ from routing_replay.megatron.replay import attach
 from routing_replay.megatron.weights import load_hf
 from routing_replay.metrics import Metric, all_reduce, masked_mean, merge
 from routing_replay.objectives import Denominators, LossInputs, Objective
-from routing_replay.policy_kl import policy_metrics
+from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
 
 # isort: split
 from megatron.core import parallel_state
@@ -108,15 +108,7 @@ class Policy:
             for minibatch in plan
             for sequences in minibatch
         ]
-
-        def on_output(microbatch: Microbatch, logits, non_loss_data: bool = True):
-            return self._token_scores(microbatch, logits)
-
-        with torch.no_grad():
-            collected = self._run(
-                microbatches, on_output, forward_only=True, collect_non_loss_data=True
-            )
-        parts = iter(collected)
+        parts = iter(self._score(microbatches))
         if not self.is_last_stage:
             return Scores(parts=[])
         return Scores(parts=[[next(parts) for _ in minibatch] for minibatch in plan])
@@ -158,7 +150,14 @@ class Policy:
             scores = self._token_scores(microbatch, logits)
             inputs = self._loss_inputs(microbatch, scores, next(old_parts), denominators)
             outputs = objective(inputs)
-            return outputs.loss * scale, outputs.metrics | _staleness(inputs)
+            ratios = update_metrics(
+                scores.logp_T,
+                inputs.logp_old_T,
+                inputs.logp_mu_T,
+                inputs.mask_T,
+                sequences=self._sequences(microbatch),
+            )
+            return outputs.loss * scale, outputs.metrics | ratios
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -181,10 +180,39 @@ class Policy:
             for sequences, part in zip(minibatch, of_minibatch, strict=True):
                 m = self.cut.microbatch(batch, sequences, all_live)
                 mask_T, logp_mu_T = m.mask_BT.flatten().to(self.cut.device), m.logp_mu_BT.flatten()
-                found = policy_metrics(part.logp_T, logp_mu_T, mask_T, suffix=suffix)
+                found = policy_metrics(
+                    part.logp_T, logp_mu_T, mask_T, suffix=suffix, sequences=self._sequences(m)
+                )
                 if not suffix:
                     found["entropy"] = masked_mean(part.entropy_T, mask_T)
                 metrics = merge(metrics, found)
+        return metrics
+
+    def live_ratios(self, batch: Batch, live_old: Scores, number: int) -> dict[str, Metric]:
+        """This rank's r and w without replay, of a minibatch before its update.
+
+        Args:
+            batch: The whole step's batch.
+            live_old: pi_old's scores of the batch, of a pass without replay.
+            number: Of the minibatch.
+        """
+        plan = self.cut.sequences(len(batch.lengths_S))[number]
+        all_live = batch.token_rows(None)
+        microbatches = [self.cut.microbatch(batch, s, all_live) for s in plan]
+        parts = self._score(microbatches)
+        metrics: dict[str, Metric] = {}
+        if not self.is_last_stage:
+            return metrics
+        for m, part, old in zip(microbatches, parts, live_old.parts[number], strict=True):
+            found = update_metrics(
+                part.logp_T,
+                old.logp_T,
+                m.logp_mu_BT.flatten(),
+                m.mask_BT.flatten().to(self.cut.device),
+                suffix="_live",
+                sequences=self._sequences(m),
+            )
+            metrics = merge(metrics, found)
         return metrics
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
@@ -195,6 +223,15 @@ class Policy:
         is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0
         device = "cpu" if self.cut.device.type == "cpu" else self.cut.device
         return all_reduce(metrics if is_speaker else {}, device=device)
+
+    def _score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
+        """Scores of the microbatches without gradient; nothing before the last stage."""
+
+        def on_output(microbatch: Microbatch, logits, non_loss_data: bool = True):
+            return self._token_scores(microbatch, logits)
+
+        with torch.no_grad():
+            return self._run(microbatches, on_output, forward_only=True, collect_non_loss_data=True)
 
     def _run(
         self,
@@ -233,9 +270,7 @@ class Policy:
         )
 
     def _loss_inputs(self, m: Microbatch, scores, old: TokenScores, denominators) -> LossInputs:
-        size, length = m.mask_BT.shape
-        sequence_T = torch.arange(size, device=self.cut.device).repeat_interleave(length)
-        has_context = self.cut.context_size > 1
+        sequences = self._sequences(m)
         return LossInputs(
             logp_theta_T=scores.logp_T,
             entropy_T=scores.entropy_T,
@@ -243,9 +278,19 @@ class Policy:
             logp_mu_T=m.logp_mu_BT.flatten(),
             advantages_T=m.advantages_BT.flatten(),
             mask_T=m.mask_BT.flatten().to(self.cut.device),
-            sequence_T=sequence_T,
-            num_sequences=size,
+            sequence_T=sequences.index_T,
+            num_sequences=sequences.count,
             denominators=denominators,
+            context_group=sequences.context_group,
+        )
+
+    def _sequences(self, m: Microbatch) -> Sequences:
+        """Which sequence of the microbatch each of its tokens here belongs to."""
+        size, length = m.mask_BT.shape
+        has_context = self.cut.context_size > 1
+        return Sequences(
+            index_T=torch.arange(size, device=self.cut.device).repeat_interleave(length),
+            count=size,
             context_group=parallel_state.get_context_parallel_group() if has_context else None,
         )
 
@@ -284,11 +329,3 @@ def _optimizer_config(t: TrainingSettings, dtype: torch.dtype) -> OptimizerConfi
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=t.distributed_optimizer,
     )
-
-
-def _staleness(inputs: LossInputs) -> dict[str, Metric]:
-    """r = pi_theta / pi_old and w = pi_theta / mu; m is measured before the first update."""
-    theta_T = inputs.logp_theta_T.detach()
-    return policy_metrics(
-        theta_T, inputs.logp_old_T, inputs.mask_T, prefix="staleness"
-    ) | policy_metrics(theta_T, inputs.logp_mu_T, inputs.mask_T, prefix="off_policy")

@@ -119,18 +119,23 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         metrics = policy.reduce(policy.discrepancy(batch, old))
         if table is not None:
             metrics |= policy.replay.metrics()
-    if is_due(step, config.run.measure_live_every, config.run.steps):
+    is_measured_live = is_due(step, config.run.measure_live_every, config.run.steps)
+    if is_measured_live:
         with clock("live log-probs"):
-            metrics |= policy.reduce(live_discrepancy(policy, batch, old, table))
+            # Under R2 and without replay the old policy routed live just now.
+            live = policy.score(batch, batch.token_rows(None)) if table is not None else old
+            metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
 
     # 3. N updates, each on its own minibatch, with the same routes.
-    with clock("update"):
-        updates: dict[str, Metric] = {}
-        for minibatch in range(config.num_mini_batches):
-            with replaying(policy, replayed):
-                of_update = policy.update(batch, token_rows_ST, old, job.objective, minibatch)
+    updates: dict[str, Metric] = {}
+    for minibatch in range(config.num_mini_batches):
+        if is_measured_live:
+            with clock("live log-probs"):
+                updates = merge(updates, policy.live_ratios(batch, live, minibatch))
+        with clock("update"), replaying(policy, replayed):
+            of_update = policy.update(batch, token_rows_ST, old, job.objective, minibatch)
             updates = merge(updates, of_update)
-        metrics |= policy.reduce(updates)
+    metrics |= policy.reduce(updates)
 
     # 4. New weights for the servers.
     with clock("weights"):
@@ -203,15 +208,6 @@ def score_old(
         case _:
             token_rows_ST = batch.token_rows(None)
             return policy.score(batch, token_rows_ST), None, token_rows_ST
-
-
-def live_discrepancy(
-    policy: Policy, batch: Batch, old: Scores, table: RouteTable | None
-) -> dict[str, Metric]:
-    """Train-inference metrics of the same batch without replay: the engines' real gap."""
-    if table is None:  # R2 and disabled: the old policy routed live
-        return policy.discrepancy(batch, old, "_live")
-    return policy.discrepancy(batch, policy.score(batch, batch.token_rows(None)), "_live")
 
 
 def replaying(policy: Policy, table: RouteTable | None):
