@@ -105,6 +105,47 @@ def token_logprobs(
     return TokenScores(logp_T=logp_T, entropy_T=entropy_T)
 
 
+@torch.no_grad()
+def logprobs_at(
+    logits_TV: torch.Tensor,
+    ids_TK: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    support: Support | None = None,
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at several ids of each position, without gradient.
+
+    Args:
+        logits_TV, temperature, group, support: As in `token_logprobs`; call this before a backward
+            pass that reuses the logits.
+        ids_TK: int64 ids of the whole vocabulary.
+
+    Returns:
+        [T, K] in float32 (float64 for float64 logits); -inf outside the vocabulary or the support.
+    """
+    shard = _Shard(logits_TV.shape[1], temperature, group, support)
+    precise = torch.promote_types(logits_TV.dtype, torch.float32)
+    first_T = torch.zeros_like(ids_TK[:, 0])
+    sums = [logits_TV.new_zeros(4, 0, dtype=precise)]
+    values = [logits_TV.new_zeros(0, ids_TK.shape[1], dtype=precise)]
+    for rows in shard.chunks(logits_TV):
+        sums.append(_sums(shard, logits_TV, rows, first_T))
+        columns, is_own = shard.owned(ids_TK[rows])
+        found = shard.allowed_logits(logits_TV, rows).gather(1, columns).to(precise) / temperature
+        values.append(torch.where(is_own, found, -torch.inf))
+    values_TK = torch.cat(values)
+    peak_T, sums = torch.cat(sums, dim=1).tensor_split([1])
+    peak_T = peak_T[0]
+    if group is not None:
+        # An id is with one rank; the others hold -inf.
+        dist.all_reduce(values_TK, op=dist.ReduceOp.MAX, group=group)
+        nobody_T = torch.zeros_like(peak_T, dtype=torch.bool)
+        zeros_T = torch.zeros_like(peak_T)
+        peak_T, sums = _combine(peak_T, torch.stack([*sums[:2], zeros_T, zeros_T]), nobody_T, group)
+    return values_TK - (peak_T + sums[0].log())[:, None]
+
+
 @dataclass(frozen=True)
 class _Shard:
     """How this rank's logits become scores, chunk by chunk."""

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from routing_replay import logprobs
 from routing_replay.errors import ObjectiveError
-from routing_replay.logprobs import Support, token_logprobs
+from routing_replay.logprobs import Support, logprobs_at, token_logprobs
 
 TOKENS, VOCABULARY = 23, 12
 
@@ -152,6 +152,23 @@ def test_a_row_of_one_token_has_probability_one():
     assert found.entropy_T.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("allowed", [None, "support"])
+def test_log_probs_at_several_ids_are_those_of_the_plain_softmax(allowed):
+    logits, targets = example()
+    ids_TK = torch.stack([targets, (targets + 5) % VOCABULARY, (targets + 6) % VOCABULARY], 1)
+    allowed = support()[0] if allowed else None
+    found = logprobs_at(logits, ids_TK, temperature=0.8, support=allowed)
+    for column in range(3):
+        expected = token_logprobs(logits, ids_TK[:, column], temperature=0.8, support=allowed)
+        torch.testing.assert_close(found[:, column], expected.logp_T.detach())
+    assert not found.requires_grad
+    if allowed is None:
+        plain = (logits.detach() / 0.8).log_softmax(1).gather(1, ids_TK)
+        torch.testing.assert_close(found, plain)
+    outside = logprobs_at(logits, torch.full_like(ids_TK, VOCABULARY))
+    assert (outside == -math.inf).all()
+
+
 def test_no_tokens_have_no_scores():
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
     found = token_logprobs(logits, torch.zeros(0, dtype=torch.int64))
@@ -195,6 +212,11 @@ def test_what_does_not_fit_is_refused(call, message):
 # --- a vocabulary split over two ranks ----------------------------------------------------------
 
 
+def several_ids():
+    """Ids of both halves of the vocabulary."""
+    return torch.arange(TOKENS)[:, None] % VOCABULARY + torch.tensor([[0, 5]]) - 1
+
+
 def _rank(rank, folder):
     torch.set_num_threads(1)
     logprobs.CHUNK_BYTES["cpu"] = 4 * VOCABULARY * 2
@@ -210,7 +232,8 @@ def _rank(rank, folder):
         )
         logp_T = torch.where(torch.isfinite(found.logp_T), found.logp_T, 0.0)
         (logp_T * torch.arange(TOKENS) + found.entropy_T).sum().backward()
-        results.append((found.logp_T.detach(), found.entropy_T.detach(), local.grad))
+        at_ids = logprobs_at(local, several_ids(), temperature=0.8, group=dist.group.WORLD)
+        results.append((found.logp_T.detach(), found.entropy_T.detach(), local.grad, at_ids))
     torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
@@ -228,5 +251,9 @@ def test_a_split_vocabulary_gives_the_values_and_gradients_of_the_whole():
         for rank in ranks:
             torch.testing.assert_close(rank[number][0], whole.logp_T.detach())
             torch.testing.assert_close(rank[number][1], whole.entropy_T.detach())
+            ids_TK = several_ids()
+            at_ids = logprobs_at(logits, ids_TK, temperature=0.8)
+            assert (at_ids[ids_TK < 0] == -math.inf).all()
+            torch.testing.assert_close(rank[number][3], at_ids)
         gradient = torch.cat([rank[number][2] for rank in ranks], dim=1)
         torch.testing.assert_close(gradient, logits.grad)

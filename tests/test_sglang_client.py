@@ -263,3 +263,10 @@ def test_request_fields_of_each_level():
     assert request_fields("gates", 4) == ours
     with pytest.raises(ServerError, match="capture; expected off, stock, ids, gates, logits"):
         request_fields("routes")
+
+
+def test_an_answer_without_the_most_likely_tokens_that_were_asked_for_is_refused():
+    with FakeServer() as fake:
+        with pytest.raises(ServerError, match="3 positions; got .*output_token_logprobs"):
+            RolloutClient([fake.url], MODEL).generate([asked(num_top_logprobs=2)])
+        assert fake.calls[-1][1]["top_logprobs_num"] == 2

@@ -23,7 +23,9 @@ class GenerateRequest:
         capture: "off", "stock", "ids", "gates" or "logits"; the server's level bounds it.
         start: First row of the routes to return: a later turn needs only what is new.
         wants_sampling_mask: Also return the tokens that top-p and top-k left to choose from
-            (SGLang >= 0.5.20).
+            (SGLang >= 0.5.20; it asks for a finite top_k, at most its
+            --sampling-mask-max-tokens).
+        num_top_logprobs: Also return this many of the most likely tokens at each position.
     """
 
     input_ids: Sequence[int]
@@ -31,18 +33,21 @@ class GenerateRequest:
     capture: str = "ids"
     start: int = 0
     wants_sampling_mask: bool = False
+    num_top_logprobs: int = 0
 
     def to_json(self) -> dict:
         """The body of the request."""
         fields = request_fields(self.capture, self.start)
         custom = fields.pop("custom_params", None)
         sampling = dict(self.sampling) | ({"custom_params": custom} if custom else {})
-        mask = {"return_sampling_mask": True} if self.wants_sampling_mask else {}
+        extra = {"return_sampling_mask": True} if self.wants_sampling_mask else {}
+        if self.num_top_logprobs:
+            extra["top_logprobs_num"] = self.num_top_logprobs
         return {
             "input_ids": [int(token) for token in self.input_ids],
             "sampling_params": sampling,
             "return_logprob": True,
-            **mask,
+            **extra,
             **fields,
         }
 
@@ -66,6 +71,8 @@ class Completion:
         sampling_mask: For each sampled token the tokens that could be sampled, if asked for.
         mask_logprobs: float32 [n], the log-probability of the sampled token within that mask
             (after top-p and top-k), if asked for.
+        top_ids, top_logprobs: int64 and float32 [n, K], mu's most likely tokens at each position
+            and their log-probs, as `mu_logprobs` over the whole vocabulary; if asked for.
         url: The server that answered.
     """
 
@@ -78,6 +85,8 @@ class Completion:
     num_retractions: int
     sampling_mask: list[list[int]] | None = None
     mask_logprobs: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
     url: str = ""
 
 
@@ -126,6 +135,7 @@ def completion_of(
     output_ids = [int(token) for _, token, *_ in logprobs]
     num_tokens = len(request.input_ids) + len(output_ids)
     mask_logprobs = meta_info.get("output_token_sampling_logprobs")
+    top_ids, top_logprobs = _top_of(meta_info, request, url)
     return Completion(
         output_ids=output_ids,
         mu_logprobs=np.array([value for value, *_ in logprobs], np.float32),
@@ -136,8 +146,29 @@ def completion_of(
         num_retractions=int(meta_info.get("num_retractions") or 0),
         sampling_mask=meta_info.get("output_token_sampling_mask"),
         mask_logprobs=None if mask_logprobs is None else np.array(mask_logprobs, np.float32),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
         url=url,
     )
+
+
+def _top_of(meta_info, request: GenerateRequest, url: str):
+    """Ids and log-probs [n, K] of the most likely tokens, if asked for."""
+    if not request.num_top_logprobs:
+        return None, None
+    rows = meta_info.get("output_top_logprobs")
+    shape = (len(meta_info["output_token_logprobs"]), request.num_top_logprobs)
+    if rows is None or len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+        raise ServerError(
+            "the answer has not the most likely tokens that were asked for",
+            expected=f"meta_info.output_top_logprobs, {shape[1]} of each of {shape[0]} positions",
+            got=_keys(meta_info) if rows is None else [len(row) for row in rows][:8],
+            where=url,
+            fix="Ask for no more than the vocabulary has",
+        )
+    ids = np.array([[token for _, token, *_ in row] for row in rows], np.int64)
+    values = np.array([[value for value, *_ in row] for row in rows], np.float32)
+    return ids.reshape(shape), values.reshape(shape)
 
 
 def _routes_of(meta_info, request: GenerateRequest, num_tokens: int, model) -> Routes | None:
