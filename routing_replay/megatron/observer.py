@@ -62,7 +62,7 @@ class AgreementSample:
                 replayed_ids_TK=ids_TK[self._tokens_M],
                 live_ids_TK=live.ids_of(self._tokens_M),
                 values_TE=scores_ME,
-                probs_TE=self._probs(seam, scores_ME),
+                probs_TE=probabilities(seam, scores_ME),
                 valid_T=self._valid_M,
                 token_rows_T=self._rows_M,
                 gate_probs_TK=None if self._gates_LMK is None else self._gates_LMK[place],
@@ -70,19 +70,11 @@ class AgreementSample:
             self._agreement.observe(seam.layer, view)
         if self._logits_LNE is not None:
             scores_NE = live.scores_TE.detach()[self._logit_tokens_N]
-            log_pi_NE = self._probs(seam, scores_NE).double().log()
+            log_pi_NE = probabilities(seam, scores_NE).double().log()
             score_function = seam.router.score_function
             log_mu_NE = log_router_probs(self._logits_LNE[place], score_function)
             valid_N = torch.ones_like(self._logit_tokens_N, dtype=torch.bool)
             self._agreement.observe_kl(seam.layer, router_kl(log_mu_NE, log_pi_NE), valid_N)
-
-    @staticmethod
-    def _probs(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
-        router = seam.router
-        if router.score_function == "softmax":
-            form = "probs" if router.config.moe_router_pre_softmax else "logits"
-            return router_probs(scores_XE, form)
-        return router_probs(scores_XE, "scores", router.expert_bias)
 
     def _find_logits(self, table, rows_T, is_candidate_T, device) -> None:
         self._logits_LNE = self._logit_tokens_N = None
@@ -95,6 +87,15 @@ class AgreementSample:
             logits_LNE = table.logits_NLE[at_T[tokens_N]][:, places].swapaxes(0, 1)
             self._logits_LNE = to_device(torch.from_numpy(np.ascontiguousarray(logits_LNE)), device)
             self._logit_tokens_N = to_device(torch.from_numpy(tokens_N), device)
+
+
+def probabilities(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
+    """The router's distribution over all experts, from what Megatron passes to its top-k."""
+    router = seam.router
+    if router.score_function == "softmax":
+        form = "probs" if router.config.moe_router_pre_softmax else "logits"
+        return router_probs(scores_XE, form)
+    return router_probs(scores_XE, "scores", router.expert_bias)
 
 
 def evenly_spaced(tokens_C: np.ndarray, max_tokens: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -57,6 +57,10 @@ def attach(
     return Replay(list(model_chunks), config or ReplayConfig())
 
 
+# (seam, live, ids_TK of the experts taken, rows_T of the tokens in the step's table)
+Watch = Callable[[RouterSeam, LiveTopK, torch.Tensor, np.ndarray], None]
+
+
 class Replay:
     """The handle of an attached model; made by `attach`.
 
@@ -76,6 +80,7 @@ class Replay:
         self._backward: Pass | None = None  # the pass whose backward is running
         self._backward_task = -1  # autograd's number of that backward
         self._agreement: LayerAgreement | None = None
+        self._watch: Watch | None = None
         self._hooks: list = []
         self._seams: list[RouterSeam] = []
         found = find_routers(model_chunks)
@@ -123,7 +128,7 @@ class Replay:
         Args:
             lengths: Rows of each sequence of the step, alike on all ranks: tokens - 1.
         """
-        recorded = Recording(self.model, lengths, self._is_writer)
+        recorded = Recording(self.model, lengths, self.is_writer)
         with self._open(Scope(num_rows=recorded.num_rows, recorded=recorded)):
             yield recorded
 
@@ -143,7 +148,7 @@ class Replay:
         self._check_source(table)
         table.check_model(self.model, of="the attached model")
         lengths = np.diff(table.offsets_S1)
-        recorded = Recording(self.model, lengths, self._is_writer) if record_live else None
+        recorded = Recording(self.model, lengths, self.is_writer) if record_live else None
         agreement = None
         if self.config.agreement_every:
             agreement = LayerAgreement(
@@ -184,6 +189,17 @@ class Replay:
         nothing = np.empty((0, 0), np.int64)
         with self._announce(Microbatch(rows_BS=nothing, counts_BS=None, is_live=True)):
             yield
+
+    @contextlib.contextmanager
+    def watching(self, watch: Watch) -> Iterator[None]:
+        """Around or within a scope: `watch(seam, live, ids_TK, rows_T)` sees each router call of an
+        announced forward, but no recomputation.
+        """
+        before, self._watch = self._watch, watch
+        try:
+            yield
+        finally:
+            self._watch = before
 
     def metrics(self, group=None) -> dict[str, Metric]:
         """Receipt and agreement of the last replaying scope, over all ranks; collective.
@@ -373,7 +389,10 @@ class Replay:
             if task != self._backward_task:  # left behind by a late backward that failed
                 current = None
         if current is not None:
-            return current.select(seam, live, is_recompute)
+            selection = current.select(seam, live, is_recompute)
+            if self._watch is not None and not is_recompute and len(current.rows_T):
+                self._watch(seam, live, selection[1], current.rows_T)
+            return selection
         if self._scope is None:
             return seam.stock(live)
         raise ReplayError(
@@ -384,7 +403,7 @@ class Replay:
         )
 
     @property
-    def _is_writer(self) -> bool:
+    def is_writer(self) -> bool:
         """Tensor-parallel ranks without sequence parallelism see the same tokens: one records."""
         if not self._seams or self._model_config.sequence_parallel:
             return True
