@@ -95,7 +95,7 @@ def _add_flag(group, name: str, f: Field) -> None:
         metavar = None if choices else kind.__name__.upper()
         action = "store"
         if name == "objective":
-            choices, metavar, action = (*choices, "help"), "NAME", _ObjectiveOrHelp
+            metavar, action = "NAME", _ObjectiveOrHelp
         group.add_argument(
             flag, type=kind, choices=choices, metavar=metavar, action=action, help=help_text
         )
@@ -106,7 +106,8 @@ class _ObjectiveOrHelp(argparse.Action):
 
     def __call__(self, parser, namespace, value, option_string=None):
         if value == "help":
-            parser.exit(0, objectives.help_text() + "\n")
+            print(objectives.help_text())
+            parser.exit(0)
         setattr(namespace, self.dest, value)
 
 

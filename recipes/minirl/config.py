@@ -67,6 +67,11 @@ class DataSettings:
     chat_template: bool = setting(False, "wrap prompts in the tokenizer's chat template")
     prompts_per_step: int = setting(64, "prompts per rollout batch")
     samples_per_prompt: int = setting(8, "responses per prompt (the group of the advantage)")
+    dynamic_sampling: int = setting(
+        0,
+        "DAPO: rounds of further prompts in place of those whose responses all got the same "
+        "reward; what is still missing after them stays in the batch. 0: off",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,14 @@ class RolloutSettings:
     server_arguments: tuple[str, ...] = setting((), "further arguments of a launched server")
     max_new_tokens: int = setting(5, "longest response in tokens")
     temperature: float = setting(1.0, "of sampling; the trainer scores with the same")
+    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    top_k: int = setting(0, "sample from this many most likely tokens; 0: all")
+    keep_sampling_mask: bool = setting(
+        True,
+        "with top-p or top-k: the tokens that they left to choose from come back with the samples, "
+        "and all policies are restricted to them. Needs top-k. Otherwise log-probs are of the "
+        "whole vocabulary and the samples are not from mu",
+    )
     request_timeout_s: float = setting(600.0, "longest wait for one batch of responses")
 
 
@@ -114,11 +127,32 @@ class ObjectiveSettings:
     """objective: the loss"""
 
     objective: str = setting(
-        "minirl", "name of the loss; help prints them all", tuple(objectives.names())
+        "minirl", "name of the loss, see docs/objectives.md; help prints them all"
     )
     objective_parameters: tuple[str, ...] = setting(
         (), "parameters of the loss as name=value; see --objective help"
     )
+    reference: str = setting(
+        "", "checkpoint of the frozen reference of KL terms; empty: that of --model"
+    )
+    reward_kl_coefficient: float = setting(
+        0.0, "weight of the KL to the reference in the reward; 0: none"
+    )
+    reward_kl_estimator: str = setting("k1", "its estimator", ("k1", "k2", "k3"))
+    overlong_cache: int = setting(
+        0, "DAPO: the reward falls by 1 over the last N tokens before --max-new-tokens; 0: off"
+    )
+    smoothing_correct: float = setting(
+        0.0, "differential smoothing: rare right answers gain, by this times log pi_old(y|x)"
+    )
+    smoothing_wrong: float = setting(
+        0.0, "differential smoothing: common wrong answers lose, by this times log pi_old(y|x)"
+    )
+    topk_logprobs: int = setting(20, "K of objectives that compare mu's most likely tokens")
+    internal_layer: int = setting(
+        -1, "BuPO: layer (from 0) whose own policy is trained first; -1: none"
+    )
+    internal_steps: int = setting(30, "BuPO: steps before the whole policy is trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +173,8 @@ class RecipeConfig:
 
     def __post_init__(self):
         _check_sizes(self)
-        self.make_objective()
+        check_sampling(self)
+        check_objective(self)
 
     @property
     def batch_size(self) -> int:
@@ -150,6 +185,24 @@ class RecipeConfig:
     def num_mini_batches(self) -> int:
         """N: updates per step."""
         return self.batch_size // self.training.minibatch_size
+
+    @property
+    def has_sampling_mask(self) -> bool:
+        """Whether all policies are restricted to what top-p and top-k left."""
+        r = self.rollout
+        return r.keep_sampling_mask and (r.top_p < 1 or r.top_k > 0)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen reference is part of the reward or of the loss."""
+        in_loss = "logp_ref_T" in self.make_objective().needs
+        return in_loss or self.objective.reward_kl_coefficient > 0
+
+    @property
+    def num_top_logprobs(self) -> int:
+        """How many of mu's most likely tokens come back per position."""
+        is_needed = "topk_ids_TK" in self.make_objective().needs
+        return self.objective.topk_logprobs if is_needed else 0
 
     @property
     def rollout_capture(self) -> str:
@@ -257,6 +310,73 @@ def _name_and_value(text: str) -> tuple[str, object]:
         return name, value
 
 
+def check_sampling(config: RecipeConfig) -> None:
+    """Raise ConfigError for a sampling that the trainer could not score."""
+    r, temperature = config.rollout, config.rollout.temperature
+    if temperature <= 0:
+        raise ConfigError("the setting 'temperature'", expected="above 0", got=temperature)
+    if not 0 < r.top_p <= 1:
+        raise ConfigError("the setting 'top_p'", expected="above 0, at most 1", got=r.top_p)
+    if r.top_k < 0 or r.top_k == 1:
+        raise ConfigError("the setting 'top_k'", expected="0 (all), or 2 and more", got=r.top_k)
+    if r.top_p < 1 and not r.top_k and r.keep_sampling_mask:
+        raise ConfigError(
+            "SGLang returns a sampling mask only for requests with a finite top_k",
+            expected="--top-k N beside --top-p (up to the server's --sampling-mask-max-tokens, "
+            "4096 unless told)",
+            got=f"--top-p {r.top_p} alone",
+            fix="Add --top-k 4096, or --no-keep-sampling-mask to train on biased log-probs",
+        )
+
+
+def check_objective(config: RecipeConfig) -> None:
+    """Raise ConfigError for an objective that needs what this recipe does not have."""
+    o, objective = config.objective, config.make_objective()
+    p = objective.parameters
+    if p.advantage == "gae":
+        raise ConfigError(
+            f"objective {objective.name!r} takes its advantages from values per token",
+            expected="a value model, which this recipe does not train",
+            fix="--objective-parameters advantage=group-mean-std (or group-mean, leave-one-out)",
+        )
+    if "topk_ids_TK" in objective.needs and o.topk_logprobs < 1:
+        raise ConfigError("the setting 'topk_logprobs'", expected=">= 1", got=o.topk_logprobs)
+    limits = {"overlong_cache": (o.overlong_cache, config.rollout.max_new_tokens)}
+    limits["dynamic_sampling"] = (config.data.dynamic_sampling, None)
+    for name in ("reward_kl_coefficient", "smoothing_correct", "smoothing_wrong", "internal_steps"):
+        limits[name] = (getattr(o, name), None)
+    for name, (value, most) in limits.items():
+        if value < 0 or (most is not None and value > most):
+            expected = ">= 0" if most is None else f"0..{most}, the longest response"
+            raise ConfigError(f"the setting {name!r}", expected=expected, got=value)
+    if o.reward_kl_estimator not in ("k1", "k2", "k3"):
+        got = repr(o.reward_kl_estimator)
+        raise ConfigError("the setting 'reward_kl_estimator'", expected="k1, k2 or k3", got=got)
+    if o.internal_layer >= 0:
+        _check_internal(config, objective)
+
+
+def _check_internal(config: RecipeConfig, objective: objectives.Objective) -> None:
+    """BuPO: an inner layer's policy has no mu and no reference, and its layer is on one stage."""
+    p = objective.parameters
+    looks_at_m = ("geometric_low", "geometric_high", "sequence_k3_max", "veto_below")
+    looks_elsewhere = p.has_m or p.correction != "none" or p.off_policy_delta is not None
+    looks_elsewhere |= any(getattr(p, name) is not None for name in looks_at_m)
+    if looks_elsewhere or p.kl_coefficient or objective.needs:
+        raise ConfigError(
+            f"objective {objective.name!r} with these parameters compares more than pi_theta and "
+            "pi_old, which is all that an inner layer's policy has",
+            expected="grpo, dapo, gspo and the like, without correction and KL",
+            fix="Choose such an objective, or --internal-layer -1",
+        )
+    if config.training.pipeline_parallel > 1 or config.training.recompute == "full":
+        raise ConfigError(
+            "the policy of an inner layer needs that layer and the output layer in one forward",
+            expected="pipeline_parallel 1, and recompute none or moe",
+            got=f"{config.training.pipeline_parallel} and {config.training.recompute}",
+        )
+
+
 def _check_sizes(config: RecipeConfig) -> None:
     t, nproc = config.training, config.run.nproc
     positive = {
@@ -267,7 +387,6 @@ def _check_sizes(config: RecipeConfig) -> None:
         "minibatch_size": t.minibatch_size,
         "microbatch_size": t.microbatch_size,
         "max_new_tokens": config.rollout.max_new_tokens,
-        "temperature": config.rollout.temperature,
     }
     for name, value in positive.items():
         if value <= 0:
