@@ -13,6 +13,7 @@ import functools
 import importlib
 import logging
 import sys
+from importlib.metadata import version
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -81,6 +82,7 @@ def enable_cpu() -> bool:
     _redirect_rng_helpers()
     _redirect_split_sizes_to_host()
     _redirect_uneven_collectives()
+    _name_the_missing_gemm()
     return True
 
 
@@ -164,6 +166,15 @@ def _redirect_uneven_collectives():
 
     mappings._gather_along_first_dim = gather_parts
     mappings._reduce_scatter_along_first_dim = reduce_scatter_parts
+
+
+def _name_the_missing_gemm():
+    """0.16 asks `te_general_gemm is not None` of a name that only Transformer Engine defines."""
+    from megatron.core.transformer.moe import moe_utils
+
+    # Later versions define it themselves: delete this with the support of 0.16.
+    if version("megatron-core").startswith("0.16."):
+        moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
 
 class InertStream:
