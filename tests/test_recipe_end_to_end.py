@@ -53,40 +53,56 @@ def records(run_dir):
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
-def kill_trainer_after_step(process, run_dir, step):
+def kill_after_step(process, run_dir, step, is_victim):
+    """Kill one process of the run once a step is on record; what the launcher then says."""
     deadline = time.monotonic() + TIMEOUT_S
     while not any(record["step"] >= step for record in records(run_dir)):
         assert process.poll() is None and time.monotonic() < deadline, "no step was finished"
         time.sleep(0.1)
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "recipes.minirl.train" in child.cmdline() and "RANK" in child.environ()
-    ]
-    assert len(ranks) == 1
-    ranks[0].kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = [child for child in children if is_victim(child)]
+    victim.kill()
+    return finish(process)
+
+
+def is_trainer(child):
+    return "recipes.minirl.train" in child.cmdline() and "RANK" in child.environ()
+
+
+def is_server(child):
+    return child.cmdline()[1:3] == ["-m", "sglang.launch_server"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose trainer is killed after its second step, and which is then resumed."""
+    """A run whose trainer is killed after step 1, its server after step 3, and which then ends."""
     folder = tmp_path_factory.mktemp("recipe")
     run_dir = folder / "run"
     cache = ["--cache-dir", str(folder / "cache")]
-    process = start(run_dir, *cache, *write_prompts(folder), *SMALL)
     with contextlib.ExitStack() as stack:
+        process = start(run_dir, *cache, *write_prompts(folder), *SMALL)
         stack.callback(process.kill)
-        kill_trainer_after_step(process, run_dir, 2)
-        first = finish(process)
-    second = finish(start(run_dir, "--resume"))
-    return run_dir, first, second
+        without_trainer = kill_after_step(process, run_dir, 1, is_trainer)
+        process = start(run_dir, "--resume")
+        stack.callback(process.kill)
+        without_server = kill_after_step(process, run_dir, 3, is_server)
+    return run_dir, (without_trainer, without_server), finish(start(run_dir, "--resume"))
 
 
 def test_a_killed_trainer_ends_the_run_with_one_message_that_says_how_to_go_on(run):
-    run_dir, (output, status), _ = run
+    run_dir, ((output, status), _), _ = run
     assert status == 1
     assert "error: the trainer ended with status" in output
     assert f"--run-dir {run_dir} --resume" in output
+
+
+def test_a_killed_server_does_too_and_its_log_is_named(run):
+    run_dir, (_, (output, status)), _ = run
+    assert status == 1
+    assert "error: the SGLang server died with status" in output
+    assert f"log {run_dir / 'logs' / 'sglang.log'}" in output
+    assert f"--run-dir {run_dir} --resume" in output
+    assert "Traceback" not in output.partition("error: ")[0]
 
 
 def test_the_resumed_run_ends_well_with_every_step_once(run):

@@ -26,6 +26,12 @@ def test_a_resumed_run_has_every_step_once_and_the_later_one_counts(tmp_path):
     assert [r["time_s"] for r in records] == [0.0] * 4 + [4.0] * 4
 
 
+def test_a_run_that_died_before_its_first_checkpoint_leaves_no_record_behind(tmp_path):
+    write_steps(tmp_path, 0, 1)
+    write_steps(tmp_path, 0, 2)  # resumed from nothing
+    assert [r["step"] for r in journal.read(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     write_steps(tmp_path, 0, 2)
     path = tmp_path / "metrics.jsonl"

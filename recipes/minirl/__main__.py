@@ -157,27 +157,40 @@ def thread_environment(config: RecipeConfig, num_processes: int) -> dict[str, st
 
 
 def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
-    """Wait for the trainer; raise if it or a server ends badly."""
-    while trainer.status is None:
-        for server in servers:
-            server.check()
-        time.sleep(POLL_S)
-    if trainer.status == 0:
-        return
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline:
-        for server in servers:
-            server.check()  # a dead server explains the trainer's complaint better than it does
-        time.sleep(POLL_S)
+    """Wait for the trainer; raise if it or a server ends badly, and say how to go on."""
+    try:
+        while trainer.status is None:
+            check_all(servers)
+            time.sleep(POLL_S)
+        if trainer.status == 0:
+            return
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            check_all(servers)  # a dead server explains the trainer's complaint better than it does
+            time.sleep(POLL_S)
+        raise of_trainer(trainer, run_dir)
+    except RoutingReplayError as error:
+        if not (run_dir / "metrics.jsonl").exists():
+            raise
+        resume = f"Continue with: python -m recipes.minirl --run-dir {run_dir} --resume"
+        raise TrainingError(str(error), fix=resume) from error
+
+
+def check_all(servers: Sequence[Server]) -> None:
+    """Raise if one of them has died."""
+    for server in servers:
+        server.check()
+
+
+def of_trainer(trainer: Child, run_dir: Path) -> TrainingError:
+    """The error for a trainer that failed: the message that it left, or its last lines."""
     messages = sorted(run_dir.glob("error_rank_*.txt"), key=os.path.getmtime)
-    has_begun = (run_dir / "metrics.jsonl").exists()
-    resume = f"Continue with: python -m recipes.minirl --run-dir {run_dir} --resume"
     if messages:
-        raise TrainingError(messages[0].read_text(), fix=resume if has_begun else None)
-    raise TrainingError(
+        return TrainingError(messages[0].read_text())
+    return TrainingError(
         f"the trainer ended with status {trainer.status}",
         where=trainer.log_path,
-        fix=f"{resume}. Its last lines:\n{trainer.last_lines()}",
+        fix=f"Its last lines:\n{trainer.last_lines()}",
     )
 
 

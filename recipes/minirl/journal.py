@@ -25,7 +25,7 @@ class Journal:
 
     Args:
         run_dir: Folder of the run; records after `last_step` are cut off, as after a crash.
-        last_step: The last step that counts.
+        last_step: The last step that counts; -1: none, not even the evaluation before the first.
         num_steps: Steps of the whole run.
         telemetry: Which sinks there are. metrics.jsonl is always one: resuming and reports read it.
     """
@@ -43,7 +43,7 @@ class Journal:
         )
         self._bar = tqdm(
             total=num_steps,
-            initial=last_step,
+            initial=max(last_step, 0),
             unit="step",
             file=sys.stdout,  # the trainer's standard error goes to a log file
             disable=not sys.stdout.isatty(),

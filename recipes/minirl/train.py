@@ -76,7 +76,9 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     rollout = journal = None
     if first_rank.is_me:
         rollout = Rollout(config, urls, inputs.base, policy.replay.model)
-        journal = Journal(run_dir, progress.step, config.run.steps, config.replay)
+        # Without a checkpoint even the record of step 0 is written anew.
+        last_step = progress.step if checkpoint else -1
+        journal = Journal(run_dir, last_step, config.run.steps, config.replay)
     job = Job(
         config=config,
         run_dir=run_dir,
