@@ -1,4 +1,4 @@
-"""Routes on the wire: our compact payload, SGLang's stock int32, and vLLM's arrays.
+"""Routes on the wire: our compact payload; `decode` takes SGLang's own as well.
 
 The compact payload is one byte string, little-endian, base64 in JSON:
 
@@ -17,18 +17,26 @@ allocated; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
+from .engine_payloads import decode_stock, decode_vllm
 from .errors import PayloadError
+from .payload_text import FIELD, ModelShape, damaged, from_base64, size_bytes
 from .routes import Origin, RouterLogits, Routes, compact_dtype
+
+__all__ = [
+    "FIELD",
+    "ModelShape",
+    "decode",
+    "decode_compact",
+    "decode_vllm",
+    "encode",
+    "from_base64",
+]
 
 MAGIC, VERSION = b"RRPL", 1
 # magic, version, flags, codec, rows, start, layers, bytes of the bitmap, top-k, experts, runs,
@@ -41,23 +49,6 @@ RAW, DEFLATE = 0, 1
 # Deflate saves 16 % of 128 experts' ids and 3 % of 256's, at 0.1 GB/s (docs/capture.md): that pays
 # for the header of a short body, and would hold up the server's loop for a long one.
 MAX_DEFLATED = 1 << 16
-# No deflate stream expands further (zlib's documentation); a header that says so is a lie.
-MAX_EXPANSION = 1032
-# Version 1.0 of the format, as numpy writes it for arrays of integers in C order.
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
-NPY_HEADER = re.compile(
-    r"\{'descr': '(?P<dtype>[<|][iu][1248])', 'fortran_order': False, "
-    r"'shape': \((?P<shape>[0-9, ]{1,80})\), \} *\n"
-)
-FIELD = "routed_experts"
-
-
-class ModelShape(Protocol):
-    """What must agree between a payload and the model; `TableModel` is one."""
-
-    layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
 
 
 def encode(routes: Routes, *, start: int = 0) -> bytes:
@@ -121,7 +112,7 @@ def decode(
             fix="Install routing_replay beside the server and start it with a capture level",
         )
     else:
-        routes, got_start = _decode_stock(data, meta_info, num_tokens - 1 - start, model), start
+        routes, got_start = decode_stock(data, meta_info, num_tokens - 1 - start, model), start
     if (got_start, routes.num_rows) != (start, num_tokens - 1 - start):
         raise PayloadError(
             "the payload covers other tokens",
@@ -140,7 +131,7 @@ def decode_compact(data: bytes) -> tuple[Routes, int]:
         RoutesError: The content cannot be true.
     """
     if len(data) < HEADER.size + CHECKSUM.size or data[: len(MAGIC)] != MAGIC:
-        raise _damaged("a compact payload", f"{len(data)} bytes: {data[:8]!r}")
+        raise damaged("a compact payload", f"{len(data)} bytes: {data[:8]!r}")
     version = HEADER.unpack_from(data)[1]
     if version != VERSION:
         raise PayloadError(
@@ -151,58 +142,8 @@ def decode_compact(data: bytes) -> tuple[Routes, int]:
         )
     (checksum,) = CHECKSUM.unpack_from(data, len(data) - CHECKSUM.size)
     if zlib.crc32(memoryview(data)[: -CHECKSUM.size]) != checksum:
-        raise _damaged("its checksum", "another")
+        raise damaged("its checksum", "another")
     return _unpack(data)
-
-
-def decode_vllm(
-    choice: Mapping, *, num_tokens: int, model: ModelShape, num_prompt_tokens: int | None = None
-) -> Routes:
-    """The routes of one choice of vLLM: written from its documented formats, not run against it.
-
-    Since 0.22 `routed_experts` is a base64 .npy of uint8 or uint16 [num_tokens - 1, L, K]; 0.21
-    sent `prompt_routed_experts` [P, L, K] apart; before it nested lists came. L is the number of
-    routed layers or of all layers.
-
-    Raises:
-        PayloadError: No routes, damaged bytes, wrong counts or layers.
-        RoutesError: The content cannot be true.
-    """
-    parts = [choice[name] for name in ("prompt_" + FIELD, FIELD) if choice.get(name) is not None]
-    if not parts:
-        raise _absent("vLLM's answer")
-    try:
-        ids_TLK = np.concatenate([_array_of(part) for part in parts])
-    except ValueError as error:
-        raise _damaged("arrays of one shape", error) from error
-    if ids_TLK.ndim != 3 or ids_TLK.shape[2] != model.top_k or len(ids_TLK) != num_tokens - 1:
-        raise PayloadError(
-            "vLLM's routes have another shape",
-            expected=f"({num_tokens - 1}, L, {model.top_k})",
-            got=ids_TLK.shape,
-        )
-    origin_T = None
-    if num_prompt_tokens is not None:
-        rows_T = np.arange(num_tokens - 1)
-        origin_T = np.where(rows_T < num_prompt_tokens, Origin.PREFILL, Origin.DECODE)
-        origin_T = origin_T.astype(np.uint8)
-    return _from_wide(ids_TLK, model, origin_T=origin_T)
-
-
-def from_base64(text) -> bytes:
-    """The bytes of a payload's JSON string.
-
-    Raises:
-        PayloadError: There is none, or it is not base64.
-    """
-    if text is None:
-        raise _absent("the answer")
-    if not isinstance(text, (str, bytes)):
-        raise _damaged("a base64 string", type(text).__name__)
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _damaged("base64", error) from error
 
 
 def _body_of(routes: Routes) -> bytes:
@@ -249,7 +190,7 @@ def _unpack(data: bytes) -> tuple[Routes, int]:
     runs_at = HEADER.size + layer_bytes
     body_at = runs_at + num_runs * RUN.itemsize
     if body_at + stored_bytes + CHECKSUM.size != len(data):
-        raise _damaged(f"{len(data)} bytes", f"{body_at + stored_bytes + CHECKSUM.size} announced")
+        raise damaged(f"{len(data)} bytes", f"{body_at + stored_bytes + CHECKSUM.size} announced")
     bits = np.unpackbits(np.frombuffer(data, np.uint8, layer_bytes, HEADER.size), bitorder="little")
     layers = tuple(np.flatnonzero(bits).tolist())
     runs = np.frombuffer(data, RUN, num_runs, runs_at)
@@ -258,13 +199,14 @@ def _unpack(data: bytes) -> tuple[Routes, int]:
         or len(layers) != num_layers
         or int(runs["num_rows"].sum(dtype=np.int64)) != num_rows
     ):
-        raise _damaged("layers and runs that add up", f"{len(layers)} layers, {num_runs} runs")
+        raise damaged("layers and runs that add up", f"{len(layers)} layers, {num_runs} runs")
     if not 1 <= num_experts <= 1 << 15 or not 1 <= top_k <= num_experts:
-        raise _damaged("a top-k of 1..experts", f"top-{top_k} of {num_experts}")
+        raise damaged("a top-k of 1..experts", f"top-{top_k} of {num_experts}")
     shape = (num_rows, num_layers, top_k)
     dtype = compact_dtype(num_experts).newbyteorder("<")
     columns = _columns(flags, shape, dtype, num_logits, num_experts)
-    body = _inflate(data[body_at : body_at + stored_bytes], codec, columns)
+    stored = memoryview(data)[body_at : body_at + stored_bytes]  # no copy of a long body
+    body = _inflate(stored, codec, columns)
     arrays = _split(body, columns)
     return _routes_of(arrays, layers, num_experts, runs), start
 
@@ -272,7 +214,7 @@ def _unpack(data: bytes) -> tuple[Routes, int]:
 def _columns(flags: int, shape, dtype, num_logits: int, num_experts: int) -> list[tuple]:
     """Name, dtype and shape of the arrays in the body, in their order."""
     if flags & ~(HAS_GATES | HAS_LOGITS) or (num_logits and not flags & HAS_LOGITS):
-        raise _damaged("known flags", flags)
+        raise damaged("known flags", flags)
     columns = [("ids", dtype, shape)]
     if flags & HAS_GATES:
         columns.append(("gates", np.dtype("<f2"), shape))
@@ -282,43 +224,37 @@ def _columns(flags: int, shape, dtype, num_logits: int, num_experts: int) -> lis
     return columns
 
 
-def _size_bytes(dtype: np.dtype, shape) -> int:
-    size_bytes = dtype.itemsize
-    for size in shape:  # Python integers: a lying shape cannot overflow
-        size_bytes *= size
-    return size_bytes
-
-
-def _inflate(stored: bytes, codec: int, columns: list[tuple]) -> bytes:
-    body_bytes = sum(_size_bytes(dtype, shape) for _, dtype, shape in columns)
+def _inflate(stored: memoryview, codec: int, columns: list[tuple]) -> memoryview | bytes:
+    body_bytes = sum(size_bytes(dtype, shape) for _, dtype, shape in columns)
     if codec == RAW and body_bytes == len(stored):
         return stored
-    if codec != DEFLATE or body_bytes > MAX_EXPANSION * len(stored):
-        raise _damaged(f"a body of {body_bytes} bytes", f"{len(stored)} in codec {codec}")
+    # A longer body would never have been deflated: the header lies about its size.
+    if codec != DEFLATE or body_bytes > MAX_DEFLATED:
+        raise damaged(f"a body of {body_bytes} bytes", f"{len(stored)} in codec {codec}")
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         body = decoder.decompress(stored, body_bytes + 1)
     except zlib.error as error:
-        raise _damaged("a deflated body", error) from error
+        raise damaged("a deflated body", error) from error
     if len(body) != body_bytes or not decoder.eof or decoder.unused_data:
-        raise _damaged(f"a body of {body_bytes} bytes", len(body))
+        raise damaged(f"a body of {body_bytes} bytes", len(body))
     return body
 
 
-def _split(body: bytes, columns: list[tuple]) -> dict[str, np.ndarray]:
+def _split(body: memoryview | bytes, columns: list[tuple]) -> dict[str, np.ndarray]:
     arrays, at = {}, 0
     for name, dtype, shape in columns:
-        size_bytes = _size_bytes(dtype, shape)
-        flat = np.frombuffer(body, dtype, size_bytes // dtype.itemsize, at)
+        num_bytes = size_bytes(dtype, shape)
+        flat = np.frombuffer(body, dtype, num_bytes // dtype.itemsize, at)
         arrays[name] = flat.astype(dtype.newbyteorder("="), copy=False).reshape(shape)
-        at += size_bytes
+        at += num_bytes
     return arrays
 
 
 def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
     origin_T = np.repeat(runs["origin"], runs["num_rows"])
     if len(runs) and runs["origin"].max() > max(Origin):
-        raise _damaged("known origins", runs["origin"].max())
+        raise damaged("known origins", runs["origin"].max())
     logits = None
     if "rows" in arrays:
         logits = RouterLogits(rows_N=arrays["rows"].astype(np.int64), values_NLE=arrays["logits"])
@@ -334,96 +270,6 @@ def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
     )
 
 
-def _decode_stock(data: bytes, meta_info: Mapping, num_rows: int, model: ModelShape | None):
-    if model is None:
-        raise PayloadError(
-            "a stock payload does not describe itself",
-            expected="the model's layers, number of experts and top-k",
-            got="none",
-            fix="Pass model=TableModel(...), or use the compact payload",
-        )
-    row_bytes = 4 * model.top_k * num_rows
-    num_layers = len(data) // row_bytes if row_bytes > 0 else 0
-    if num_rows < 0 or num_layers * row_bytes != len(data) or (num_rows and not num_layers):
-        raise PayloadError(
-            "a stock payload of another size",
-            expected=f"a multiple of {num_rows} rows x {model.top_k} slots x 4 bytes",
-            got=f"{len(data)} bytes",
-            fix="The server ignored routed_experts_start_len, or runs another model",
-        )
-    ids_TLK = np.frombuffer(data, "<i4").reshape(num_rows, num_layers, model.top_k)
-    return _from_wide(ids_TLK, model, is_retracted=bool(meta_info.get("num_retractions")))
-
-
-def _from_wide(ids_TLK, model: ModelShape, *, is_retracted: bool = False, origin_T=None) -> Routes:
-    """Routes of an array that may hold dense layers too and says nothing of its rows."""
-    num_layers = ids_TLK.shape[1]
-    layers = list(model.layers)
-    if ids_TLK.size and num_layers != len(layers):
-        if num_layers <= max(layers):
-            raise PayloadError(
-                "routes of another number of layers",
-                expected=f"{len(layers)} routed or more than {max(layers)} layers in all",
-                got=num_layers,
-            )
-        dense = np.setdiff1d(np.arange(num_layers), layers)
-        if ids_TLK[:, dense].any():
-            raise PayloadError(
-                "a layer that is said to be dense has routes",
-                expected=f"routed layers {layers}",
-                got=[int(layer) for layer in dense if ids_TLK[:, layer].any()],
-            )
-        ids_TLK = ids_TLK[:, layers]
-    if ids_TLK.size and not 0 <= int(ids_TLK.min()) <= int(ids_TLK.max()) < model.num_experts:
-        raise PayloadError(
-            "expert id out of range",
-            expected=f"0..{model.num_experts - 1}",
-            got=f"{ids_TLK.min()}..{ids_TLK.max()}",
-            fix="The server runs another model, or the bytes are damaged",
-        )
-    shape = (len(ids_TLK), len(layers), model.top_k)
-    ids_TLK = ids_TLK.astype(compact_dtype(model.num_experts)).reshape(shape)
-    # A row that is zero everywhere was never captured; with one slot zero may be a choice.
-    covered_T = ids_TLK.any((1, 2)) if model.top_k > 1 else np.ones(len(ids_TLK), np.bool_)
-    # After a retraction a stock server returns rows of another forward pass and cannot say which.
-    covered_T &= not is_retracted
-    if origin_T is not None:
-        origin_T = np.where(covered_T, origin_T, Origin.ABSENT).astype(np.uint8)
-    return Routes(
-        expert_ids_TLK=ids_TLK,
-        covered_T=covered_T,
-        layers=model.layers,
-        num_experts=model.num_experts,
-        origin_T=origin_T,
-    )
-
-
-def _array_of(value) -> np.ndarray:
-    """An array from a base64 .npy or from nested lists; object arrays are refused."""
-    if not isinstance(value, (str, bytes)):
-        array = np.asarray(value)
-    else:
-        array = _read_npy(from_base64(value))
-    if array.dtype.kind not in "iu":
-        raise _damaged("an array of integers", array.dtype)
-    return array
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    """numpy's own reader allocates whatever the header says, and parses it as Python."""
-    header_bytes = int.from_bytes(data[8:10], "little")
-    text = data[10 : 10 + header_bytes].decode("latin1")
-    match = NPY_HEADER.fullmatch(text) if data[:8] == NPY_MAGIC else None
-    if match is None:
-        raise _damaged("an .npy file of integers in C order", data[:32])
-    dtype = np.dtype(match["dtype"])
-    shape = tuple(int(size) for size in match["shape"].split(",") if size.strip())
-    rest = data[10 + header_bytes :]
-    if _size_bytes(dtype, shape) != len(rest):
-        raise _damaged(f"{_size_bytes(dtype, shape)} bytes for {shape} of {dtype}", len(rest))
-    return np.frombuffer(rest, dtype).reshape(shape)
-
-
 def _check_model(model: ModelShape | None, routes: Routes) -> None:
     if model is None:
         return
@@ -436,22 +282,3 @@ def _check_model(model: ModelShape | None, routes: Routes) -> None:
             got="layers {}, {} experts, top-{}".format(*theirs),
             fix="Roll out and train the same checkpoint",
         )
-
-
-def _absent(where: str) -> PayloadError:
-    return PayloadError(
-        f"no routes in {where}",
-        expected=f"a field {FIELD!r}",
-        got="none",
-        fix="Ask for them in the request and start the server with "
-        "--enable-return-routed-experts; a gateway in between may drop the field: probe() tells",
-    )
-
-
-def _damaged(expected, got) -> PayloadError:
-    return PayloadError(
-        "the payload is damaged",
-        expected=expected,
-        got=got,
-        fix="Ask again; if it stays, something between the server and here changes the bytes",
-    )

@@ -14,6 +14,8 @@ RANKS = [
     "errors",
     "metrics",
     "routes",
+    "payload_text",
+    "engine_payloads",
     "payload",
     "table_file",
     "table",

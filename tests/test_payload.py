@@ -3,12 +3,13 @@
 import base64
 import io
 import resource
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from routing_replay import payload
+from routing_replay import payload, payload_text
 from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
 from routing_replay.payload import decode, decode_compact, decode_vllm, encode
 from routing_replay.routes import Origin, RouterLogits, Routes, compact_dtype
@@ -86,8 +87,9 @@ def test_a_payload_returns_every_field_for_one_and_two_byte_ids(num_experts):
 def test_long_and_short_bodies_survive_either_codec(monkeypatch):
     routes = full_routes(num_rows=50)
     small = encode(routes)
-    monkeypatch.setattr(payload, "MAX_DEFLATED", 0)
-    large = encode(routes)
+    with monkeypatch.context() as patch:
+        patch.setattr(payload, "MAX_DEFLATED", 0)
+        large = encode(routes)
     assert len(small) < len(large)
     assert_equal(decode_compact(small)[0], decode_compact(large)[0])
 
@@ -103,6 +105,20 @@ def test_a_payload_has_a_quarter_of_stocks_bytes_or_less():
     # Stock: 100 rows x 6 layers x 4 slots x 4 bytes. Ours: 3 layers, 1 byte, below 100 of header.
     assert len(stock(ids_TLK)) == 9600
     assert len(encode(routes)) <= 1200 + 100 <= 0.25 * 9600
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_base64_decodes_alike_with_and_without_the_fast_library(monkeypatch, is_installed):
+    if is_installed:
+        pytest.importorskip("pybase64")
+    else:
+        monkeypatch.setitem(sys.modules, "pybase64", None)
+    monkeypatch.setattr(payload_text, "_base64_decoder", payload_text._base64_decoder.__wrapped__)
+    assert payload_text._base64_decoder().__module__.startswith("pybase64") == is_installed
+    assert payload_text.from_base64("AAECAw==") == bytes([0, 1, 2, 3])
+    for wrong in ("AAECAw=", "AAEC\nAw==", "AAECAw==AA==", "AAE CAw==", "é"):
+        with pytest.raises(PayloadError, match="the payload is damaged; expected base64"):
+            payload_text.from_base64(wrong)
 
 
 def test_a_stock_payload_loses_its_dense_layers():

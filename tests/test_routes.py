@@ -1,8 +1,11 @@
 """Routes: operations keep rows with their tokens, and content that cannot be true is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from routing_replay import routes as routes_module
 from routing_replay.errors import RoutesError
 from routing_replay.routes import Origin, RouterLogits, Routes, concatenate, has_duplicates
 
@@ -104,7 +107,37 @@ def test_columns_that_do_not_fit_are_refused(changes, message):
         make([[[0, 1], [2, 3]]], **changes)
 
 
-def test_duplicates_are_found_like_a_set_finds_them():
-    ids = np.random.default_rng(0).integers(0, 12, (500, 4))
-    expected = [len(set(row)) < 4 for row in ids.tolist()]
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 8, 10])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_duplicates_are_found_like_a_set_finds_them(monkeypatch, num_slots, dtype):
+    # Chunks far smaller than the rows, and a last one that is not full.
+    monkeypatch.setattr(routes_module, "CHUNK_ROWS", 64)
+    largest = np.iinfo(dtype).max
+    ids = (
+        np.random.default_rng(0).integers(largest - 30, largest, (101, 5, num_slots)).astype(dtype)
+    )
+    expected = [[len(set(ids_K)) < num_slots for ids_K in ids_LK] for ids_LK in ids.tolist()]
     assert has_duplicates(ids).tolist() == expected
+    # Of 30 ids, ten are distinct in 17 % of the rows and two in 97 %: both answers occur.
+    assert num_slots == 1 or 0 < np.mean(expected) < 1
+
+
+def test_a_doubled_expert_is_found_in_any_two_slots_of_any_row(monkeypatch):
+    monkeypatch.setattr(routes_module, "CHUNK_ROWS", 4)
+    for row in range(10):
+        for first, second in itertools.combinations(range(8), 2):
+            ids = np.tile(np.arange(8, dtype=np.uint8), (10, 1))
+            ids[row, second] = ids[row, first]
+            assert np.flatnonzero(has_duplicates(ids)).tolist() == [row]
+
+
+def test_every_half_is_a_probability_or_refused():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    wide = halves.astype(np.float64)
+    for half, is_good in zip(halves, (wide >= 0) & (wide <= 1), strict=True):
+        gates_TLK = np.array([[[0.5, half]]], np.float16)
+        if is_good:
+            make([[[0, 1]]], gate_probs_TLK=gates_TLK)
+            continue
+        with pytest.raises(RoutesError, match="gate probabilities; expected finite values in 0..1"):
+            make([[[0, 1]]], gate_probs_TLK=gates_TLK)
