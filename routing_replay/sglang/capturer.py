@@ -134,7 +134,7 @@ class Capturer(RoutedExpertsCapturer):
         stock = super().on_forward_end(
             forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu=True
         )
-        output = CaptureOutput(stock, self, forward_batch)
+        output = CaptureOutput(versions.with_own_rows(stock), self, forward_batch)
         if not no_copy_to_cpu:
             output.copy_now()
         return output

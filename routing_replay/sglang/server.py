@@ -27,6 +27,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 POLL_S = 0.25
 # guard.py waits 3 s for the server; more than this means that the guard itself hangs.
 STOP_S = 10.0
+# SGLang before 0.5.19 derives a second port from the first by adding 10,000, used or not.
+HIGHEST_PORT = 65535 - 10000
 # A server started by a rank of a torchrun job must not believe that it is one of the ranks.
 RANK_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -161,9 +163,12 @@ def environment_of(options: ServerOptions) -> dict[str, str]:
 
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    while True:
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
+        if port <= HIGHEST_PORT:
+            return port
 
 
 def check_port(port: int) -> None:
@@ -193,7 +198,7 @@ def _start(model_path: Path, options: ServerOptions, port: int) -> Server:
     log_path = Path(options.log_path or tempfile.mkstemp("-sglang.log")[1])
     log_path.parent.mkdir(parents=True, exist_ok=True)
     command = command_line(model_path, options, port)
-    with open(log_path, "wb") as log:
+    with open(log_path, "ab") as log:  # a resumed run keeps the log of the one that crashed
         process = subprocess.Popen(
             # A guard that inherited -O or PYTHONPATH could not start where the server could.
             [sys.executable, "-I", str(GUARD), *command],

@@ -112,6 +112,17 @@ def req_pool_index(req) -> int | None:
     return req.kv.req_pool_idx
 
 
+def with_own_rows(output):
+    """A step's output whose rows the next step cannot overwrite. Copies by itself since 0.5.18.
+
+    Before, they were views of the buffers; a GPU copies them to the host in order, on a CPU the
+    "copy" to the host is the buffer itself.
+    """
+    if installed() < (0, 5, 18) and output.topk.device.type == "cpu":
+        output.topk, output.out_cache_loc = output.topk.clone(), output.out_cache_loc.clone()
+    return output
+
+
 def check_hooks(targets) -> None:
     """SGLang logs a hook that it could not apply, and serves without it; we do not.
 
