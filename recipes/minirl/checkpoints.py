@@ -122,10 +122,20 @@ def _save_state(policy: Policy, folder: Path, progress: Progress) -> None:
 def _finish(partial: Path, final: Path, keep: int) -> None:
     if dist.get_rank() != 0:
         return
-    shutil.rmtree(final, ignore_errors=True)  # of an earlier life of this run
+    if final.exists():  # of an earlier life of this run
+        _remove(final)
     partial.rename(final)
     for old in sorted(final.parent.glob(f"{PREFIX}*"))[: -max(keep, 1)]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; what an interruption leaves of it does not look like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    for left in checkpoint.parent.glob(".*.removed"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _together(work: Callable[[], None], where: Path) -> None:
