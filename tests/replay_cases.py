@@ -1,6 +1,7 @@
 """The configurations of the replay matrix (see replay_matrix.py for what is checked)."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 
 from routing_replay.megatron.parallel import ParallelLayout
@@ -45,6 +46,9 @@ ROUTERS = {
     "shared_experts": {"moe_shared_expert_intermediate_size": 16},
     "top_4": {"moe_router_topk": 4},
 }
+# Oldest megatron-core that has it, where it is not all.
+ROUTERS_FROM = {"sqrtsoftplus_bias": "0.18"}
+VERSION = importlib.metadata.version("megatron-core")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,16 @@ class Case:
     num_layers: int = 4
     is_ragged: bool = False  # microbatches of different lengths
     padding_mask: bool = False
+    is_contiguous: bool = False  # slices of context parallelism; zigzag otherwise
+    has_mtp: bool = False  # one multi-token-prediction layer
+    pattern: str = ""  # of a HybridModel's layers; a GPTModel otherwise
+
+    @property
+    def oldest_version(self) -> str:
+        """Of megatron-core, that has what this case needs."""
+        if self.pattern and self.recompute == "full":
+            return "0.18"  # before, hybrid models did not recompute, whatever the setting
+        return ROUTERS_FROM.get(self.router, "0.16")
 
     @property
     def name(self) -> str:
@@ -81,12 +95,16 @@ class Case:
         parts += [f"dense{''.join(map(str, self.dense))}"] if self.dense else []
         parts += ["ragged"] if self.is_ragged else []
         parts += ["padding_mask"] if self.padding_mask else []
+        parts += ["contiguous"] if self.is_contiguous else []
+        parts += ["mtp"] if self.has_mtp else []
+        parts += ["hybrid"] if self.pattern else []
         return "-".join(parts)
 
 
 def cases(num_ranks: int) -> list[Case]:
-    """All cases of a world of this many ranks."""
-    return {1: _single, 2: _pairs, 4: _quads}[num_ranks]()
+    """All cases of a world of this many ranks that the installed megatron-core can run."""
+    found = {1: _single, 2: _pairs, 4: _quads}[num_ranks]()
+    return [case for case in found if case.oldest_version <= VERSION]
 
 
 def _single() -> list[Case]:
@@ -107,6 +125,10 @@ def _single() -> list[Case]:
         Case(is_ragged=True),
         Case(is_ragged=True, is_packed=True, recompute="full"),
         Case(padding_mask=True, router="aux_loss"),
+        Case(has_mtp=True),
+        Case(has_mtp=True, recompute="full", dense=(0,)),
+        Case(pattern="*E*-*E"),
+        Case(pattern="*E*-*E", recompute="full", is_packed=True),
     ]
     return found
 
@@ -136,6 +158,13 @@ def _pairs() -> list[Case]:
         Case(layout=layouts["tp"], router="seq_aux_loss", recompute="moe"),
         Case(layout=layouts["cp"], is_packed=True, is_ragged=True),
         Case(layout=layouts["ep"], is_ragged=True),
+        Case(layout=layouts["cp"], is_contiguous=True, recompute="full"),
+        Case(layout=layouts["cp"], is_contiguous=True, is_packed=True, is_ragged=True),
+        Case(layout=layouts["pp"], has_mtp=True, recompute="full"),
+        Case(layout=layouts["tp"], has_mtp=True),
+        Case(layout=layouts["pp"], pattern="*E*|-*E", recompute="full"),
+        Case(layout=layouts["tp"], pattern="*E*-*E"),
+        Case(layout=layouts["ep"], pattern="*E*-*E", is_packed=True),
         Case(layout=ParallelLayout()),  # data parallelism
         Case(layout=ParallelLayout(), is_packed=True, recompute="full"),
     ]
@@ -155,8 +184,14 @@ def _quads() -> list[Case]:
         ParallelLayout(pipeline=4),
         ParallelLayout(context=2, expert=2),
     ]
-    return [
+    found = [
         Case(layout=layout, recompute=recompute, is_packed=is_packed)
         for layout in layouts
         for recompute, is_packed in (("full", False), ("none", True))
+    ]
+    return found + [
+        Case(layout=layouts[1], is_contiguous=True),
+        Case(layout=layouts[5], is_contiguous=True, is_packed=True, recompute="full"),
+        Case(layout=layouts[0], has_mtp=True),
+        Case(layout=layouts[0], pattern="*E*|-*E", recompute="full"),
     ]

@@ -11,9 +11,11 @@ For every case, on every rank, with the real pipeline schedule:
 import contextlib
 import types
 
+import context_slices
 import numpy as np
 import torch
 from replay_cases import ROUTERS, Case, cases
+from replay_models import hybrid_chunks
 
 from routing_replay.table import RouteTable
 
@@ -60,15 +62,10 @@ class Batch:
 
     def _local(self, tokens, positions, rows, is_padding):
         rank, size = self.cp
-        if size > 1:  # zigzag: the local part of each sequence is two of 2 * size chunks
-            chunk = tokens.shape[1] // (2 * size)
-            mine = np.r_[
-                rank * chunk : (rank + 1) * chunk,
-                (2 * size - 1 - rank) * chunk : (2 * size - rank) * chunk,
-            ]
-            tokens, positions, rows = tokens[:, mine], positions[:, mine], rows[:, mine]
-            is_padding = is_padding[:, mine]
-        length = tokens.shape[1] * size
+        length = tokens.shape[1]
+        mine = context_slices.positions(rank, size, length, self.case.is_contiguous)
+        tokens, positions, rows = tokens[:, mine], positions[:, mine], rows[:, mine]
+        is_padding = is_padding[:, mine]
         if self.case.is_packed:
             tokens, positions, rows = (x.reshape(1, -1) for x in (tokens, positions, rows))
         return {
@@ -107,7 +104,10 @@ class Job:
 
         self.case = case
         self.config = _config(case)
-        self.chunks = build_model(self.config, case.layout)
+        if case.pattern:
+            self.chunks = hybrid_chunks(self.config, case.layout, case.pattern)
+        else:
+            self.chunks = build_model(self.config, case.layout)
         _spread_expert_bias(self.chunks)
         self.batch = Batch(
             case,
@@ -185,7 +185,7 @@ def _config(case):
         hidden_size=HIDDEN,
         intermediate_size=32,
         moe_intermediate_size=16,
-        num_hidden_layers=case.num_layers,
+        num_hidden_layers=len(case.pattern.replace("|", "")) or case.num_layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=16,
@@ -196,6 +196,9 @@ def _config(case):
         max_position_embeddings=256,
     )
     overrides = {"moe_router_topk": TOP_K, **ROUTERS[case.router]}
+    overrides |= {"mtp_num_layers": 1} if case.has_mtp else {}
+    if case.pattern:
+        overrides |= {"is_hybrid_model": True, "moe_layer_freq": 1, "qk_layernorm": False}
     return transformer_config(
         hf,
         case.layout,
@@ -246,16 +249,17 @@ class DispatchedRows:
         from megatron.core.transformer.moe.router import TopKRouter
 
         self.job, self.table, self.wrong, self.calls = job, table, [], 0
-        self.live_rows = 0
+        self.live_rows = self.mtp_calls = 0
         expected = list(job.batch.microbatches(table.rows))
         self.rows = [self._router_order(batch["rows"]) for batch in expected]
         self.forwards: dict[int, int] = {}
-        self.hooks = [
-            module.register_forward_hook(self._check)
-            for chunk in job.chunks
-            for module in chunk.modules()
-            if isinstance(module, TopKRouter)
-        ]
+        self.hooks, self.mtp_hooks = [], []
+        for chunk in job.chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, TopKRouter) and name.startswith("mtp."):
+                    self.mtp_hooks.append(module.register_forward_hook(self._check_mtp))
+                elif isinstance(module, TopKRouter):
+                    self.hooks.append(module.register_forward_hook(self._check))
 
     def _router_order(self, rows):
         from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -285,6 +289,16 @@ class DispatchedRows:
             self.wrong.append((layer, "forward", number))
         self.live_rows += int((self.rows[number] < 0).sum())
 
+    def _check_mtp(self, router, arguments, output):
+        """An MTP router numbers its layers from 1 as the decoder does; it must route live."""
+        self.mtp_calls += 1
+        with torch.no_grad():
+            logits_TE = router.gating(arguments[0]).reshape(-1, EXPERTS)
+        expected_TE = torch.zeros_like(output[1])
+        expected_TE.scatter_(1, logits_TE.topk(self.table.model.top_k).indices, True)
+        if not torch.equal(output[1], expected_TE):
+            self.wrong.append((router.layer_number - 1, "an MTP router did not route live"))
+
     def _fits(self, routing_map_TE, rows_T, layer):
         if len(rows_T) != len(routing_map_TE):
             return False
@@ -296,7 +310,7 @@ class DispatchedRows:
         return bool(all_K) and torch.equal(routing_map_TE[replayed_T], expected)
 
     def remove(self):
-        for hook in self.hooks:
+        for hook in self.hooks + self.mtp_hooks:
             hook.remove()
 
 
@@ -360,6 +374,8 @@ def _random_routes(job, replay):
     layers = sum(1 for _ in oracle.hooks)
     if per_layer and oracle.calls != per_layer * layers * NUM_MICROBATCHES:
         found.append(f"(b) {oracle.calls} router calls for {layers} layers")
+    if bool(oracle.mtp_calls) != bool(oracle.mtp_hooks):
+        found.append("(b) MTP routers did not run")
     if layers and not (oracle.live_rows or job.config.context_parallel_size > 1):
         found.append("(b) no live row was checked")  # a context rank may hold none
     return found
@@ -402,8 +418,9 @@ def run_cases(rank: int, names: list[str], num_ranks: int) -> list[str]:
     by_name = {case.name: case for case in cases(num_ranks)}
     wrong = []
     for name in names:
-        with megatron(by_name[name].layout):
-            wrong += [f"rank {rank}, {text}" for text in check_case(by_name[name])]
+        case = by_name[name]
+        with megatron(case.layout), context_slices.slices(case.is_contiguous):
+            wrong += [f"rank {rank}, {text}" for text in check_case(case)]
     return wrong
 
 

@@ -13,7 +13,10 @@ from routing_replay.megatron import cpu  # noqa: F401  (makes Megatron importabl
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -151,12 +154,25 @@ def _build_chunk(config, use_te, vp_stage):
         rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         vp_stage=vp_stage,
+        mtp_block_spec=_mtp_spec(config, block, use_te, vp_stage),
     ).to(torch.cuda.current_device())
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if chunk.post_process and config.padded_vocab_size > config.vocab_size:
         chunk.output_layer.register_forward_hook(_hide_padded_logits)
     return chunk
+
+
+def _mtp_spec(config, block, use_te, vp_stage):
+    """Multi-token-prediction layers on the stage that holds them, if the config asks for any."""
+    if not config.mtp_num_layers:
+        return None
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
+    if spec is not None and not use_te:
+        for layer in spec.layer_specs:
+            modules = layer.submodules
+            modules.enorm = modules.hnorm = modules.layer_norm = RMSNorm
+    return spec
 
 
 def _use_local_modules(block):

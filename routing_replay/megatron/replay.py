@@ -92,7 +92,7 @@ class Replay:
             )
         self._model_config = _config_of(model_chunks, found)
         preflight.require(self._model_config, config)
-        self.model = describe_model(found, self._model_config)
+        self.model = describe_model(found, self._model_config, model_chunks)
         self._install(found)
 
     def __enter__(self) -> Replay:

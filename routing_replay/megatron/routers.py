@@ -137,7 +137,9 @@ def _has_other_stages() -> bool:
     )
 
 
-def describe_model(found: Sequence[FoundRouter], config) -> TableModel:
+def describe_model(
+    found: Sequence[FoundRouter], config, model_chunks: Sequence[torch.nn.Module]
+) -> TableModel:
     """Layers of all pipeline stages, experts and top-k: what a table must agree with.
 
     Collective over the pipeline group.
@@ -153,11 +155,11 @@ def describe_model(found: Sequence[FoundRouter], config) -> TableModel:
         stages = [None] * dist.get_world_size(group)
         dist.all_gather_object(stages, ours, group=group)
     layers = sorted(layer for stage in stages for layer in stage)
-    expected = moe_layers(config)
-    if len(set(layers)) != len(layers) or (expected is not None and layers != expected):
+    expected = moe_layers(config, _hybrid_pattern(model_chunks))
+    if layers != expected:
         raise PreflightError(
             "the routers found are not the model's MoE layers",
-            expected=f"layers {expected}" if expected is not None else "each layer once",
+            expected=f"layers {expected}",
             got=f"layers {layers}",
             where=f"pipeline stages hold {stages}",
             fix="Pass all model chunks of this rank to attach, and only those",
@@ -167,11 +169,27 @@ def describe_model(found: Sequence[FoundRouter], config) -> TableModel:
     )
 
 
-def moe_layers(config) -> list[int] | None:
-    """Global indices of the MoE layers by the configuration; None if it does not say (hybrids)."""
+def _hybrid_pattern(model_chunks: Sequence[torch.nn.Module]) -> str | None:
+    """The pattern of HybridModel's (before 0.18 MambaModel's) layers; None for other models."""
+    for module in model_chunks[0].modules():
+        for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):  # 0.17 on; 0.16
+            if getattr(module, name, None):
+                return getattr(module, name)
+    return None
+
+
+def moe_layers(config, hybrid_pattern: str | None = None) -> list[int]:
+    """Global 0-based indices of the MoE layers.
+
+    Args:
+        config: Megatron's TransformerConfig: `num_layers` and `moe_layer_freq`.
+        hybrid_pattern: Of a hybrid model, which ignores `moe_layer_freq`: `E` is an MoE layer,
+            `|` parts pipeline stages, and MTP layers follow the first `/`.
+    """
+    if hybrid_pattern is not None:
+        decoder = hybrid_pattern.split("/")[0].replace("|", "")
+        return [i for i, kind in enumerate(decoder) if kind == "E"]
     frequency = getattr(config, "moe_layer_freq", 1)
-    if getattr(config, "is_hybrid_model", False):
-        return None
     if isinstance(frequency, int):
         return [i for i in range(config.num_layers) if i % frequency == 0]
     return [i for i, is_moe in enumerate(frequency) if is_moe]
