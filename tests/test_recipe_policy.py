@@ -19,6 +19,30 @@ LAYOUTS = {
     "ep2": {"expert_parallel": 2},
     "cp2": {"context_parallel": 2},
 }
+# Objectives that look at the whole step, at routers, at a reference or at mu's likely tokens; the
+# fractions choose some of the few tokens here.
+SOME_COV = ["fraction=0.3", "cov_low=-1", "beta=1"]
+WHOLE_STEP = {
+    "rspo": ("R3", {"objective": "rspo"}),
+    "rspo_R2": ("R2", {"objective": "rspo"}),
+    "rspo_live": ("disabled", {"objective": "rspo"}),
+    "m2po": ("R3", {"objective": "m2po", "objective_parameters": "threshold=0.5"}),
+    "clip_cov": ("R3", {"objective": "clip_cov", "objective_parameters": SOME_COV[:2]}),
+    "kl_cov": (
+        "R3",
+        {
+            "objective": "kl_cov",
+            "objective_parameters": [SOME_COV[0], SOME_COV[2], "kl_coefficient=0.1"],
+        },
+    ),
+    "dppo_topk": ("R3", {"objective": "dppo_topk", "objective_parameters": "delta=0.05"}),
+}
+WHOLE_STEP_ON = [
+    *(("rspo", layout) for layout in ("tp2", "pp2", "cp2")),
+    *(("rspo_R2", "pp2"), ("rspo_live", "dp2"), ("m2po", "cp2"), ("m2po", "dp2")),
+    *(("clip_cov", "dp2"), ("clip_cov", "cp2"), ("kl_cov", "pp2"), ("kl_cov", "dp2")),
+    ("dppo_topk", "tp2"),
+]
 # With an epsilon far above every gradient Adam is gradient descent. With the usual one a gradient
 # of nearly zero that turns its sign, as float32 sums in another order do, would move a weight by
 # twice the learning rate.
@@ -35,7 +59,8 @@ def make_policy(checkpoint, mode="R3", **settings):
     flags += ["--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatch-size", "4"]
     flags += ["--microbatch-size", "2", "--nproc", os.environ.get("WORLD_SIZE", "2")]
     for name, value in settings.items():
-        flags += ["--" + name.replace("_", "-"), str(value)]
+        values = value if isinstance(value, list) else [value]
+        flags += ["--" + name.replace("_", "-"), *map(str, values)]
     return Policy(parse(flags), Path(checkpoint))
 
 
@@ -55,6 +80,7 @@ def make_step(multiple):
                 prompt_ids=tuple(prompt.tolist()),
                 response_ids=tuple(response.tolist()),
                 logp_mu=tuple((-3 - rng.random(len(response))).tolist()),
+                **likely_tokens(rng, response),
             )
         )
         num_rows = len(prompt) + len(response) - 1
@@ -66,12 +92,24 @@ def make_step(multiple):
                 num_experts=EXPERTS,
             )
         )
+    batch = Batch.from_samples(samples, 2, multiple)
     advantages_S = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 1.0, -0.25, 2.0])
-    return Batch.from_samples(samples, advantages_S, multiple), RouteTable.from_routes(routes)
+    batch = dataclasses.replace(batch, advantages_S=advantages_S)
+    return batch, RouteTable.from_routes(routes)
+
+
+def likely_tokens(rng, response):
+    """Two tokens of probability 0.2 and 0.1 at each position, and a support of eight and more."""
+    ids = np.stack([rng.permutation(128)[:2] for _ in response])
+    logp = np.log(np.tile([0.2, 0.1], (len(response), 1)))
+    support = [sorted({*rng.permutation(128)[:8].tolist(), int(y)}) for y in response]
+    return {"top_ids": ids, "top_logp_mu": logp, "support": support}
 
 
 def take_step(policy, folder):
     """The old pass and both updates; the metrics over all ranks."""
+    from recipes.minirl.policy import Given
+    from recipes.minirl.step_choices import choose
     from recipes.minirl.train import replaying, score_old
     from routing_replay.metrics import merge, to_floats
 
@@ -80,12 +118,15 @@ def take_step(policy, folder):
     old, replayed, rows_ST = score_old(policy, batch, table, folder)
     live = policy.score(batch, batch.token_rows(None))
     metrics = policy.reduce(policy.discrepancy(batch, old))
+    reference = policy.score_reference(batch) if policy.reference else None
     updates = {}
-    for minibatch in range(2):
-        updates = merge(updates, policy.live_ratios(batch, live, minibatch))
+    for number in range(2):
+        updates = merge(updates, policy.live_ratios(batch, live, number))
+        chosen = choose(policy, batch, replayed, old, number, (0, 1, number))
+        given = Given(old=old, reference=reference, chosen=chosen)
         with replaying(policy, replayed):
             objective = policy.config.make_objective()
-            updates = merge(updates, policy.update(batch, rows_ST, old, objective, minibatch))
+            updates = merge(updates, policy.update(batch, rows_ST, given, objective, number))
     return to_floats(metrics | policy.reduce(updates))
 
 
@@ -129,9 +170,12 @@ def on_two_ranks(rank, checkpoint, folder, layouts):
 @pytest.fixture(scope="module")
 def worlds(checkpoint, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("steps"))
-    single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")}
+    single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")} | WHOLE_STEP
     double = {name: ("R3", settings) for name, settings in LAYOUTS.items()}
     double["pp2_R2"] = ("R2", {"pipeline_parallel": 2})
+    for name, layout in WHOLE_STEP_ON:
+        mode, settings = WHOLE_STEP[name]
+        double[f"{name}_{layout}"] = (mode, settings | LAYOUTS[layout])
     (alone,) = run_world(steps_of_layouts, 1, checkpoint, folder, single)
     # One world of two ranks for everything: starting one costs more than any test here.
     together = run_world(on_two_ranks, 2, checkpoint, folder, double)
@@ -170,6 +214,17 @@ def test_two_ranks_take_the_step_of_one(outcomes, layout):
     assert_same_step(outcomes[layout], outcomes["single_R3"])
 
 
+@pytest.mark.parametrize(("name", "layout"), WHOLE_STEP_ON)
+def test_choices_over_the_whole_step_are_those_of_one_rank(outcomes, name, layout):
+    assert_same_step(outcomes[f"{name}_{layout}"], outcomes[name])
+
+
+def test_choices_over_the_whole_step_drop_some_tokens(outcomes):
+    for name in ("m2po", "clip_cov", "dppo_topk"):
+        assert 0.02 < outcomes[name].metrics["objective/clip_fraction"] < 0.9, name
+    assert outcomes["kl_cov"].metrics["objective/kl_ref"] > 0
+
+
 def test_recording_and_replaying_works_over_pipeline_stages(outcomes):
     assert_same_step(outcomes["pp2_R2"], outcomes["single_R2"])
 
@@ -182,7 +237,7 @@ def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
             assert live[f"{prefix}/{name}_live"] == pytest.approx(live[f"{prefix}/{name}"])
     # R2's old pass routes live, as that of the disabled mode; R3 was given random experts.
     assert r2["train_infer/kl_k3"] == live["train_infer/kl_k3"]
-    assert r3["train_infer/kl_k3"] != pytest.approx(live["train_infer/kl_k3"], rel=1e-2)
+    assert r3["train_infer/kl_k3"] != pytest.approx(live["train_infer/kl_k3"], rel=1e-3)
 
 
 def test_the_updates_moved_the_policy(outcomes):

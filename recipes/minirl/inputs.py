@@ -18,11 +18,13 @@ class Inputs:
 
     Args:
         base: Hugging Face checkpoint: first weights, config and tokenizer.
+        reference: That of the frozen reference of KL terms.
         prompts: For training.
         heldout: For evaluation.
     """
 
     base: Path
+    reference: Path
     prompts: list[Prompt]
     heldout: list[Prompt]
 
@@ -36,16 +38,19 @@ def inputs_of(config: RecipeConfig) -> Inputs:
     """
     is_tiny = config.model.model == "tiny"
     base = checkpoint_folder(config) if is_tiny else Path(config.model.model)
-    if not (base / "config.json").is_file():
-        raise CheckpointError(
-            "there is no checkpoint",
-            expected="a folder with config.json, tokenizer and safetensors files",
-            where=base,
-            fix="Download the model first and name its folder with --model",
-        )
+    reference = Path(config.objective.reference or base)
+    for folder, flag in ((base, "--model"), (reference, "--reference")):
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                "there is no checkpoint",
+                expected="a folder with config.json, tokenizer and safetensors files",
+                where=folder,
+                fix=f"Download the model first and name its folder with {flag}",
+            )
     heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
     return Inputs(
         base=base,
+        reference=reference,
         prompts=read_prompts(config.data.prompts or base / "train.jsonl"),
         heldout=heldout[: config.data.heldout_limit or None],
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from routing_replay.errors import ConfigError
-from routing_replay.logprobs import TokenScores, token_logprobs
+from routing_replay.logprobs import TokenScores, logprobs_at, token_logprobs
 from routing_replay.megatron import parallel
 from routing_replay.megatron.model import build_model, transformer_config
 from routing_replay.megatron.replay import attach
+from routing_replay.megatron.router_shift import RouterShift
 from routing_replay.megatron.weights import load_hf
 from routing_replay.metrics import Metric, all_reduce, masked_mean, merge
 from routing_replay.objectives import Denominators, LossInputs, Objective
@@ -31,16 +33,35 @@ from megatron.core.transformer.module import Float16Module
 
 from .batch import Batch, Cut, Microbatch
 from .config import RecipeConfig, TrainingSettings
+from .inner_layer import reading_layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """Log-probs and entropies of this rank's tokens, per minibatch and microbatch.
 
-    Empty lists on ranks before the last pipeline stage.
+    Args:
+        parts: Empty on ranks before the last pipeline stage.
+        numbers: The minibatches that were scored.
     """
 
     parts: list[list[TokenScores]]
+    numbers: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What an update takes as constant.
+
+    Args:
+        old: pi_old's scores of the batch.
+        reference: Those of the frozen reference, where the loss has a KL to it.
+        chosen: [S, T] by name in LossInputs: what was chosen or measured over the whole step.
+    """
+
+    old: Scores
+    reference: Scores | None = None
+    chosen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Policy:
@@ -49,9 +70,11 @@ class Policy:
     Args:
         config: The recipe's configuration, `auto` resolved.
         checkpoint: Hugging Face folder that the weights are read from.
+        reference: The same of the frozen reference, if the configuration needs one; `checkpoint`
+            if None.
     """
 
-    def __init__(self, config: RecipeConfig, checkpoint: Path):
+    def __init__(self, config: RecipeConfig, checkpoint: Path, reference: Path | None = None):
         t = config.training
         self.config = config
         self.layout = layout_of(t)
@@ -77,6 +100,11 @@ class Policy:
             use_gloo_process_groups=torch.distributed.get_backend() != "gloo",
         )
         self.replay = attach(self.chunks, config.replay)
+        needs = config.make_objective().needs
+        self.router_shift = RouterShift(self.replay) if "router_shift_T" in needs else None
+        self.reference = None
+        if config.needs_reference:
+            self.reference = self._frozen(reference or checkpoint)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.cut = Cut(
@@ -97,27 +125,29 @@ class Policy:
 
     # Passes
 
-    def score(self, batch: Batch, token_rows_ST: torch.Tensor) -> Scores:
+    def score(
+        self, batch: Batch, token_rows_ST: torch.Tensor, minibatch: int | None = None
+    ) -> Scores:
         """Forward passes over this rank's part of the batch, without gradient.
 
         Which routes are taken is decided by the scope of `self.replay` that is open around it.
+
+        Args:
+            batch: The whole step's batch.
+            token_rows_ST: Rows of that scope's table, or -1.
+            minibatch: Only this one; all if None.
         """
-        plan = self.cut.sequences(len(batch.lengths_S))
-        microbatches = [
-            self.cut.microbatch(batch, sequences, token_rows_ST)
-            for minibatch in plan
-            for sequences in minibatch
-        ]
-        parts = iter(self._score(microbatches))
-        if not self.is_last_stage:
-            return Scores(parts=[])
-        return Scores(parts=[[next(parts) for _ in minibatch] for minibatch in plan])
+        return self._score(self.chunks, batch, token_rows_ST, minibatch)
+
+    def score_reference(self, batch: Batch) -> Scores:
+        """The frozen reference's scores; nothing is attached to it, so it routes live always."""
+        return self._score(self.reference, batch, batch.token_rows(None), None)
 
     def update(
         self,
         batch: Batch,
         token_rows_ST: torch.Tensor,
-        old: Scores,
+        given: Given,
         objective: Objective,
         number: int,
     ) -> dict[str, Metric]:
@@ -126,7 +156,7 @@ class Policy:
         Args:
             batch: The whole step's batch.
             token_rows_ST: Rows of the table that is replayed around this call, or -1.
-            old: pi_old's scores of the batch.
+            given: What is constant: other policies' scores, choices over the step.
             objective: The loss.
             number: Of the minibatch.
 
@@ -135,7 +165,6 @@ class Policy:
         """
         plan = self.cut.sequences(len(batch.lengths_S))[number]
         microbatches = [self.cut.microbatch(batch, s, token_rows_ST) for s in plan]
-        old_parts = iter(old.parts[number] if self.is_last_stage else ())
         first = number * self.cut.minibatch_size
         mask_ST = batch.mask_ST[first : first + self.cut.minibatch_size]
         denominators = Denominators(
@@ -145,10 +174,13 @@ class Policy:
         )
         # Megatron averages over microbatches and data-parallel ranks; our denominators are global.
         scale = len(microbatches) * self.cut.data_size
+        others = iter(self._others(given, number))
 
         def on_output(microbatch: Microbatch, logits):
             scores = self._token_scores(microbatch, logits)
-            inputs = self._loss_inputs(microbatch, scores, next(old_parts), denominators)
+            more = next(others) | self._chosen(microbatch, given.chosen)
+            more |= self._most_likely(microbatch, logits)
+            inputs = self._loss_inputs(microbatch, scores, denominators, more)
             outputs = objective(inputs)
             ratios = update_metrics(
                 scores.logp_T,
@@ -162,7 +194,7 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected = self._run(microbatches, on_output, forward_only=False)
+        collected = self._run(self.chunks, microbatches, on_output, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
         metrics: dict[str, Metric] = {}
         for of_microbatch in collected:
@@ -170,6 +202,24 @@ class Policy:
         if self.is_last_stage and grad_norm is not None:
             metrics["grad_norm"] = masked_mean(torch.tensor([grad_norm]), torch.ones(1))
         return metrics
+
+    def remembering_routers(self, num_rows: int):
+        """Around the old policy's pass, in a scope of so many rows: for RSPO's router shift."""
+        if self.router_shift is None:
+            return contextlib.nullcontext()
+        return self.router_shift.remembering(num_rows)
+
+    def reading(self, layer: int):
+        """Within: logits are those of an inner layer; -1: of the whole model."""
+        return reading_layer(self.chunks, layer) if layer >= 0 else contextlib.nullcontext()
+
+    def dense(self, scores: Scores, shape) -> torch.Tensor:
+        """Log-probs [S, T] of all ranks' tokens; collective over the ranks of the last stage."""
+        parts = [[part.logp_T for part in of_minibatch] for of_minibatch in scores.parts]
+        values_ST = self.cut.dense(parts, shape, scores.numbers)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(values_ST, group=group)
+        return values_ST
 
     def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
         """This rank's train-inference metrics of a pass: its scores against the engine's."""
@@ -196,14 +246,14 @@ class Policy:
             live_old: pi_old's scores of the batch, of a pass without replay.
             number: Of the minibatch.
         """
-        plan = self.cut.sequences(len(batch.lengths_S))[number]
         all_live = batch.token_rows(None)
-        microbatches = [self.cut.microbatch(batch, s, all_live) for s in plan]
-        parts = self._score(microbatches)
+        parts = self.score(batch, all_live, number).parts
         metrics: dict[str, Metric] = {}
         if not self.is_last_stage:
             return metrics
-        for m, part, old in zip(microbatches, parts, live_old.parts[number], strict=True):
+        plan = self.cut.sequences(len(batch.lengths_S))[number]
+        for sequences, part, old in zip(plan, parts[0], live_old.parts[number], strict=True):
+            m = self.cut.microbatch(batch, sequences, all_live)
             found = update_metrics(
                 part.logp_T,
                 old.logp_T,
@@ -224,17 +274,30 @@ class Policy:
         device = "cpu" if self.cut.device.type == "cpu" else self.cut.device
         return all_reduce(metrics if is_speaker else {}, device=device)
 
-    def _score(self, microbatches: Sequence[Microbatch]) -> list[TokenScores]:
-        """Scores of the microbatches without gradient; nothing before the last stage."""
+    def _score(self, chunks, batch: Batch, token_rows_ST, minibatch: int | None) -> Scores:
+        plan = self.cut.sequences(len(batch.lengths_S))
+        numbers = range(len(plan)) if minibatch is None else [minibatch]
+        microbatches = [
+            self.cut.microbatch(batch, sequences, token_rows_ST)
+            for number in numbers
+            for sequences in plan[number]
+        ]
 
         def on_output(microbatch: Microbatch, logits, non_loss_data: bool = True):
             return self._token_scores(microbatch, logits)
 
         with torch.no_grad():
-            return self._run(microbatches, on_output, forward_only=True, collect_non_loss_data=True)
+            collected = self._run(
+                chunks, microbatches, on_output, forward_only=True, collect_non_loss_data=True
+            )
+        found = iter(collected)
+        if not self.is_last_stage:
+            return Scores(parts=[], numbers=numbers)
+        return Scores(parts=[[next(found) for _ in plan[n]] for n in numbers], numbers=numbers)
 
     def _run(
         self,
+        chunks: list,
         microbatches: Sequence[Microbatch],
         on_output: Callable,
         **options,
@@ -247,13 +310,13 @@ class Policy:
                 output = model(m.input_ids_BT, m.position_ids_BT, None)
             return output, lambda *args, **kwargs: on_output(m, *args, **kwargs)
 
-        several = len(self.chunks) > 1
-        iterators = [iter(microbatches) for _ in self.chunks]
+        several = len(chunks) > 1
+        iterators = [iter(microbatches) for _ in chunks]
         size, length = microbatches[0].input_ids_BT.shape
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if several else iterators[0],
-            model=self.chunks if several else self.chunks[0],
+            model=chunks if several else chunks[0],
             num_microbatches=len(microbatches),
             seq_length=length * self.cut.context_size,
             micro_batch_size=size,
@@ -264,17 +327,50 @@ class Policy:
         return token_logprobs(
             logits_BTV.flatten(0, 1),
             microbatch.labels_BT.flatten(),
-            temperature=self.config.rollout.temperature,
-            group=self.tensor_group if self.layout.tensor > 1 else None,
             reuse_logits=True,
+            **self._distribution(microbatch),
         )
 
-    def _loss_inputs(self, m: Microbatch, scores, old: TokenScores, denominators) -> LossInputs:
+    def _most_likely(self, m: Microbatch, logits_BTV: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pi_theta at mu's most likely tokens, if the batch has these."""
+        if m.top_ids_TK is None:
+            return {}
+        logits_TV = logits_BTV.detach().flatten(0, 1)
+        theta_TK = logprobs_at(logits_TV, m.top_ids_TK, **self._distribution(m))
+        return {
+            "sampled_ids_T": m.labels_BT.flatten(),
+            "topk_ids_TK": m.top_ids_TK,
+            "topk_logp_mu_TK": m.top_logp_mu_TK,
+            "topk_logp_theta_TK": theta_TK,
+        }
+
+    def _distribution(self, microbatch: Microbatch) -> dict:
+        """How logits become the policy: as the rollout sampled."""
+        return {
+            "temperature": self.config.rollout.temperature,
+            "group": self.tensor_group if self.layout.tensor > 1 else None,
+            "support": microbatch.support,
+        }
+
+    def _others(self, given: Given, number: int) -> list[dict[str, torch.Tensor]]:
+        """Other policies' log-probs, for each microbatch of a minibatch."""
+        if not self.is_last_stage:
+            return []
+        others = [{"logp_old_T": part.logp_T} for part in given.old.parts[number]]
+        if given.reference is not None:
+            for of_microbatch, part in zip(others, given.reference.parts[number], strict=True):
+                of_microbatch["logp_ref_T"] = part.logp_T
+        return others
+
+    def _chosen(self, m: Microbatch, chosen: Mapping[str, torch.Tensor]) -> dict:
+        parts = {name: self.cut.part(v_ST, m.sequences) for name, v_ST in chosen.items()}
+        return {name: part.flatten().to(self.cut.device) for name, part in parts.items()}
+
+    def _loss_inputs(self, m: Microbatch, scores, denominators, more: dict) -> LossInputs:
         sequences = self._sequences(m)
         return LossInputs(
             logp_theta_T=scores.logp_T,
             entropy_T=scores.entropy_T,
-            logp_old_T=old.logp_T,
             logp_mu_T=m.logp_mu_BT.flatten(),
             advantages_T=m.advantages_BT.flatten(),
             mask_T=m.mask_BT.flatten().to(self.cut.device),
@@ -282,6 +378,7 @@ class Policy:
             num_sequences=sequences.count,
             denominators=denominators,
             context_group=sequences.context_group,
+            **more,
         )
 
     def _sequences(self, m: Microbatch) -> Sequences:
@@ -293,6 +390,16 @@ class Policy:
             count=size,
             context_group=parallel_state.get_context_parallel_group() if has_context else None,
         )
+
+    def _frozen(self, checkpoint: Path) -> list:
+        """The same architecture with a checkpoint's weights, never trained, never attached to."""
+        chunks = build_model(self.model_config, self.layout)
+        load_hf(chunks, checkpoint)
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        if not self.model_config.bf16:
+            return chunks
+        return [Float16Module(self.model_config, chunk) for chunk in chunks]
 
     def _wrap(self, chunk):
         if self.model_config.bf16:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from routing_replay.errors import DataError
+import numpy as np
+import torch
+
+from routing_replay.errors import DataError, ServerError
+from routing_replay.objectives import informative_groups
 from routing_replay.sglang.client import ClientOptions, RolloutClient
 from routing_replay.sglang.probe import probe
-from routing_replay.sglang.requests import GenerateRequest
+from routing_replay.sglang.requests import Completion, GenerateRequest
 from routing_replay.table import TableModel
 
 from .batch import Sample
@@ -18,6 +23,8 @@ from .verifiers import VERIFIERS
 
 # A response that is aborted again and again would otherwise hang the job silently.
 FINISHED = ("stop", "length")
+# Any tokens will do: what is looked at is the form of the answer.
+PROBE_IDS = (1, 2)
 
 
 class Rollout:
@@ -30,7 +37,8 @@ class Rollout:
         model: Layers, experts and top-k that every answer must have.
 
     Raises:
-        ServerError: A server does not answer, or returns no or wrong routes.
+        ServerError: A server does not answer, or returns no or wrong routes, or no sampling mask
+            or most likely tokens where these are needed.
     """
 
     def __init__(
@@ -43,17 +51,20 @@ class Rollout:
         options = ClientOptions(request_timeout_s=config.rollout.request_timeout_s)
         self.client = RolloutClient(urls, model=model, options=options)
         capture = config.rollout_capture
-        if capture != "off":
-            for url in urls:
+        for url in urls:
+            if capture != "off":
                 # A server without the plugin, or a gateway that drops fields, shows here.
                 probe(url, model, capture)
+            if config.has_sampling_mask or config.num_top_logprobs:
+                request = self._request(PROBE_IDS, for_training=True, max_new_tokens=1)
+                check_scores(RolloutClient([url], model=model, options=options), request)
 
     def sample(
         self,
         prompts: Sequence[Prompt],
         num_samples: int,
         *,
-        capture: str,
+        for_training: bool,
         on_done: Callable[[], None] | None = None,
     ) -> list[Sample]:
         """Responses, `num_samples` of each prompt one after another, with rewards.
@@ -61,26 +72,19 @@ class Rollout:
         Args:
             prompts: The tasks.
             num_samples: Responses per prompt.
-            capture: What comes back of the routes: off, ids, gates or logits.
+            for_training: Routes come back with the samples, and what else the loss needs.
             on_done: Called after each response.
 
         Raises:
-            ServerError, PayloadError: A server failed, or an answer lacks its routes.
+            ServerError, PayloadError: A server failed, or an answer lacks what was asked for.
             DataError: A prompt that the tokenizer turns into nothing.
         """
-        sampling = {
-            "temperature": self.config.rollout.temperature,
-            "max_new_tokens": self.config.rollout.max_new_tokens,
-        }
         asked = [p for p in prompts for _ in range(num_samples)]
         ids_of = {id(p): self.encode(p) for p in prompts}
-        requests = [
-            GenerateRequest(input_ids=ids_of[id(p)], sampling=sampling, capture=capture)
-            for p in asked
-        ]
+        requests = [self._request(ids_of[id(p)], for_training) for p in asked]
         completions = self.client.generate(requests, lambda *_: on_done() if on_done else None)
         return [
-            self._rewarded(prompt, request.input_ids, completion)
+            self._rewarded(prompt, request, completion)
             for prompt, request, completion in zip(asked, requests, completions, strict=True)
         ]
 
@@ -99,22 +103,136 @@ class Rollout:
             raise DataError("a prompt without tokens", got=repr(prompt.prompt))
         return ids
 
-    def _rewarded(self, prompt: Prompt, prompt_ids, completion) -> Sample:
-        if completion.finish_reason not in FINISHED:
-            raise DataError(
-                "a response was not finished",
-                expected=" or ".join(FINISHED),
-                got=completion.finish_reason,
-                where=completion.url,
-            )
+    def _request(self, input_ids, for_training: bool, **sampling) -> GenerateRequest:
+        """A request with the run's sampling."""
+        r = self.config.rollout
+        settings = {"temperature": r.temperature, "max_new_tokens": r.max_new_tokens}
+        settings["top_p"] = r.top_p
+        if r.top_k:
+            settings["top_k"] = r.top_k
+        return GenerateRequest(
+            input_ids=input_ids,
+            sampling=settings | sampling,
+            capture=self.config.rollout_capture if for_training else "off",
+            wants_sampling_mask=for_training and self.config.has_sampling_mask,
+            num_top_logprobs=self.config.num_top_logprobs if for_training else 0,
+        )
+
+    def _rewarded(self, prompt: Prompt, request: GenerateRequest, completion) -> Sample:
+        check_finished(completion)
         text = self.tokenizer.decode(completion.output_ids, skip_special_tokens=True)
         return Sample(
-            prompt_ids=tuple(prompt_ids),
+            prompt_ids=tuple(request.input_ids),
             response_ids=tuple(completion.output_ids),
-            logp_mu=tuple(completion.mu_logprobs.tolist()),
             routes=completion.routes,
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
+            **mu_of(request, completion),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Groups of samples of one prompt each, in the order of their sampling.
+
+    Args:
+        samples: Of all groups, one after another.
+        num_prompts: Prompts consumed for them.
+        num_rounds: Batches of requests that it took.
+    """
+
+    samples: list[Sample]
+    num_prompts: int
+    num_rounds: int
+
+
+def sample_groups(
+    rollout: Rollout, draw: Callable[[int, int], list[Prompt]], count: int, rounds: int
+) -> Groups:
+    """A batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
+
+    Groups whose responses all got one reward teach nothing. They are replaced by groups of further
+    prompts, in at most `rounds` further rounds; what is missing then is filled with such groups
+    after all, so that a batch always has its size.
+
+    Args:
+        rollout: Samples and rewards.
+        draw: (offset, number) -> that many prompts, from `offset` after the first.
+        count: Groups in the batch.
+        rounds: Further rounds at most.
+
+    Source: DAPO (2503.14476) equation 11; the bound on the rounds is ours.
+    """
+    size = rollout.config.data.samples_per_prompt
+    groups: list[list[Sample]] = []
+    teaches: list[bool] = []
+    num_rounds = 0
+    while sum(teaches) < count and num_rounds <= rounds:
+        prompts = draw(len(groups), count - sum(teaches))
+        samples = rollout.sample(prompts, size, for_training=True)
+        rewards_S = torch.tensor([sample.reward for sample in samples])
+        teaches += informative_groups(rewards_S, torch.arange(len(samples)) // size)[
+            ::size
+        ].tolist()
+        groups += [samples[start : start + size] for start in range(0, len(samples), size)]
+        num_rounds += 1
+    # Stable: those that teach first, then the earliest of the others; afterwards in sampling order.
+    chosen = sorted(range(len(groups)), key=lambda number: not teaches[number])[:count]
+    return Groups(
+        samples=[sample for number in sorted(chosen) for sample in groups[number]],
+        num_prompts=len(groups),
+        num_rounds=num_rounds,
+    )
+
+
+def check_scores(client: RolloutClient, request: GenerateRequest) -> None:
+    """Raise unless a server answers a tiny request with the scores that training needs."""
+    (completion,) = client.generate([request])
+    check_finished(completion)
+    mu_of(request, completion)
+
+
+def check_finished(completion: Completion) -> None:
+    """Raise DataError for a response that ended otherwise than by itself or by its length."""
+    if completion.finish_reason not in FINISHED:
+        raise DataError(
+            "a response was not finished",
+            expected=" or ".join(FINISHED),
+            got=completion.finish_reason,
+            where=completion.url,
+            fix="The server's log says why; a sampling mask needs top_k within its "
+            "--sampling-mask-max-tokens",
+        )
+
+
+def mu_of(request: GenerateRequest, completion: Completion) -> dict:
+    """mu of the sampled and of the most likely tokens, as fields of Sample.
+
+    Under a sampling mask all of it is within the mask: renormalised over it, and 0 outside.
+
+    Raises:
+        ServerError: The mask is missing.
+    """
+    found = {"logp_mu": tuple(completion.mu_logprobs.tolist())}
+    found |= {"top_ids": completion.top_ids, "top_logp_mu": completion.top_logprobs}
+    if not request.wants_sampling_mask:
+        return found
+    if completion.sampling_mask is None or completion.mask_logprobs is None:
+        raise ServerError(
+            "the answer has no sampling mask",
+            expected="meta_info.output_token_sampling_mask and output_token_sampling_logprobs",
+            where=completion.url,
+            fix="SGLang 0.5.20 and later return it; or train with --no-keep-sampling-mask",
+        )
+    found["logp_mu"] = tuple(completion.mask_logprobs.tolist())
+    found["support"] = completion.sampling_mask
+    log_mass_T = completion.mu_logprobs - completion.mask_logprobs
+    found["support_mass"] = float(np.exp(log_mass_T).mean())
+    if completion.top_ids is not None:
+        pairs = zip(completion.top_ids, completion.sampling_mask, strict=True)
+        inside_TK = np.array([np.isin(ids, mask) for ids, mask in pairs])
+        within_TK = completion.top_logprobs - log_mass_T[:, None]
+        found["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
+    return found
 
 
 def mean_reward(samples: Sequence[Sample]) -> float:

@@ -19,8 +19,9 @@ import torch
 
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import parallel
+from routing_replay.megatron.recording import Recording
 from routing_replay.metrics import Metric, merge, to_floats
-from routing_replay.objectives import Objective, advantages
+from routing_replay.objectives import Objective
 from routing_replay.table import RouteTable
 
 from . import checkpoints
@@ -29,10 +30,12 @@ from .config import RecipeConfig
 from .first_rank import FirstRank
 from .inputs import Inputs, inputs_of
 from .journal import Clock, Journal
-from .policy import Policy, Scores
+from .policy import Given, Policy, Scores
 from .prompts import take
 from .publish import write_weights
-from .rollout import Rollout, mean_reward
+from .rollout import Rollout, mean_reward, sample_groups
+from .shaping import with_advantages
+from .step_choices import choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class Job:
         """Mean reward on the held-out prompts, sampled like the training prompts, no replay."""
 
         def sample() -> dict[str, float]:
-            samples = self.rollout.sample(self.inputs.heldout, 1, capture="off")
+            samples = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
             return {"eval/reward": mean_reward(samples)}
 
         return self.first_rank.does(f"evaluated_{step}", sample)
@@ -69,7 +72,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     inputs = inputs_of(config)
     checkpoint = checkpoints.newest(run_dir)
     progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
-    policy = Policy(config, checkpoint or inputs.base)
+    policy = Policy(config, checkpoint or inputs.base, inputs.reference)
     if checkpoint:
         checkpoints.load_trainer(policy, checkpoint)
     first_rank = FirstRank(run_dir / "scratch")
@@ -105,14 +108,11 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     """One step: what happens in it stands here from top to bottom."""
     config, policy, step = job.config, job.policy, progress.step + 1
     clock, scratch = Clock(job.journal), job.first_rank.new_folder(f"step_{step:06d}")
-    count, seed = config.data.prompts_per_step, config.run.seed
 
     # 1. Rollout and rewards, on the first rank.
     with clock("rollout"):
-        prompts = take(job.inputs.prompts, progress.prompts_consumed, count, seed)
-        found = job.first_rank.does(
-            f"sampled_{step}", sample_batch, policy, job.rollout, prompts, scratch
-        )
+        start = progress.prompts_consumed
+        found = job.first_rank.does(f"sampled_{step}", sample_batch, job, start, scratch)
         batch, table = open_batch(scratch)
 
     # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
@@ -128,28 +128,43 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
             live = policy.score(batch, batch.token_rows(None)) if table is not None else old
             metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
 
-    # 3. N updates, each on its own minibatch, with the same routes.
+    reference = None
+    if policy.reference is not None:
+        with clock("reference log-probs"):
+            reference = policy.score_reference(batch)
+
+    # 3. Rewards become advantages.
+    batch, shaping = with_advantages(policy, batch, old, reference)
+    metrics |= policy.reduce(shaping)
+
+    # 4. N updates, each on its own minibatch, with the same routes.
     updates: dict[str, Metric] = {}
-    for minibatch in range(config.num_mini_batches):
-        if is_measured_live:
-            with clock("live log-probs"):
-                updates = merge(updates, policy.live_ratios(batch, live, minibatch))
-        with clock("update"), replaying(policy, replayed):
-            of_update = policy.update(batch, token_rows_ST, old, job.objective, minibatch)
-            updates = merge(updates, of_update)
+    with policy.reading(inner_layer(config, step)):
+        anchor = old_of_update(policy, batch, replayed, token_rows_ST, old, step)
+        for number in range(config.num_mini_batches):
+            if is_measured_live and anchor is old:
+                with clock("live log-probs"):
+                    updates = merge(updates, policy.live_ratios(batch, live, number))
+            with clock("update"):
+                seed = (config.run.seed, step, number)
+                chosen = choose(policy, batch, replayed, anchor, number, seed)
+                given = Given(old=anchor, reference=reference, chosen=chosen)
+                with replaying(policy, replayed):
+                    of_update = policy.update(batch, token_rows_ST, given, job.objective, number)
+                updates = merge(updates, of_update)
     metrics |= policy.reduce(updates)
 
-    # 4. New weights for the servers.
+    # 5. New weights for the servers.
     with clock("weights"):
         job.publish(step)
 
-    # 5. Now and then an evaluation; metrics; now and then a checkpoint.
+    # 6. Now and then an evaluation; metrics; now and then a checkpoint.
     if is_due(step, config.run.evaluate_every, config.run.steps):
         with clock("evaluation"):
             found |= job.evaluate(step)
     if job.journal:
         job.journal.write(step, found | to_floats(metrics) | clock.times())
-    consumed = progress.prompts_consumed + len(prompts)
+    consumed = progress.prompts_consumed + int(batch.num_prompts)
     progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
     if is_due(step, config.run.checkpoint_every, config.run.steps):
         checkpoints.save(policy, job.run_dir, progress, job.inputs.base)
@@ -158,31 +173,38 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     return progress
 
 
-def sample_batch(policy: Policy, rollout: Rollout, prompts, scratch: Path) -> dict[str, float]:
+def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
     """Sample, reward, and save the batch and its routes for all ranks; the rollout's metrics."""
-    config = policy.config
-    group_size, capture = config.data.samples_per_prompt, config.rollout_capture
-    samples = rollout.sample(prompts, group_size, capture=capture)
-    rewards_S = torch.tensor([sample.reward for sample in samples])
-    group_S = torch.arange(len(samples)) // group_size
-    advantage = config.make_objective().parameters.advantage
-    batch = Batch.from_samples(
-        samples, advantages(advantage, rewards_S, group_S), policy.length_multiple
-    )
+    config, data = job.config, job.config.data
+
+    def draw(offset: int, count: int):
+        return take(job.inputs.prompts, start + offset, count, config.run.seed)
+
+    groups = sample_groups(job.rollout, draw, data.prompts_per_step, data.dynamic_sampling)
+    samples, size = groups.samples, data.samples_per_prompt
+    batch = Batch.from_samples(samples, size, job.policy.length_multiple, groups.num_prompts)
     batch.save(scratch / "batch.safetensors")
-    if capture != "off":
+    if config.rollout_capture != "off":
         table = RouteTable.from_routes([sample.routes for sample in samples])
         table.save(scratch / "routes.safetensors")
     lengths_S = batch.mask_ST.sum(1).double()
-    solved_G = rewards_S.view(-1, group_size).mean(1)
+    solved_G = batch.rewards_S.view(-1, size).mean(1)
     limit = config.rollout.max_new_tokens
-    return {
-        "reward": rewards_S.mean().item(),
+    found = {
+        "reward": mean_reward(samples),
         "rollout/response_length": lengths_S.mean().item(),
         "rollout/truncated_fraction": (lengths_S == limit).double().mean().item(),
         # Groups whose responses all fail or all succeed teach nothing.
         "rollout/informative_groups": ((solved_G > 0) & (solved_G < 1)).double().mean().item(),
     }
+    if data.dynamic_sampling:
+        found["rollout/sampling_rounds"] = groups.num_rounds
+        found["rollout/replaced_groups"] = groups.num_prompts - data.prompts_per_step
+    if config.has_sampling_mask:
+        found["rollout/sampling_mask_mass"] = sum(s.support_mass for s in samples) / len(samples)
+        num_choices = len(batch.support_ids_N) / max(1, int(batch.mask_ST.sum()))
+        found["rollout/sampling_mask_size"] = num_choices
+    return found
 
 
 def open_batch(scratch: Path) -> tuple[Batch, RouteTable | None]:
@@ -200,16 +222,49 @@ def score_old(
     match policy.config.replay.mode:
         case "R3":
             token_rows_ST = batch.token_rows(table.rows)
-            with policy.replay.replaying(table):
+            with policy.replay.replaying(table), policy.remembering_routers(table.num_rows):
                 return policy.score(batch, token_rows_ST), table, token_rows_ST
         case "R2":
-            with policy.replay.recording((batch.lengths_S - 1).tolist()) as recorded:
-                old = policy.score(batch, batch.token_rows(recorded.rows))
+            old, recorded = score_and_record(policy, batch)
             recorded_table = recorded.table(scratch / "recorded.safetensors")
             return old, recorded_table, batch.token_rows(recorded_table.rows)
+        case _ if policy.router_shift is not None:
+            old, _ = score_and_record(policy, batch)
         case _:
-            token_rows_ST = batch.token_rows(None)
-            return policy.score(batch, token_rows_ST), None, token_rows_ST
+            old = policy.score(batch, batch.token_rows(None))
+    return old, None, batch.token_rows(None)
+
+
+def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
+    """Scores under live routing, which is recorded."""
+    lengths = (batch.lengths_S - 1).tolist()
+    with (
+        policy.replay.recording(lengths) as recorded,
+        policy.remembering_routers(recorded.num_rows),
+    ):
+        old = policy.score(batch, batch.token_rows(recorded.rows))
+    return old, recorded
+
+
+def old_of_update(
+    policy: Policy,
+    batch: Batch,
+    replayed: RouteTable | None,
+    token_rows_ST: torch.Tensor,
+    old: Scores,
+    step: int,
+) -> Scores:
+    """pi_old in the updates: BuPO's first steps compare the inner layer's policy with itself."""
+    if inner_layer(policy.config, step) < 0:
+        return old
+    with replaying(policy, replayed):
+        return policy.score(batch, token_rows_ST)
+
+
+def inner_layer(config: RecipeConfig, step: int) -> int:
+    """The layer whose policy is trained in a step; -1: the whole policy."""
+    o = config.objective
+    return o.internal_layer if step <= o.internal_steps else -1
 
 
 def replaying(policy: Policy, table: RouteTable | None):

@@ -1,0 +1,103 @@
+"""What an objective chooses or measures over a whole optimizer step, before its first microbatch.
+
+M2PO, Clip-Cov and KL-Cov rank a step's tokens against each other, RSPO compares routers before and
+after. Both need all tokens of the step: of all microbatches, data- and context-parallel ranks. What
+depends on pi_theta costs one forward pass more per update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from routing_replay.objectives import StepTokens
+from routing_replay.table import RouteTable
+
+from .batch import Batch
+from .policy import Policy, Scores
+
+CHOICES = frozenset({"keep_T", "penalised_T"})
+
+
+def choose(
+    policy: Policy,
+    batch: Batch,
+    replayed: RouteTable | None,
+    old: Scores,
+    number: int,
+    seed: tuple[int, ...],
+) -> dict[str, torch.Tensor]:
+    """The inputs that a loss needs from the whole step; collective.
+
+    Args:
+        policy: As it is before the update.
+        batch: With advantages.
+        replayed: The table that the update will replay, or None.
+        old: pi_old's scores.
+        number: Of the minibatch: the optimizer step.
+        seed: Of random choices, alike on all ranks.
+
+    Returns:
+        [S, T] each, by name in LossInputs, on ranks of the last pipeline stage.
+    """
+    found: dict[str, torch.Tensor] = {}
+    theta, objective = None, policy.config.make_objective()
+    has_choice = bool(CHOICES & objective.needs)
+    if policy.router_shift is not None:
+        with looking_again(policy, batch, replayed) as rows_ST, policy.router_shift.comparing():
+            theta = policy.score(batch, rows_ST, number)
+        found["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_ST)
+    elif has_choice and objective.parameters.chooses_by_theta:
+        with looking_again(policy, batch, replayed) as rows_ST:
+            theta = policy.score(batch, rows_ST, number)
+    if has_choice and policy.is_last_stage:
+        step, shape = tokens_of_step(policy, batch, old, theta, number, seed)
+        chosen = objective.parameters.choose(step)
+        found |= {name: values_T.view(shape) for name, values_T in chosen.items()}
+    return found
+
+
+@contextlib.contextmanager
+def looking_again(
+    policy: Policy, batch: Batch, replayed: RouteTable | None
+) -> Iterator[torch.Tensor]:
+    """The scope of a pass that routes as the update will; gives the rows of its tokens."""
+    if replayed is not None:
+        with policy.replay.replaying(replayed):
+            yield batch.token_rows(replayed.rows)
+    elif policy.router_shift is not None:
+        # Live routing; the recording names the tokens, what it records is not used.
+        with policy.replay.recording((batch.lengths_S - 1).tolist()) as recorded:
+            yield batch.token_rows(recorded.rows)
+    else:
+        yield batch.token_rows(None)
+
+
+def by_position(values_R: torch.Tensor, rows_ST: torch.Tensor) -> torch.Tensor:
+    """A value per row of the table as [S, T]; nan where a token has no row."""
+    values_ST = values_R[rows_ST.clamp(min=0).to(values_R.device)]
+    return torch.where(rows_ST.to(values_R.device) >= 0, values_ST, torch.nan)
+
+
+def tokens_of_step(
+    policy: Policy, batch: Batch, old: Scores, theta: Scores | None, number: int, seed
+) -> tuple[StepTokens, torch.Size]:
+    """All tokens of a minibatch, on one axis; and the shape [S, T] that they come from."""
+    shape, device = batch.mask_ST.shape, policy.cut.device
+    first = number * policy.cut.minibatch_size
+    mask_ST = torch.zeros(shape, dtype=torch.bool)
+    mask_ST[first : first + policy.cut.minibatch_size] = True
+    uniform_ST = torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
+    values_ST = {
+        "logp_theta_T": None if theta is None else policy.dense(theta, shape),
+        "logp_old_T": policy.dense(old, shape),
+        "logp_mu_T": batch.logp_mu_ST,
+        "advantages_T": batch.advantages_S[:, None].expand(shape),
+        "mask_T": mask_ST & batch.mask_ST,
+        "uniform_T": uniform_ST,
+    }
+    given = {n: v if v is None else v.to(device).flatten() for n, v in values_ST.items()}
+    return StepTokens(**given), shape
