@@ -27,12 +27,14 @@ class Pass:
         chunk: Index of the model chunk on this rank.
         layers: Global layers of the chunk's routers.
         rows_T: Rows of the tokens in router order, -1 for live; host memory.
+        counts_T: bool, tokens that the metrics look at; None for all.
     """
 
     number: int
     chunk: int
     layers: tuple[int, ...]
     rows_T: np.ndarray
+    counts_T: np.ndarray | None = None
     is_closed: bool = False
     forward_calls: dict[int, int] = field(default_factory=dict)
     recompute_calls: dict[int, int] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Pass:
 
     def _count(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> None:
         where = f"layer {seam.layer}, {self.where}"
+        seam.require_idle_stock(where)
         if self.is_closed:
             raise ReplayError(
                 "a forward is recomputed after its scope was closed",

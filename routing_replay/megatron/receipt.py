@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..errors import ReplayError
@@ -26,6 +27,8 @@ class ReceiptLine:
         num_tokens: Tokens that the router saw: replayed + live.
         num_expected: Tokens whose row promised a replay.
         num_replayed: Tokens that took the replayed experts.
+        num_counted: Tokens that the metrics look at (`counts` of the microbatch; all if None).
+        num_counted_replayed: Those of them that took the replayed experts.
         num_forwards: Forward passes; right is 1.
         num_recomputes: Recomputations in backward; right is 0 or 1.
     """
@@ -36,6 +39,8 @@ class ReceiptLine:
     num_tokens: int
     num_expected: int
     num_replayed: int
+    num_counted: int
+    num_counted_replayed: int
     num_forwards: int
     num_recomputes: int
 
@@ -82,14 +87,16 @@ class Receipt:
     def metrics(self) -> dict[str, Metric]:
         """`routing_replay/{coverage,fallback_fraction,replayed_rows,passes}`, typed.
 
-        coverage and fallback_fraction are over all tokens that routers saw, padding included.
+        coverage and fallback_fraction are over the tokens that count (`counts` of a microbatch:
+        neither padding nor, usually, prompts), or over all that routers saw if none were given.
         """
-        num_tokens = sum(line.num_tokens for line in self.lines)
+        num_counted = sum(line.num_counted for line in self.lines)
+        num_covered = sum(line.num_counted_replayed for line in self.lines)
         num_replayed = sum(line.num_replayed for line in self.lines)
         num_forwards = sum(line.num_forwards for line in self.lines)
         return {
-            "routing_replay/coverage": _mean(num_replayed, num_tokens),
-            "routing_replay/fallback_fraction": _mean(num_tokens - num_replayed, num_tokens),
+            "routing_replay/coverage": _mean(num_covered, num_counted),
+            "routing_replay/fallback_fraction": _mean(num_counted - num_covered, num_counted),
             "routing_replay/replayed_rows": Sum(total=torch.tensor(float(num_replayed))),
             "routing_replay/passes": Sum(total=torch.tensor(float(num_forwards))),
         }
@@ -114,15 +121,22 @@ class Receipt:
 
 def _lines(p: Pass) -> Iterable[ReceiptLine]:
     is_replaying = isinstance(p, ReplayingPass)
-    num_expected = int((p.rows_T >= 0).sum()) if is_replaying else 0
+    promised_T = (p.rows_T >= 0) & is_replaying
+    num_expected = int(promised_T.sum())
+    counts_T = np.ones(len(p.rows_T), bool) if p.counts_T is None else p.counts_T
+    num_counted_promised = int((promised_T & counts_T).sum())
     for layer in p.layers:
+        num_replayed = p.num_replayed.get(layer, 0) if is_replaying else 0
         yield ReceiptLine(
             layer=layer,
             chunk=p.chunk,
             microbatch=p.number,
             num_tokens=len(p.rows_T),
             num_expected=num_expected,
-            num_replayed=p.num_replayed.get(layer, 0) if is_replaying else 0,
+            num_replayed=num_replayed,
+            num_counted=int(counts_T.sum()),
+            # All that were promised, or none: a router replays a microbatch as a whole.
+            num_counted_replayed=num_counted_promised if num_replayed else 0,
             num_forwards=p.forward_calls.get(layer, 0),
             num_recomputes=p.recompute_calls.get(layer, 0),
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..config import ReplayConfig
 from ..errors import ReplayError
 from ..metrics import Metric, all_reduce
 from ..table import RouteTable
-from . import preflight
+from . import expert_bias, preflight
 from .layout import as_rows, router_order
 from .observer import AgreementSample
 from .passes import LivePass, Pass, RecordingPass, ReplayingPass
@@ -34,6 +33,7 @@ from .recording import Recording
 from .routers import RouterSeam, describe_model, find_routers
 from .scopes import Microbatch, Scope
 from .selection import LiveTopK, Selection
+from .tracking import PassTracker
 
 
 def attach(
@@ -76,12 +76,9 @@ class Replay:
         self._chunks = model_chunks
         self._scope: Scope | None = None
         self._microbatch: Microbatch | None = None
-        self._forward: Pass | None = None  # the pass whose chunk is running
-        self._backward: Pass | None = None  # the pass whose backward is running
-        self._backward_task = -1  # autograd's number of that backward
         self._agreement: LayerAgreement | None = None
         self._watch: Watch | None = None
-        self._hooks: list = []
+        self._tracker = PassTracker(self._begin)
         self._seams: list[RouterSeam] = []
         found = find_routers(model_chunks)
         if any(isinstance(item.router.router_replay, RouterSeam) for item in found):
@@ -115,11 +112,11 @@ class Replay:
                 expected="no open scope",
                 fix="Leave `with replay.replaying(...)` or `recording(...)` first",
             )
-        for hook in self._hooks:
-            hook.remove()
+        self._tracker.remove()
         for seam in self._seams:
+            expert_bias.remove(seam.router)
             seam.remove()
-        self._hooks, self._seams = [], []
+        self._seams = []
 
     @contextlib.contextmanager
     def recording(self, lengths: Sequence[int]) -> Iterator[Recording]:
@@ -172,8 +169,8 @@ class Replay:
 
         Args:
             token_rows: int64 on the CPU, the local shape of `input_ids`; -1 routes live.
-            counts: bool on the CPU, same shape: tokens that the agreement metrics look at
-                (the response). All, if None.
+            counts: bool on the CPU, same shape: tokens that the metrics look at (the response,
+                say). All, padding included, if None.
         """
         if self._scope is None:
             yield
@@ -252,7 +249,8 @@ class Replay:
                     fix="Attach to the chunks that forward_step_func calls",
                 )
         finally:
-            self._microbatch = self._forward = None
+            self._microbatch = None
+            self._tracker.leave_forward()
 
     def _reset(self) -> None:
         """No scope: stock again, and a late recomputation of a closed pass raises."""
@@ -260,7 +258,8 @@ class Replay:
             p.is_closed = True
             if isinstance(p, ReplayingPass):
                 p.release()
-        self._scope = self._microbatch = self._forward = self._backward = None
+        self._scope = self._microbatch = None
+        self._tracker.forget()
 
     def _check_source(self, table: RouteTable) -> None:
         wanted = {"R2": "training", "R3": "rollout"}.get(self.config.mode)
@@ -281,20 +280,14 @@ class Replay:
             if self.config.unset_router_fusion and item.router.config.moe_router_fusion:
                 item.router.config = copy.copy(item.router.config)
                 item.router.config.moe_router_fusion = False
+            expert_bias.install(item.router, is_active=lambda: self._scope is not None)
             seam.install()
             self._seams.append(seam)
-        for chunk, model in enumerate(self._chunks):
-            self._hooks.append(model.register_forward_pre_hook(self._before_chunk(chunk)))
-            self._hooks.append(model.register_forward_hook(self._after_chunk))
+        self._tracker.watch(self._chunks)
 
-    def _before_chunk(self, chunk: int):
-        def hook(module, arguments):
-            if self._scope is not None:
-                self._forward = self._begin(chunk)
-
-        return hook
-
-    def _begin(self, chunk: int) -> Pass:
+    def _begin(self, chunk: int) -> Pass | None:
+        if self._scope is None:
+            return None
         microbatch = self._microbatch
         where = f"chunk {chunk}, rank {_rank()}"
         if microbatch is None:
@@ -323,6 +316,8 @@ class Replay:
         if microbatch.is_live:
             return LivePass(**common, rows_T=np.empty(0, np.int64))
         common["rows_T"] = self._router_order(seams, microbatch.rows_BS)
+        if microbatch.counts_BS is not None:
+            common["counts_T"] = self._router_order(seams, microbatch.counts_BS)
         num_experts = self.model.num_experts
         if scope.table is None:
             return RecordingPass(**common, num_experts=num_experts)
@@ -333,10 +328,10 @@ class Replay:
             device=self._device,
             record_live=scope.recorded is not None,
             num_experts=num_experts,
-            observer=self._observer(seams, number, common["rows_T"], microbatch.counts_BS),
+            observer=self._observer(seams, number, common["rows_T"], common.get("counts_T")),
         )
 
-    def _observer(self, seams, number, rows_T, counts_BS) -> AgreementSample | None:
+    def _observer(self, seams, number, rows_T, counts_T) -> AgreementSample | None:
         every = self.config.agreement_every
         if not every or number % every or not seams:
             return None
@@ -345,7 +340,7 @@ class Replay:
             self._scope.table,
             tuple(s.layer for s in seams),
             rows_T,
-            None if counts_BS is None else self._router_order(seams, counts_BS),
+            counts_T,
             self.config.agreement_tokens,
             self._device,
         )
@@ -356,38 +351,8 @@ class Replay:
         group = seams[0].router.tp_group
         return router_order(values_BS, group.size(), group.rank())
 
-    def _after_chunk(self, module, arguments, output) -> None:
-        done, self._forward = self._forward, None
-        if done is None:
-            return
-        done.end_forward()
-        tensors = [t for t in _tensors(output) if t.requires_grad]
-        for tensor in tensors:
-            # A hook's return value would replace the gradient: this one returns None.
-            tensor.register_hook(lambda gradient: self._begin_backward(done))
-        if not tensors and isinstance(done, ReplayingPass):
-            done.release()
-
-    def _begin_backward(self, begun: Pass) -> None:
-        """The gradient of a chunk's output arrives before anything else of its backward."""
-        self._backward, self._backward_task = begun, torch._C._current_graph_task_id()
-        done = functools.partial(self._end_backward, begun)
-        torch.autograd.Variable._execution_engine.queue_callback(done)
-
-    def _end_backward(self, ended: Pass) -> None:
-        if isinstance(ended, ReplayingPass):
-            ended.release()
-        if self._backward is ended:
-            self._backward = None
-
     def _select(self, seam: RouterSeam, live: LiveTopK) -> Selection:
-        task = torch._C._current_graph_task_id()
-        is_recompute = task != -1
-        current = self._backward if is_recompute else self._forward
-        if is_recompute and current is not None and current.is_closed:
-            self._backward = None
-            if task != self._backward_task:  # left behind by a late backward that failed
-                current = None
+        current, is_recompute = self._tracker.find()
         if current is not None:
             selection = current.select(seam, live, is_recompute)
             if self._watch is not None and not is_recompute and len(current.rows_T):
@@ -423,16 +388,6 @@ def _config_of(model_chunks, found):
     raise ReplayError(
         "the model chunks carry no Megatron configuration", fix="Pass Megatron models"
     )
-
-
-def _tensors(output) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, list | tuple):
-        for item in output:
-            yield from _tensors(item)
 
 
 def _rank() -> int:

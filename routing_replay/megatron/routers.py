@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..errors import PreflightError
+from ..errors import PreflightError, ReplayError
 from ..table import TableModel
 
 from .cpu import enable_cpu  # noqa: F401  isort: skip  (makes the next imports possible)
@@ -64,6 +64,18 @@ class RouterSeam:
         return self._select(
             self, LiveTopK(scores, topk, num_groups, group_topk, default_compute_topk)
         )
+
+    def require_idle_stock(self, where: str) -> None:
+        """Raise ReplayError if Megatron's own replay is switched on: one of the two would lose."""
+        action = getattr(self._stock, "router_replay_action", None)
+        if action is not None:
+            raise ReplayError(
+                "Megatron's own routing replay is switched on inside a scope",
+                expected="no RouterReplay action while routing_replay records or replays",
+                got=action,
+                where=where,
+                fix="Drop --moe-enable-routing-replay, or clear its action before the scope",
+            )
 
     def stock(self, live: LiveTopK) -> Selection:
         """What happens without us: Megatron's own replay object if it has one, else top-k."""
