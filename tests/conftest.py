@@ -1,5 +1,5 @@
 """Fixtures that several test files share."""
 
-from sglang_servers import sglang_server
+from sglang_servers import references, server, sglang_server
 
-__all__ = ["sglang_server"]
+__all__ = ["references", "server", "sglang_server"]

@@ -4,13 +4,16 @@ A server costs many seconds to start: `sglang_server` is shared by a whole test 
 is a tiny Qwen3-MoE in float32, so that an independent forward in transformers can be compared.
 """
 
+import contextlib
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from sglang_checks import Reference
 from tiny_models import write_tiny_qwen3_moe
 
 from routing_replay.sglang.client import RolloutClient
@@ -29,7 +32,6 @@ ARGUMENTS = (
     *("--random-seed", "1"),
     # Tests that act on running requests wait for such a line.
     *("--decode-log-interval", "4"),
-    "--enable-mixed-chunk",
 )
 # One thread: the test machine's few cores are shared, and waiting threads spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -49,7 +51,10 @@ class RunningServer:
 
 
 def write_checkpoint(path, seed):
-    """The tiny model, with a tokenizer that makes one token of each word t0, t1, ..."""
+    """The tiny model, with a tokenizer that makes one token of each word t0, t1, ...
+
+    Its chat template is the messages' words one after another.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,12 +62,16 @@ def write_checkpoint(path, seed):
     words = models.WordLevel({f"t{n}": n for n in range(VOCAB)}, unk_token="t0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(path)
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="t0", chat_template=template
+    ).save_pretrained(path)
     return path
 
 
-@pytest.fixture(scope="session")
-def sglang_server():
+@contextlib.contextmanager
+def running(capture, *arguments):
+    """A server of the tiny model, `RunningServer`."""
     pytest.importorskip("sglang")
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = [
@@ -71,14 +80,20 @@ def sglang_server():
             for seed, name in enumerate(("first", "second"))
         ]
         options = ServerOptions(
-            capture="logits",
+            capture=capture,
             logit_fraction=0.5,
-            arguments=ARGUMENTS,
+            arguments=(*ARGUMENTS, *arguments),
             environment=ENVIRONMENT,
             log_path=Path(folder) / "server.log",
         )
         with launch(checkpoints[0], options) as server:
             yield RunningServer(server, RolloutClient([server.url], MODEL), checkpoints)
+
+
+@pytest.fixture(scope="session")
+def sglang_server():
+    with running("logits", "--enable-mixed-chunk") as server:
+        yield server
 
 
 def request(prompt, *, num_new=12, capture="gates", **others):
@@ -91,49 +106,37 @@ def random_prompt(seed, length=20):
     return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
 
 
-class Reference:
-    """An independent forward of the same checkpoint in transformers, router by router."""
-
-    def __init__(self, checkpoint):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self._inputs, self.chosen = [], []  # chosen: the last forward's ids [T, K], per router
-        for name, module in self.model.named_modules():
-            if name.endswith("mlp.gate"):
-                module.register_forward_hook(self._note)
-
-    def _note(self, gate, arguments, output):
-        self._inputs.append((gate, arguments[0]))
-        self.chosen.append(output[-1] if isinstance(output, tuple) else None)
-
-    @torch.no_grad()
-    def __call__(self, tokens, past=None):
-        """Router logits [T, L, E] and log-probs [T, V] of `tokens`, and the cache after them."""
-        self._inputs.clear()
-        self.chosen.clear()
-        ids = torch.tensor([list(tokens)])
-        output = self.model(input_ids=ids, past_key_values=past, use_cache=True)
-        layers = [
-            torch.nn.functional.linear(hidden.reshape(ids.shape[1], -1).float(), gate.weight)
-            for gate, hidden in self._inputs
-        ]
-        logits_TLE = torch.stack(layers, 1).numpy()
-        return logits_TLE, output.logits[0].log_softmax(-1).numpy(), output.past_key_values
+@pytest.fixture
+def server(sglang_server):
+    sglang_server.restore()
+    return sglang_server
 
 
-def softmax(logits):
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
+@pytest.fixture(scope="module")
+def references(sglang_server):
+    return [Reference(path) for path in sglang_server.checkpoints]
 
 
-def assert_ids_follow(routes, logits_TLE, rows=slice(None), margin=1e-3):
-    """The experts are the top-k of the reference wherever that is not a matter of rounding."""
-    top_k = routes.top_k
-    sorted_TLE = -np.sort(-logits_TLE, -1)
-    is_clear_TL = (sorted_TLE[..., top_k - 1] - sorted_TLE[..., top_k]) > margin
-    expected_TLK = np.sort(np.argsort(-logits_TLE, -1)[..., :top_k], -1)
-    got_TLK = np.sort(routes.expert_ids_TLK[rows].astype(int), -1)
-    # Random weights leave few ties; were most rows unclear, this test would prove nothing.
-    assert is_clear_TL.mean() > 0.9
-    np.testing.assert_array_equal(got_TLK[is_clear_TL], expected_TLK[is_clear_TL])
+def while_running(server, asked, act):
+    """Completions of requests during which `act` happened, after some tokens were sampled."""
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(server.client.generate(asked)))
+    thread.start()
+    wait_for_decoding(server, len(asked))
+    act()
+    thread.join(timeout=300)
+    assert len(results) == len(asked)
+    return results
+
+
+def wait_for_decoding(server, num_requests, timeout_s=60):
+    """Until the server's log shows that many running requests in a decode batch."""
+    log, deadline = server.server.log_path, time.monotonic() + timeout_s
+    start = log.stat().st_size
+    while time.monotonic() < deadline:
+        with open(log, "rb") as file:
+            file.seek(start)
+            if f"Decode batch, #running-req: {num_requests}".encode() in file.read():
+                return
+        time.sleep(0.05)
+    raise AssertionError("the requests never decoded")

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from sglang_servers import ARGUMENTS, Reference, assert_ids_follow, random_prompt, request, softmax
+from sglang_checks import Reference, assert_ids_follow, softmax
+from sglang_servers import ARGUMENTS, random_prompt, request
 from tiny_models import write_tiny_glm4_moe
 from tiny_models_sglang import write_tiny_olmoe
 
