@@ -10,11 +10,11 @@ SOURCES := routing_replay recipes tools tests
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help env recipe test test-matrix check bench clean
+.PHONY: help env recipe test test-matrix test-versions check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## build .venv: both engines, 10 GB of disk; about 1 minute with uv, 5 with pip alone
 
@@ -27,6 +27,9 @@ test: env  ## every test that needs no GPU, except the long matrix; at most 15 m
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
+test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 25 minutes
+	$(PY) .ci/test_versions
+
 check: env  ## lint and format, without changing a file
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
@@ -35,8 +38,8 @@ bench: env  ## the benchmarks of tools/, one after another
 	@set -e; for file in $(wildcard tools/bench_*.py); do \
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
-clean:  ## remove .venv and all caches; the runs in runs/ stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
+clean:  ## remove the environments and all caches; the runs in runs/ stay
+	rm -rf $(VENV) .venv-versions build dist .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Rebuilt when the metadata or the pins change. The stamp is written last, so that an interrupted

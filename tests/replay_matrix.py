@@ -95,15 +95,16 @@ class Job:
 
     Args:
         case: The configuration; Megatron is initialized for its layout.
+        **overrides: Fields of Megatron's configuration.
     """
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, **overrides):
         from megatron.core import parallel_state as ps
 
         from routing_replay.megatron.model import build_model
 
         self.case = case
-        self.config = _config(case)
+        self.config = _config(case, **overrides)
         if case.pattern:
             self.chunks = hybrid_chunks(self.config, case.layout, case.pattern)
         else:
@@ -175,7 +176,7 @@ class Job:
         return (2 if self.case.is_packed else 1) * 16
 
 
-def _config(case):
+def _config(case, **more):
     from transformers import Qwen3MoeConfig
 
     from routing_replay.megatron.model import transformer_config
@@ -207,7 +208,7 @@ def _config(case):
         variable_seq_lengths=case.is_ragged,
         moe_router_bias_update_rate=0.0,
         init_method=torch.nn.init.normal_,  # wide, so that experts differ and margins are large
-        **overrides,
+        **(overrides | more),
     )
 
 

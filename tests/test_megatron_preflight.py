@@ -1,5 +1,6 @@
 """Preflight: every configuration under which replay would be wrong is refused, with its fix."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,7 @@ def test_what_would_replay_wrongly_is_an_error_with_a_fix(changes, name, fix):
         ({"moe_input_jitter_eps": 0.01}, "input-jitter"),
         ({"moe_router_enable_expert_bias": True}, "expert-bias"),
         ({"mtp_num_layers": 1}, "mtp"),
+        ({"moe_enable_routing_replay": True}, "stock-replay"),
     ],
 )
 def test_what_one_should_know_is_a_warning(changes, name):
@@ -84,15 +86,28 @@ def test_unsetting_the_fusion_makes_it_acceptable():
     assert preflight.examine(config(moe_router_fusion=True), replay, TESTED) == []
 
 
+@pytest.mark.parametrize("version", preflight.TESTED_VERSIONS)
+def test_a_tested_version_has_no_finding(version):
+    assert preflight.examine(config(), version=version) == []
+
+
+def test_the_versions_are_those_of_make_test_versions():
+    source = Path(__file__).parent.parent.joinpath(".ci", "test_versions").read_text()
+    assert f"VERSIONS = {preflight.TESTED_VERSIONS}".replace("'", '"') in source
+
+
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0.0"])
 def test_an_unsupported_version_is_an_error_that_names_the_tested_ones(version):
     [finding] = preflight.examine(config(), version=version)
-    assert finding.is_error and TESTED in finding.fix
+    assert finding.is_error and f"megatron-core {version} is not supported" in finding.what
+    assert all(tested in finding.fix for tested in preflight.TESTED_VERSIONS)
 
 
-def test_an_untested_version_is_a_warning_that_names_the_tested_ones():
-    [finding] = preflight.examine(config(), version="0.19.99")
-    assert not finding.is_error and TESTED in finding.fix
+@pytest.mark.parametrize("version", ["0.16.2", "0.17.0", "0.19.99"])
+def test_an_untested_version_is_a_warning_that_names_the_tested_ones(version):
+    [finding] = preflight.examine(config(), version=version)
+    assert not finding.is_error and f"megatron-core {version} was not tested" in finding.what
+    assert all(tested in finding.fix for tested in preflight.TESTED_VERSIONS)
 
 
 def test_require_raises_the_error_and_warns_of_the_rest():

@@ -18,6 +18,8 @@ IN_MAKE_TEST = {
         "recompute_moe-aux_loss-padded",
         "pre_softmax_scaled-padded",
         "padded-ragged",
+        "padded-mtp",
+        "padded-hybrid",
     ],
     2: [
         "tp2-recompute_full-packed",
@@ -27,12 +29,15 @@ IN_MAKE_TEST = {
         "ep2-allgather-recompute_full-padded",
         "ep2-recompute_moe-padded",
         "tp2-ep2-etp1-padded",
+        "cp2-recompute_full-padded-contiguous",
+        "pp2-recompute_full-padded-mtp",
         "recompute_full-packed",
     ],
 }
 
 
-def report(num_ranks, names):
+def findings(num_ranks, names, capsys):
+    """What is wrong in these configurations; their number and the result are printed at once."""
     wrong = [
         text
         for of_rank in run_world(
@@ -40,21 +45,24 @@ def report(num_ranks, names):
         )
         for text in of_rank
     ]
-    print(f"{len(names)} configurations on {num_ranks} ranks: {len(wrong)} findings")
+    with capsys.disabled():
+        result = f"{len(wrong)} findings" if wrong else "all exact"
+        print(f"\nreplay matrix, ranks: {num_ranks}, configurations: {len(names)}, {result}")
     return wrong
 
 
 @pytest.mark.parametrize("num_ranks", IN_MAKE_TEST)
 @pytest.mark.timeout(900)
-def test_replay_is_exact_on_representative_configurations(num_ranks):
-    assert report(num_ranks, IN_MAKE_TEST[num_ranks]) == []
+def test_replay_is_exact_on_representative_configurations(num_ranks, capsys):
+    assert findings(num_ranks, IN_MAKE_TEST[num_ranks], capsys) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_replay_is_exact_on_the_whole_matrix(num_ranks):
-    assert report(num_ranks, [case.name for case in replay_cases.cases(num_ranks)]) == []
+def test_replay_is_exact_on_the_whole_matrix(num_ranks, capsys):
+    names = [case.name for case in replay_cases.cases(num_ranks)]
+    assert findings(num_ranks, names, capsys) == []
 
 
 def test_the_matrix_has_at_least_60_configurations_and_no_name_twice():

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from ..config import ReplayConfig
 from ..errors import PreflightError
 
-# The suite passed on these. Newer ones within the range may work; others lack the seam.
-TESTED_VERSIONS = ("0.19.2",)
+# `make test-versions` passed on these. Others within the range may work; beyond it the seam is
+# missing, or unknown.
+TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 OLDEST, NEWEST = (0, 16, 1), (0, 20)
 
 
@@ -204,6 +205,18 @@ def _statistics(config, _):
             what="the expert bias is updated from replayed loads",
             cause="Megatron counts the dispatched tokens, which are the replayed ones",
             fix="Set --moe-router-bias-update-rate 0 to keep the rollout's bias",
+        )
+
+
+@rule
+def _stock_replay(config, _):
+    if _get(config, "moe_enable_routing_replay"):
+        yield Finding(
+            name="stock-replay",
+            is_error=False,
+            what="moe_enable_routing_replay is set: Megatron's own replay objects exist as well",
+            cause="They work outside our scopes; switched on inside one they raise a ReplayError",
+            fix="Drop --moe-enable-routing-replay: routing_replay does not need it",
         )
 
 

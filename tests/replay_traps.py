@@ -1,0 +1,185 @@
+"""Traps of stock Megatron beside replay: what the rank of test_megatron_traps.py computes."""
+
+import contextlib
+
+import numpy as np
+import torch
+from replay_cases import Case
+from replay_matrix import NUM_MICROBATCHES, DispatchedRows, Job, random_table
+
+from routing_replay.config import ReplayConfig
+from routing_replay.megatron.replay import attach
+
+R3 = ReplayConfig(mode="R3", agreement_every=0)
+TRAPS = {}
+
+
+def trap(function):
+    TRAPS[function.__name__] = function
+    return function
+
+
+def provoke_all(rank):
+    """{trap: what it returned}."""
+    from megatron_worlds import megatron
+
+    found = {}
+    for name, provoke in TRAPS.items():
+        with megatron(Case().layout):
+            found[name] = provoke()
+    return found
+
+
+def error_of(function):
+    """Type and message of what a call raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def routers(job):
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return [m for chunk in job.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+
+
+def loads(job):
+    """Tokens that each router counted for each of its experts."""
+    return torch.stack([router.local_tokens_per_expert for router in routers(job)]).long()
+
+
+@trap
+def expert_bias_under_a_padding_mask():
+    """Loads that Megatron counted, and those of the table's unmasked rows, counted naively."""
+    job = Job(Case(router="sigmoid_bias", padding_mask=True, recompute="full"))
+    found = {"stock": error_of(job.run)}
+    with attach(job.chunks, R3) as replay:
+        table = random_table(job, replay.model)
+        table.covered_T[:] = True
+        found["outside"] = error_of(job.run)
+        with replay.replaying(table):
+            job.run(replay, table.rows)
+        found["loads"] = loads(job)
+    found["after"] = error_of(job.run)
+    found["routers_are_clean"] = all("_apply_expert_bias" not in vars(r) for r in routers(job))
+    # Every sequence's tokens but the last have a row; the last routes live, so it is left out here
+    # and its experts (2 of every sequence and layer) are what the counts may exceed the table by.
+    expected = torch.zeros_like(found["loads"])
+    for place, ids_TK in enumerate(table.expert_ids_LTK):
+        for expert in ids_TK.reshape(-1):
+            expected[place, expert] += 1
+    found["expected"], found["num_last"] = expected, len(job.batch.lengths)
+    return found
+
+
+@trap
+def as_many_tokens_as_experts():
+    """The stock count is wrong without a word if tokens and experts are equally many."""
+    job = Job(Case(router="sigmoid_bias"))
+    router = routers(job)[0]
+    routing_map = torch.zeros(8, 8, dtype=torch.bool)
+    routing_map[:, 2], is_padding = True, torch.arange(8) >= 6  # 8 tokens to expert 2, 2 masked
+    counts = []
+    for is_open in (False, True):
+        router.local_tokens_per_expert.zero_()
+        with attach(job.chunks, R3) as replay:
+            table = random_table(job, replay.model)
+            scope = replay.replaying(table) if is_open else contextlib.nullcontext()
+            with contextlib.suppress(Exception), scope:  # no microbatch: the scope complains
+                router._apply_expert_bias(routing_map, padding_mask=is_padding)
+        counts.append(router.local_tokens_per_expert[2].item())
+    return counts
+
+
+@trap
+def stock_replay_object():
+    """`--moe-enable-routing-replay` together with ours."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    job = Job(Case(), moe_enable_routing_replay=True)
+    found, stock = {}, job.run()
+    with attach(job.chunks, R3) as replay:
+        table = random_table(job, replay.model)
+        oracle = DispatchedRows(job, table)
+        with replay.replaying(table):
+            job.run(replay, table.rows)
+        oracle.remove()
+        found["idle"] = oracle.wrong, oracle.calls
+        for action in (RouterReplayAction.RECORD, RouterReplayAction.REPLAY_FORWARD):
+            RouterReplay.set_global_router_replay_action(action)
+
+            def replay_with_both_on():
+                with replay.replaying(table):
+                    job.run(replay, table.rows)
+
+            def record_with_both_on():
+                with replay.recording([n - 1 for n in job.batch.lengths]) as recorded:
+                    job.run(replay, recorded.rows)
+
+            found[action.name] = error_of(replay_with_both_on), error_of(record_with_both_on)
+        # Outside scopes Megatron's object works as if we were not there.
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+        again = job.run()
+        found["delegated"] = [len(x) for x in RouterReplay.get_recorded_data()]
+        RouterReplay.clear_global_router_replay_action()
+        found["same"] = all(torch.equal(a, b) for a, b in zip(stock[0], again[0], strict=True))
+    RouterReplay.clear_global_router_replay_instances()
+    return found
+
+
+@trap
+def unset_router_fusion():
+    """The fused router bypasses the seam; `unset_router_fusion` unfuses the attached routers."""
+    job = Job(Case())
+    job.config.moe_router_fusion = True  # Transformer Engine's kernel, missing here
+    found = {"stock": error_of(job.run), "refused": error_of(lambda: attach(job.chunks, R3))}
+    unset = ReplayConfig(mode="R3", agreement_every=0, unset_router_fusion=True)
+    with attach(job.chunks, unset) as replay:
+        table = random_table(job, replay.model)
+        oracle = DispatchedRows(job, table)
+        with replay.replaying(table):
+            job.run(replay, table.rows)
+        oracle.remove()
+        found["replayed"] = oracle.wrong, oracle.calls
+    found["after"] = error_of(job.run)
+    found["configs_are_shared_again"] = all(r.config is job.config for r in routers(job))
+    return found
+
+
+@trap
+def coverage_counts_what_the_caller_counts():
+    """Padding and prompts are no missing routes: coverage is over the counted tokens."""
+    job = Job(Case())
+    with attach(job.chunks, R3) as replay:
+        table = random_table(job, replay.model)
+        batches = list(job.batch.microbatches(table.rows))
+        found = {}
+        for name, counts_of in (("all", None), ("response", lambda rows: response(rows))):
+            with replay.replaying(table):
+                for batch in batches:
+                    counts = None if counts_of is None else counts_of(batch["rows"])
+                    with replay.microbatch(batch["rows"], counts=counts), torch.no_grad():
+                        job.chunks[0](batch["tokens"], batch["positions"], None)
+            metrics = replay.metrics()
+            found[name] = [
+                float(metrics[f"routing_replay/{key}"].value())
+                for key in ("coverage", "fallback_fraction", "replayed_rows")
+            ]
+        found["rows"] = [batch["rows"].numpy() for batch in batches]
+    assert len(batches) == NUM_MICROBATCHES
+    return found
+
+
+def response(rows):
+    """The last 6 tokens of the first sequence, up to its end; nothing of the second."""
+    counts = torch.zeros(rows.shape, dtype=torch.bool)
+    counts[0, 10:16] = True
+    return counts
+
+
+def naive_coverage(rows_of_batches, is_counted):
+    """Share of counted tokens that have a row."""
+    taken = [rows[is_counted(rows)] for rows in rows_of_batches]
+    return float(np.mean(np.concatenate(taken) >= 0))

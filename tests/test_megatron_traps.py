@@ -1,0 +1,85 @@
+"""Traps of stock Megatron: each is refused, corrected or delegated, and that is seen on a model."""
+
+import functools
+
+import numpy as np
+import pytest
+import replay_traps
+from megatron_worlds import run_world
+
+LAYERS, MICROBATCHES = 4, 4
+
+
+@functools.cache
+def found():
+    [result] = run_world("replay_traps:provoke_all", 1)
+    return result
+
+
+def test_loads_under_a_padding_mask_are_those_of_the_unmasked_tokens():
+    trap = found()["expert_bias_under_a_padding_mask"]
+    # 32 tokens in a microbatch, 8 experts: the stock mask [32] does not fit the map [32, 8].
+    for when in ("stock", "outside", "after"):
+        assert trap[when][0] == "RuntimeError" and "must match" in trap[when][1]
+    assert trap["routers_are_clean"]
+    beyond = trap["loads"] - trap["expected"]
+    # The last token of each of 8 sequences has no row and routes live: 2 experts in every layer.
+    assert (beyond >= 0).all()
+    assert beyond.sum(1).tolist() == [2 * trap["num_last"]] * LAYERS == [16] * LAYERS
+
+
+def test_with_as_many_tokens_as_experts_the_stock_count_is_silently_wrong_and_ours_right():
+    # 8 tokens chose expert 2, of which 2 are padding. Stock masks experts 6 and 7 instead.
+    assert found()["as_many_tokens_as_experts"] == [8, 6]
+
+
+def test_an_idle_stock_replay_object_does_not_disturb_ours():
+    wrong, calls = found()["stock_replay_object"]["idle"]
+    assert wrong == [] and calls == LAYERS * MICROBATCHES
+
+
+@pytest.mark.parametrize("action", ["RECORD", "REPLAY_FORWARD"])
+def test_stock_replay_that_is_switched_on_inside_a_scope_is_refused(action):
+    for kind, message in found()["stock_replay_object"][action]:
+        assert kind == "ReplayError"
+        assert "Megatron's own routing replay is switched on inside a scope" in message
+        assert action in message and "--moe-enable-routing-replay" in message
+
+
+def test_outside_scopes_the_stock_replay_object_works_as_without_us():
+    trap = found()["stock_replay_object"]
+    # Its one slot per router holds the last microbatch: 2 sequences of 16 tokens.
+    assert trap["delegated"] == [32] * LAYERS and trap["same"]
+
+
+def test_a_fused_router_is_refused_or_unset_while_attached():
+    trap = found()["unset_router_fusion"]
+    assert trap["refused"][0] == "PreflightError" and "router-fusion" in trap["refused"][1]
+    wrong, calls = trap["replayed"]
+    assert wrong == [] and calls == LAYERS * MICROBATCHES
+    # The stock model is fused again: its kernel is missing here, and says so.
+    for when in ("stock", "after"):
+        assert trap[when][0] == "ValueError" and "fused_topk" in trap[when][1]
+    assert trap["configs_are_shared_again"]
+
+
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("all", lambda rows: np.ones(rows.shape, bool)),
+        ("response", lambda rows: replay_traps.response(rows).bool()),
+    ],
+)
+def test_coverage_is_over_the_tokens_that_count(name, counted):
+    trap = found()["coverage_counts_what_the_caller_counts"]
+    coverage, fallback, replayed = trap[name]
+    expected = replay_traps.naive_coverage(trap["rows"], lambda rows: np.asarray(counted(rows)))
+    assert coverage == pytest.approx(expected, abs=1e-12)
+    assert fallback == pytest.approx(1 - expected, abs=1e-12)
+    # What was replayed does not depend on what is counted.
+    assert replayed == LAYERS * sum(int((rows >= 0).sum()) for rows in trap["rows"])
+
+
+def test_padding_would_have_lowered_the_coverage():
+    trap = found()["coverage_counts_what_the_caller_counts"]
+    assert trap["response"][0] > trap["all"][0]
