@@ -92,12 +92,55 @@ def table_of_another_top_k(bench):
 
 @failure
 def recorded_routes_where_the_rollouts_belong(bench):
-    with bench.replay.recording([3, 3]) as recorded:
+    with bench.replay.recording([3, 3], is_partial=True) as recorded:
         batch = bench.batches()[0]
         with bench.replay.microbatch(torch.full_like(batch["rows"], -1)):
             bench.forward(batch)
     with bench.replay.replaying(recorded.table()):
         pass
+
+
+@failure
+def rollout_routes_where_recorded_ones_belong(bench):
+    bench.replay.remove()
+    try:
+        with (
+            attach(bench.job.chunks, ReplayConfig(mode="R2")) as replay,
+            replay.replaying(bench.table),
+        ):
+            pass
+    finally:
+        _again(bench)
+
+
+@failure
+def a_doubled_expert_in_a_table_changed_afterwards(bench):
+    bench.table.expert_ids_LTK[2, 6] = 5
+    _replay_once(bench)
+
+
+@failure
+def an_expert_beyond_the_models_in_a_table_changed_afterwards(bench):
+    bench.table.expert_ids_LTK[1, 3, 0] = 8
+    _replay_once(bench)
+
+
+def _replay_once(bench):
+    batch, before = bench.batches()[0], random_table(bench.job, bench.replay.model)
+    try:
+        with bench.replay.replaying(bench.table), bench.replay.microbatch(batch["rows"]):
+            bench.forward(batch)
+    finally:
+        bench.table = before
+
+
+@failure
+def nobody_opened_a_scope(bench):
+    batch = bench.batches()[0]
+    with bench.replay.microbatch(batch["rows"]):
+        bench.forward(batch)
+    bench.replay.receipt = None  # the handle's first step
+    bench.replay.metrics()
 
 
 @failure
@@ -239,6 +282,16 @@ def a_row_recorded_twice(bench):
     lengths = np.diff(bench.table.offsets_S1)
     with bench.replay.recording(lengths) as recorded:
         for _ in range(2):
+            with bench.replay.microbatch(batch["rows"]):
+                bench.forward(batch)
+    recorded.table()
+
+
+@failure
+def a_sequence_that_was_never_recorded(bench):
+    lengths = np.diff(bench.table.offsets_S1)
+    with bench.replay.recording(lengths) as recorded:
+        for batch in list(bench.job.batch.microbatches(recorded.rows))[:-1]:
             with bench.replay.microbatch(batch["rows"]):
                 bench.forward(batch)
     recorded.table()

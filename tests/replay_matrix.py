@@ -464,7 +464,15 @@ def _plant_live_recompute():
     )
 
 
+def _plant_batch_major_rows():
+    """Rows in the order of input_ids, not of Megatron's [s, b, h]: shapes match, tokens do not."""
+    from routing_replay.megatron import replay
+
+    replay.router_order = lambda values_BS, tp_size, tp_rank: values_BS.reshape(-1)
+
+
 FAULTS = {
+    "batch_major_rows": _plant_batch_major_rows,
     "shifted_rows": _plant_shifted_rows,
     "swapped_layers": _plant_swapped_layers,
     "live_recompute": _plant_live_recompute,

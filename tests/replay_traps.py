@@ -130,6 +130,22 @@ def stock_replay_object():
 
 
 @trap
+def two_models_in_one_process():
+    """Actor and reference side by side: replay in one leaves the other live, and both are exact."""
+    actor, reference = Job(Case(recompute="full")), Job(Case())
+    stock = reference.run()
+    with attach(actor.chunks, R3) as replay, attach(reference.chunks, R3) as other:
+        table = random_table(actor, replay.model)
+        oracle = DispatchedRows(actor, table)
+        with replay.replaying(table):
+            actor.run(replay, table.rows)
+            meanwhile = reference.run()
+        oracle.remove()
+    same = all(torch.equal(a, b) for a, b in zip(stock[0], meanwhile[0], strict=True))
+    return {"wrong": oracle.wrong, "same": same, "of_other": other.receipt}
+
+
+@trap
 def unset_router_fusion():
     """The fused router bypasses the seam; `unset_router_fusion` unfuses the attached routers."""
     job = Job(Case())

@@ -43,6 +43,7 @@ def test_a_plain_configuration_has_no_finding():
             "quantile-balancing",
             "Train with aux_loss",
         ),
+        ({"moe_n_hash_layers": 3}, "hash-layers", "released version"),
         ({"moe_expert_capacity_factor": 1.25}, "capacity", "without a capacity factor"),
         ({"moe_router_force_load_balancing": True}, "forced-routing", "benchmarks only"),
         ({"moe_router_force_biased": 0.5}, "forced-routing", "benchmarks only"),
@@ -69,6 +70,7 @@ def test_what_would_replay_wrongly_is_an_error_with_a_fix(changes, name, fix):
         ({"moe_router_enable_expert_bias": True}, "expert-bias"),
         ({"mtp_num_layers": 1}, "mtp"),
         ({"moe_enable_routing_replay": True}, "stock-replay"),
+        ({"moe_token_dispatcher_type": "flex"}, "flex-dispatcher"),
     ],
 )
 def test_what_one_should_know_is_a_warning(changes, name):

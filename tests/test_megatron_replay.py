@@ -30,7 +30,7 @@ IN_MAKE_TEST = {
         "ep2-recompute_moe-padded",
         "tp2-ep2-etp1-padded",
         "cp2-recompute_full-padded-contiguous",
-        "pp2-recompute_full-padded-mtp",
+        "pp2-padded-mtp",
         "recompute_full-packed",
     ],
 }
@@ -70,7 +70,9 @@ def test_the_matrix_has_at_least_60_configurations_and_no_name_twice():
     assert len(names) == len(set(names)) >= 60
 
 
-@pytest.mark.parametrize("fault", ["shifted_rows", "swapped_layers", "live_recompute"])
+@pytest.mark.parametrize(
+    "fault", ["shifted_rows", "swapped_layers", "live_recompute", "batch_major_rows"]
+)
 def test_the_matrix_notices_a_planted_fault(fault):
     [wrong] = run_world(replay_matrix.run_with_fault, 1, fault)
     assert any("(b)" in text for text in wrong), wrong
@@ -96,6 +98,30 @@ def raised():
             "recorded_routes_where_the_rollouts_belong",
             "ReplayError",
             "mode R3 replays the rollout engine's routes",
+        ),
+        (
+            "rollout_routes_where_recorded_ones_belong",
+            "ReplayError",
+            "mode R2 replays the training engine's routes",
+        ),
+        # Rows 0-14 are the first sequence's: row 6 was covered, as was row 3.
+        (
+            "a_doubled_expert_in_a_table_changed_afterwards",
+            "RoutesError",
+            "expected 2 distinct experts below 8; got [5, 5] [row 6, layer 2, memory]",
+        ),
+        (
+            "an_expert_beyond_the_models_in_a_table_changed_afterwards",
+            "RoutesError",
+            "[row 3, layer 1, memory]",
+        ),
+        ("nobody_opened_a_scope", "ReplayError", "nothing was replayed or recorded yet"),
+        # Four microbatches of 15 + 10 rows; the last, of sequences 6 and 7, was dropped.
+        (
+            "a_sequence_that_was_never_recorded",
+            "ReplayError",
+            "expected all 100 rows, each in one microbatch of one rank; got 75 [first row 75, of "
+            "sequence 6]",
         ),
         ("model_runs_without_a_microbatch", "ReplayError", "no microbatch was announced"),
         ("model_runs_twice_in_a_microbatch", "ReplayError", "ran twice in one microbatch"),

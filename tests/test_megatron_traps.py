@@ -52,6 +52,11 @@ def test_outside_scopes_the_stock_replay_object_works_as_without_us():
     assert trap["delegated"] == [32] * LAYERS and trap["same"]
 
 
+def test_replay_in_one_model_leaves_another_of_the_same_process_live():
+    trap = found()["two_models_in_one_process"]
+    assert trap == {"wrong": [], "same": True, "of_other": None}
+
+
 def test_a_fused_router_is_refused_or_unset_while_attached():
     trap = found()["unset_router_fusion"]
     assert trap["refused"][0] == "PreflightError" and "router-fusion" in trap["refused"][1]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import ReplayError
+from ..errors import ReplayError, RoutesError
+from ..routes import has_duplicates
 from ..table import RouteTable
 from .routers import RouterSeam
 from .selection import LiveTopK, Selection, replay
@@ -124,7 +125,9 @@ class ReplayingPass(Pass):
     num_replayed: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
-        ids_LTK = torch.from_numpy(self.table.gather(self.layers, self.rows_T))
+        ids_LTK = self.table.gather(self.layers, self.rows_T)
+        self._require_selections(ids_LTK)
+        ids_LTK = torch.from_numpy(ids_LTK)
         if ids_LTK.dtype == torch.uint16:
             ids_LTK = ids_LTK.view(torch.int16)  # ids stay below 2**15; few kernels take uint16
         self._ids_LTK = to_device(ids_LTK, self.device)
@@ -151,6 +154,23 @@ class ReplayingPass(Pass):
         """Free the device memory: no recomputation of this pass can follow."""
         self._ids_LTK = None
         self._live_F = None
+
+    def _require_selections(self, ids_LTK: np.ndarray) -> None:
+        """The rows are checked where they are used: a table may have changed since it was built."""
+        wrong_LT = has_duplicates(ids_LTK)
+        if ids_LTK.max(initial=0) >= self.num_experts:
+            wrong_LT |= (ids_LTK >= self.num_experts).any(axis=2)
+        wrong_LT &= self.rows_T >= 0
+        if not wrong_LT.any():
+            return
+        place, token = np.argwhere(wrong_LT)[0]
+        raise RoutesError(
+            "a row of the table is no selection of experts",
+            expected=f"{ids_LTK.shape[2]} distinct experts below {self.num_experts}",
+            got=ids_LTK[place, token].tolist(),
+            where=f"row {self.rows_T[token]}, layer {self.layers[place]}, {self.table.where}",
+            fix="Build tables with RouteTable.from_routes, which checks; change none afterwards",
+        )
 
     def _look_at_live(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None:
         if self.record_live:

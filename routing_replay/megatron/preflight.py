@@ -124,6 +124,31 @@ def _balancing(config, _):
 
 
 @rule
+def _hash_layers(config, _):
+    if _get(config, "moe_n_hash_layers"):
+        yield Finding(
+            name="hash-layers",
+            is_error=True,
+            what=f"the first {config.moe_n_hash_layers} layers route by a hash of the token",
+            cause="They never ask for replayed experts; no released megatron-core has them",
+            fix="Use a released version, in which every MoE layer has a learned router",
+        )
+
+
+@rule
+def _flex(config, _):
+    if _get(config, "moe_token_dispatcher_type") == "flex":
+        yield Finding(
+            name="flex-dispatcher",
+            is_error=False,
+            what="moe_token_dispatcher_type is flex",
+            cause="It finds the experts anew as the top-k of the gates: a replayed expert whose "
+            "gate underflows to 0 is lost, after our receipt",
+            fix="Use alltoall, or keep --moe-router-dtype fp32 and watch live_mass",
+        )
+
+
+@rule
 def _capacity(config, _):
     if _get(config, "moe_expert_capacity_factor") is not None:
         yield Finding(

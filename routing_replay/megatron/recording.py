@@ -22,10 +22,18 @@ class Recording:
         model: Layers of all pipeline stages, experts, top-k.
         lengths: Rows of each sequence of the step, on all ranks alike: number of tokens - 1.
         is_writer: False on a rank whose tokens another rank records as well.
+        is_partial: Rows that no microbatch names stay uncovered; otherwise they are an error.
     """
 
-    def __init__(self, model: TableModel, lengths: Sequence[int], is_writer: bool = True):
+    def __init__(
+        self,
+        model: TableModel,
+        lengths: Sequence[int],
+        is_writer: bool = True,
+        is_partial: bool = False,
+    ):
         self._is_writer = is_writer
+        self._is_partial = is_partial
         self._empty = RouteTable.empty(model, lengths)
         self._passes: list[Pass] = []
         self._is_complete = False
@@ -55,7 +63,7 @@ class Recording:
             weight_version: Version of the weights that chose the routes.
 
         Raises:
-            ReplayError: The scope is still open or failed, or a row was recorded twice.
+            ReplayError: The scope is still open or failed, or a row was recorded twice or never.
         """
         if not self._is_complete:
             raise ReplayError(
@@ -93,10 +101,23 @@ class Recording:
                 )
             table.expert_ids_LTK[place] = ids_TK
             covered_T &= times_T == 1
+        if not (self._is_partial or covered_T.all()):
+            raise self._never_recorded(covered_T)
         table.expert_ids_LTK[:, ~covered_T] = 0
         table.covered_T[:] = covered_T
         table.origin_T[:] = np.where(covered_T, Origin.PREFILL, Origin.ABSENT)
         return table
+
+    def _never_recorded(self, covered_T: np.ndarray) -> ReplayError:
+        row = int(np.flatnonzero(~covered_T)[0])
+        sequence = int(np.searchsorted(self._empty.offsets_S1, row, side="right")) - 1
+        return ReplayError(
+            "rows were never recorded: their tokens would route live in the update, unnoticed",
+            expected=f"all {len(covered_T)} rows, each in one microbatch of one rank",
+            got=f"{int(covered_T.sum())}",
+            where=f"first row {row}, of sequence {sequence}",
+            fix="Feed every sequence to some rank; recording(lengths, is_partial=True) allows gaps",
+        )
 
     def _of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """What this rank recorded of a layer: ids [T, K], zero elsewhere, and how often [T]."""

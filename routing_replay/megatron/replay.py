@@ -119,13 +119,15 @@ class Replay:
         self._seams = []
 
     @contextlib.contextmanager
-    def recording(self, lengths: Sequence[int]) -> Iterator[Recording]:
+    def recording(self, lengths: Sequence[int], is_partial: bool = False) -> Iterator[Recording]:
         """Within: live routing, recorded (R2). After: `recorded.table()`.
 
         Args:
             lengths: Rows of each sequence of the step, alike on all ranks: tokens - 1.
+            is_partial: Rows that no microbatch names stay uncovered. Otherwise the table of a
+                recording that missed some is an error: a dropped sequence would go unnoticed.
         """
-        recorded = Recording(self.model, lengths, self.is_writer)
+        recorded = Recording(self.model, lengths, self.is_writer, is_partial)
         with self._open(Scope(num_rows=recorded.num_rows, recorded=recorded)):
             yield recorded
 
@@ -145,7 +147,9 @@ class Replay:
         self._check_source(table)
         table.check_model(self.model, of="the attached model")
         lengths = np.diff(table.offsets_S1)
-        recorded = Recording(self.model, lengths, self.is_writer) if record_live else None
+        recorded = None
+        if record_live:  # rows that the table does not cover are announced as -1
+            recorded = Recording(self.model, lengths, self.is_writer, is_partial=True)
         agreement = None
         if self.config.agreement_every:
             agreement = LayerAgreement(
@@ -203,9 +207,18 @@ class Replay:
 
         Args:
             group: Process group; the world if None.
+
+        Raises:
+            ReplayError: No scope has ended well: nothing was replayed, and nothing recorded.
         """
+        if self.receipt is None:
+            raise ReplayError(
+                "there is nothing to report: nothing was replayed or recorded yet",
+                expected="a scope that ended: replay.replaying(table) or replay.recording(lengths)",
+                fix="Open it around the schedule; without it replay.microbatch() does nothing",
+            )
         device = self._device if _backend() == "nccl" else "cpu"
-        found = all_reduce(self.receipt.metrics() if self.receipt else {}, group, device)
+        found = all_reduce(self.receipt.metrics(), group, device)
         if self._agreement is not None:
             found |= self._agreement.reduced(group, device)
         return found
