@@ -58,7 +58,7 @@ def _add_doctor(verbs) -> argparse.ArgumentParser:
         description="Each finding names its cause and its fix. Exit code 1 if one is an error.",
     )
     verb.add_argument(
-        "--megatron", metavar="FILE", help="Megatron's arguments or settings (JSON, YAML)"
+        "--megatron-args", metavar="FILE", help="Megatron's arguments or settings (JSON, YAML)"
     )
     verb.add_argument("--replay-config", metavar="FILE", help="routing replay's settings (YAML)")
     verb.add_argument("--server", metavar="URL", action="append", default=[], help="repeatable")
@@ -82,8 +82,8 @@ def _doctor(parsed) -> int:
     replay = ReplayConfig.from_yaml(path) if path else ReplayConfig()
     model = _model(parsed)
     findings = [*doctor.check_versions(), *doctor.check_plugin()]
-    if parsed.megatron:
-        findings += doctor.check_megatron(parsed.megatron, replay)
+    if parsed.megatron_args:
+        findings += doctor.check_megatron(parsed.megatron_args, replay)
     for url in parsed.server:
         findings += doctor.check_server(url, model, parsed.capture)
     for path in parsed.table:

@@ -1,10 +1,14 @@
 """Preflight: every configuration under which replay would be wrong is refused, with its fix."""
 
+import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from routing_replay import cli
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import PreflightError
 from routing_replay.megatron import preflight
@@ -122,3 +126,30 @@ def test_require_raises_the_error_and_warns_of_the_rest():
 def test_saved_arguments_are_read_by_their_names():
     arguments = SimpleNamespace(num_experts=8, moe_router_fusion=True)
     assert names(preflight.examine(arguments, version=TESTED)) == ["router-fusion"]
+
+
+def test_a_configuration_without_megatrons_names_is_not_taken_for_a_dense_model():
+    nested = SimpleNamespace(model={"num_moe_experts": 8})
+    assert names(preflight.examine(nested, version=TESTED)) == ["no-moe-settings"]
+
+
+@pytest.mark.skipif(not find_spec("megatron"), reason="megatron-core is not installed")
+def test_the_doctor_reads_a_saved_configuration_without_a_model(tmp_path, capsys):
+    # Megatron's own configuration, as its checkpoints' run configurations hold it.
+    from routing_replay.megatron import cpu  # noqa: F401  isort: skip
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    real = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=2, num_moe_experts=8, moe_router_topk=2
+    )
+    settings = {f.name: getattr(real, f.name) for f in dataclasses.fields(real)}
+    simple = {k: v for k, v in settings.items() if isinstance(v, int | float | str | list | None)}
+    path = tmp_path / "saved.yaml"
+    for changes, code, text in (
+        ({}, 0, f"replay works with {path}"),
+        ({"moe_router_fusion": True}, 1, "router-fusion: moe_router_fusion is on"),
+        ({"moe_expert_capacity_factor": 1.5}, 1, "capacity: moe_expert_capacity_factor is set"),
+    ):
+        path.write_text(yaml.safe_dump(simple | changes))
+        assert cli.main(["doctor", "--megatron-args", str(path)]) == code
+        assert text in capsys.readouterr().out

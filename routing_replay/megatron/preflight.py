@@ -87,7 +87,15 @@ def _get(config, *names, default=None):
 
 @rule
 def _dense_model(config, _):
-    if not _get(config, "num_moe_experts", "num_experts"):
+    if not any(hasattr(config, name) for name in ("num_moe_experts", "num_experts")):
+        yield Finding(
+            name="no-moe-settings",
+            is_error=True,
+            what="the configuration names neither num_moe_experts nor num_experts",
+            cause="It is another file, or Megatron's settings lie deeper in it",
+            fix="Give the mapping that holds Megatron's names itself, such as moe_router_topk",
+        )
+    elif not _get(config, "num_moe_experts", "num_experts"):
         yield Finding(
             name="dense-model",
             is_error=True,
