@@ -306,7 +306,7 @@ class Policy:
 
         def forward_step(iterator: Iterator[Microbatch], model):
             m = next(iterator)
-            with self.replay.microbatch(m.token_rows_BT, counts=m.mask_BT):
+            with self._announced(chunks, m):
                 output = model(m.input_ids_BT, m.position_ids_BT, None)
             return output, lambda *args, **kwargs: on_output(m, *args, **kwargs)
 
@@ -322,6 +322,12 @@ class Policy:
             micro_batch_size=size,
             **options,
         )
+
+    def _announced(self, chunks: list, m: Microbatch):
+        """Replay is attached to the policy's own chunks alone."""
+        if chunks is not self.chunks:
+            return contextlib.nullcontext()
+        return self.replay.microbatch(m.token_rows_BT, counts=m.mask_BT)
 
     def _token_scores(self, microbatch: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
         return token_logprobs(

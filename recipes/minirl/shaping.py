@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +16,9 @@ from routing_replay.objectives import (
 )
 
 from .batch import Batch
-from .policy import Policy, Scores
+
+if TYPE_CHECKING:  # Megatron takes many seconds to import, and nothing here runs it
+    from .policy import Policy, Scores
 
 
 def with_advantages(

@@ -152,6 +152,8 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
                 with replaying(policy, replayed):
                     of_update = policy.update(batch, token_rows_ST, given, job.objective, number)
                 updates = merge(updates, of_update)
+    if anchor is not old:  # an inner layer's policy has no mu to be compared with
+        updates = {n: m for n, m in updates.items() if not n.startswith("off_policy/")}
     metrics |= policy.reduce(updates)
 
     # 5. New weights for the servers.
