@@ -7,7 +7,9 @@ import yaml
 
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
 from recipes.minirl.config import RecipeConfig, known_settings
-from routing_replay.errors import ConfigError
+from recipes.minirl.inputs import inputs_of
+from routing_replay.errors import CheckpointError, ConfigError
+from routing_replay.megatron import weight_names
 
 
 def write(path, text):
@@ -92,3 +94,27 @@ def test_n_is_the_global_batch_by_the_mini_batch_and_decides_the_mode_auto():
         # 8 * 4 = 32 responses per step
         assert config.num_mini_batches == 32 // minibatch_size
         assert config.replay.resolve(config.num_mini_batches).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "llama"}', "expected glm4_moe or qwen3_moe; got 'llama'"),
+        ("{", "config.json cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trained_is_refused_before_a_server_starts(
+    tmp_path, content, message
+):
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1", "answer": "1", "verifier": "exact"}\n')
+    path = str(tmp_path / "a.jsonl")
+    config = parse(["--model", str(tmp_path), "--prompts", path, "--heldout-prompts", path])
+    with pytest.raises(CheckpointError, match=message):
+        inputs_of(config)
+
+
+def test_the_names_of_every_supported_architecture_are_known():
+    from routing_replay.megatron import model
+
+    assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)

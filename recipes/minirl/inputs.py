@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from routing_replay.errors import CheckpointError
+from routing_replay.megatron.weight_names import MODEL_TYPES
 
 from .config import RecipeConfig
 from .prompts import Prompt, read_prompts
@@ -47,6 +49,7 @@ def inputs_of(config: RecipeConfig) -> Inputs:
                 where=folder,
                 fix=f"Download the model first and name its folder with {flag}",
             )
+        _check_architecture(folder / "config.json")
     heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
     return Inputs(
         base=base,
@@ -54,3 +57,18 @@ def inputs_of(config: RecipeConfig) -> Inputs:
         prompts=read_prompts(config.data.prompts or base / "train.jsonl"),
         heldout=heldout[: config.data.heldout_limit or None],
     )
+
+
+def _check_architecture(path: Path) -> None:
+    """Said here, in a second, rather than by a trainer that has waited for its server."""
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (OSError, ValueError) as error:
+        raise CheckpointError("config.json cannot be read", got=error, where=path) from error
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            "the checkpoint's architecture is not supported",
+            expected=" or ".join(MODEL_TYPES),
+            got=repr(model_type),
+            where=path,
+        )

@@ -10,6 +10,9 @@ import re
 
 from routing_replay.errors import CheckpointError
 
+# Values of `model_type` in config.json whose names are known here.
+MODEL_TYPES = ("glm4_moe", "qwen3_moe")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
