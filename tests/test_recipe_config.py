@@ -8,8 +8,11 @@ import yaml
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
 from recipes.minirl.config import RecipeConfig, known_settings
 from recipes.minirl.inputs import inputs_of
+from routing_replay import objectives
 from routing_replay.errors import CheckpointError, ConfigError
 from routing_replay.megatron import weight_names
+
+GRPO = ["--objective", "grpo", "--objective-parameters"]
 
 
 def write(path, text):
@@ -67,6 +70,27 @@ def test_the_help_text_explains_every_key():
         (["--resume"], "expected --run-dir DIR --resume, without --preset"),
         (["--temperature", "0"], "'temperature'; expected above 0"),
         (["--prompts", "x.jsonl"], "prompts and heldout_prompts go together"),
+        (["--objective", "minrl"], "no objective is called 'minrl'; expected minirl"),
+        (["--objective", "gsop"], "no objective is called 'gsop'; expected gspo"),
+        (["--objective", "ppo"], "a value model, which this recipe does not train"),
+        (["--objective", "dppo_topk", "--topk-logprobs", "0"], "'topk_logprobs'; expected >= 1"),
+        (["--top-p", "0.9"], "mask only for requests with a finite top_k; expected --top-k N"),
+        (["--top-p", "0"], "'top_p'; expected above 0, at most 1; got 0.0"),
+        (["--top-k", "1"], "'top_k'; expected 0 (all), or 2 and more; got 1"),
+        (["--dynamic-sampling", "-1"], "'dynamic_sampling'; expected >= 0; got -1"),
+        (["--overlong-cache", "6"], "'overlong_cache'; expected 0..5, the longest response; got 6"),
+        (["--smoothing-wrong", "-0.1"], "'smoothing_wrong'; expected >= 0; got -0.1"),
+        (["--reward-kl-coefficient", "-1"], "'reward_kl_coefficient'; expected >= 0"),
+        (["--internal-layer", "1"], "objective 'minirl' with these parameters compares more than"),
+        (
+            ["--internal-layer", "1", "--objective", "grpo", "--recompute", "full"],
+            "pipeline_parallel 1, and recompute none or moe; got 1 and full",
+        ),
+        (
+            ["--internal-layer", "1", *GRPO, "kl_coefficient=0.1"],
+            "expected grpo, dapo, gspo and the like, without correction and KL",
+        ),
+        (["--internal-layer", "1", *GRPO, "veto_below=1e-4"], "without correction and KL"),
     ],
 )
 def test_a_wrong_command_line_is_answered_with_what_to_do(argv, message):
@@ -118,3 +142,70 @@ def test_the_names_of_every_supported_architecture_are_known():
     from routing_replay.megatron import model
 
     assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)
+
+
+def as_text(value):
+    return "null" if value is None else str(value)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_parameter_of_every_objective_can_be_a_flag_and_a_yaml_key(name, tmp_path):
+    """Its default, written out, is its default; YAML nests the parameters as a mapping."""
+    default = objectives.get(name).parameters
+    if name == "ppo":  # the recipe trains no value model
+        default = objectives.get(name, advantage="group-mean").parameters
+    values = {f: getattr(default, f) for f in vars(default)}
+    pairs = [f"{field}={as_text(value)}" for field, value in values.items()]
+    argv = ["--objective", name, "--objective-parameters", *pairs]
+    assert parse(argv).make_objective().parameters == default
+    text = yaml.safe_dump({"objective": name, "objective_parameters": values})
+    config = write(tmp_path / "c.yaml", text)
+    assert parse(["--config", config]).make_objective().parameters == default
+
+
+def test_parameters_given_as_flags_and_in_yaml_arrive(tmp_path):
+    flags = ["cap=2", "eps_high=1e-1", "veto_below=1.0e-4", "aggregation=token-mean", "horizon=9"]
+    p = parse(["--objective-parameters", *flags]).make_objective().parameters
+    assert (p.cap, p.eps_high, p.veto_below, p.aggregation, p.horizon) == (
+        2,
+        0.1,
+        1e-4,
+        "token-mean",
+        9,
+    )
+    text = "objective: dapo\nobjective_parameters: {eps_high: 0.3, correction: tis-token}\n"
+    objective = parse(["--config", write(tmp_path / "c.yaml", text)]).make_objective()
+    assert (objective.name, objective.parameters.eps_high) == ("dapo", 0.3)
+    assert objective.parameters.correction == "tis-token"
+
+
+def test_objective_help_is_the_table_of_all_objectives(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--objective", "help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for entry in objectives.table():
+        at = lines.index(f"{entry['name']}: {entry['summary']}")
+        assert lines[at + 1].strip() == f"equation: {entry['equation']}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "has_mask", "needs_reference", "num_top_logprobs"),
+    [
+        ([], False, False, 0),
+        (["--top-k", "50"], True, False, 0),
+        (["--top-p", "0.9", "--top-k", "50"], True, False, 0),
+        (["--top-p", "0.9", "--no-keep-sampling-mask"], False, False, 0),
+        (["--objective-parameters", "kl_coefficient=0.1"], False, True, 0),
+        (["--objective-parameters", "kl_coefficient=0.1", "kl_reference=mu"], False, False, 0),
+        (["--reward-kl-coefficient", "0.1"], False, True, 0),
+        (["--objective", "dppo_topk"], False, False, 20),
+    ],
+)
+def test_what_a_run_needs_follows_from_its_settings(
+    argv, has_mask, needs_reference, num_top_logprobs
+):
+    config = parse(argv)
+    assert config.has_sampling_mask is has_mask
+    assert config.needs_reference is needs_reference
+    assert config.num_top_logprobs == num_top_logprobs
