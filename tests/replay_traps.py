@@ -1,6 +1,7 @@
 """Traps of stock Megatron beside replay: what the rank of test_megatron_traps.py computes."""
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import torch
@@ -71,6 +72,38 @@ def expert_bias_under_a_padding_mask():
         for expert in ids_TK.reshape(-1):
             expected[place, expert] += 1
     found["expected"], found["num_last"] = expected, len(job.batch.lengths)
+    return found
+
+
+@trap
+def which_routes_a_statistic_counts():
+    """Of layer 0, whose input replay does not change: loads in the aux loss, and as dispatched."""
+    from megatron.core.transformer.moe import router as module
+
+    job, found = Job(Case(router="aux_loss")), {}
+    first = routers(job)[0]
+
+    def loads_of_a_run(replay=None, rows_of=None):
+        in_loss, dispatched = [], []
+        stock = module.switch_load_balancing_loss_func
+
+        def watched(*arguments, **named):
+            in_loss.append(named["tokens_per_expert"].tolist())
+            return stock(*arguments, **named)
+
+        hook = first.register_forward_hook(
+            lambda router, arguments, output: dispatched.append(output[1].sum(0).tolist())
+        )
+        with mock.patch.object(module, "switch_load_balancing_loss_func", watched):
+            job.run(replay, rows_of)
+        hook.remove()
+        return in_loss[:: len(routers(job))], dispatched
+
+    found["stock"] = loads_of_a_run()
+    with attach(job.chunks, R3) as replay:
+        table = random_table(job, replay.model)
+        with replay.replaying(table):
+            found["replayed"] = loads_of_a_run(replay, table.rows)
     return found
 
 

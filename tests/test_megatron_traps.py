@@ -28,6 +28,15 @@ def test_loads_under_a_padding_mask_are_those_of_the_unmasked_tokens():
     assert beyond.sum(1).tolist() == [2 * trap["num_last"]] * LAYERS == [16] * LAYERS
 
 
+def test_the_aux_loss_counts_live_routes_and_the_dispatched_load_is_the_replayed_one():
+    trap = found()["which_routes_a_statistic_counts"]
+    (stock_loss, stock_load), (loss, load) = trap["stock"], trap["replayed"]
+    # 4 microbatches of 32 tokens with 2 experts each.
+    assert len(loss) == len(load) == MICROBATCHES and {sum(x) for x in loss + load} == {64}
+    assert stock_loss == stock_load == loss
+    assert all(a != b for a, b in zip(loss, load, strict=True))
+
+
 def test_with_as_many_tokens_as_experts_the_stock_count_is_silently_wrong_and_ours_right():
     # 8 tokens chose expert 2, of which 2 are padding. Stock masks experts 6 and 7 instead.
     assert found()["as_many_tokens_as_experts"] == [8, 6]
