@@ -5,9 +5,9 @@ The compact payload is one byte string, little-endian, base64 in JSON:
     header        `HEADER` below, 40 bytes
     layers        bitmap of the global indices of the routed layers, `layer_bytes` bytes
     runs          `RUN` each: so many rows from here on have this origin and weight version
-    body          deflated or not: ids [T, L, K] uint8 (E <= 256) or uint16, then, if flagged,
-                  gates [T, L, K] float16, then the logits' rows [N] uint32 and values
-                  [N, L, E] float32
+    body          ids [T, L, K] uint8 (E <= 256) or uint16, the first 4096 bytes of them deflated
+                  or not; then, if flagged, gates [T, L, K] float16, then the logits' rows [N]
+                  uint32 and values [N, L, E] float32
     checksum      CRC-32 of everything before it
 
 Its first four bytes are no possible expert id, so a stock payload is told apart by looking. Every
@@ -38,7 +38,7 @@ __all__ = [
     "from_base64",
 ]
 
-MAGIC, VERSION = b"RRPL", 1
+MAGIC, VERSION = b"RRPL", 2
 # magic, version, flags, codec, rows, start, layers, bytes of the bitmap, top-k, experts, runs,
 # sampled logits, bytes of the stored body
 HEADER = struct.Struct("<4sHBBIIHHHHIIQ")
@@ -46,9 +46,9 @@ RUN = np.dtype([("num_rows", "<u4"), ("origin", "u1"), ("weight_version", "<i8")
 CHECKSUM = struct.Struct("<I")
 HAS_GATES, HAS_LOGITS = 1, 2
 RAW, DEFLATE = 0, 1
-# Deflate saves 16 % of 128 experts' ids and 3 % of 256's, at 0.1 GB/s (docs/capture.md): that pays
-# for the header of a short body, and would hold up the server's loop for a long one.
-MAX_DEFLATED = 1 << 16
+# Deflate saves 16 % of 128 experts' ids and 3 % of 256's, at 0.1 GB/s (docs/capture.md): enough to
+# make up for the header, and far too slow, in the server's loop, for all of a long body.
+HEAD_BYTES = 4096
 
 
 def encode(routes: Routes, *, start: int = 0) -> bytes:
@@ -58,10 +58,10 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
         routes: The rows to send, the first of them being row `start` of the sequence.
         start: Row of the sequence at which they begin.
     """
-    body = _body_of(routes)
-    stored = _deflate(body) if len(body) <= MAX_DEFLATED else body
-    codec = DEFLATE if len(stored) < len(body) else RAW
-    stored = stored if codec == DEFLATE else body
+    ids, *others = _body_of(routes)
+    head = _deflate(ids[:HEAD_BYTES])
+    codec = DEFLATE if len(head) < len(ids[:HEAD_BYTES]) else RAW
+    body = [head, ids[HEAD_BYTES:], *others] if codec == DEFLATE else [ids, *others]
     runs = _runs_of(routes)
     bitmap = _bitmap_of(routes.layers)
     logits = routes.router_logits
@@ -69,10 +69,13 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
     header = HEADER.pack(
         *(MAGIC, VERSION, flags, codec, routes.num_rows, start, len(routes.layers), len(bitmap)),
         *(routes.top_k, routes.num_experts, len(runs), 0 if logits is None else len(logits.rows_N)),
-        len(stored),
+        sum(len(part) for part in body),
     )
-    content = b"".join([header, bitmap, runs.tobytes(), stored])
-    return content + CHECKSUM.pack(zlib.crc32(content))
+    content, checksum = [header, bitmap, runs.tobytes(), *body], 0
+    for part in content:
+        checksum = zlib.crc32(part, checksum)
+    # One copy: this runs in the server's loop.
+    return b"".join([*content, CHECKSUM.pack(checksum)])
 
 
 def decode(
@@ -146,21 +149,21 @@ def decode_compact(data: bytes) -> tuple[Routes, int]:
     return _unpack(data)
 
 
-def _body_of(routes: Routes) -> bytes:
-    dtype = routes.expert_ids_TLK.dtype.newbyteorder("<")
-    parts = [np.ascontiguousarray(routes.expert_ids_TLK, dtype).tobytes()]
+def _body_of(routes: Routes) -> list[np.ndarray]:
+    """The bytes of the body's arrays, without a copy where they lie as they are sent."""
+    arrays = [(routes.expert_ids_TLK, routes.expert_ids_TLK.dtype.newbyteorder("<"))]
     if routes.gate_probs_TLK is not None:
-        parts.append(np.ascontiguousarray(routes.gate_probs_TLK, "<f2").tobytes())
+        arrays.append((routes.gate_probs_TLK, "<f2"))
     if routes.router_logits is not None:
-        parts.append(routes.router_logits.rows_N.astype("<u4").tobytes())
-        parts.append(np.ascontiguousarray(routes.router_logits.values_NLE, "<f4").tobytes())
-    return b"".join(parts)
+        arrays.append((routes.router_logits.rows_N, "<u4"))
+        arrays.append((routes.router_logits.values_NLE, "<f4"))
+    return [np.ascontiguousarray(a, dtype).reshape(-1).view(np.uint8) for a, dtype in arrays]
 
 
-def _deflate(body: bytes) -> bytes:
+def _deflate(head: np.ndarray) -> bytes:
     # Routes repeat as symbols, not as strings: Huffman codes alone give what deflate can give.
     coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(body) + coder.flush()
+    return coder.compress(head) + coder.flush()
 
 
 def _bitmap_of(layers: Sequence[int]) -> bytes:
@@ -225,20 +228,22 @@ def _columns(flags: int, shape, dtype, num_logits: int, num_experts: int) -> lis
 
 
 def _inflate(stored: memoryview, codec: int, columns: list[tuple]) -> memoryview | bytes:
-    body_bytes = sum(size_bytes(dtype, shape) for _, dtype, shape in columns)
+    ids_bytes, *others = (size_bytes(dtype, shape) for _, dtype, shape in columns)
+    body_bytes, head_bytes = ids_bytes + sum(others), min(HEAD_BYTES, ids_bytes)
     if codec == RAW and body_bytes == len(stored):
         return stored
-    # A longer body would never have been deflated: the header lies about its size.
-    if codec != DEFLATE or body_bytes > MAX_DEFLATED:
+    # What is left for the deflated head; a lie about any size leaves too little or too much.
+    deflated_bytes = len(stored) - (body_bytes - head_bytes)
+    if codec != DEFLATE or not 0 < deflated_bytes < head_bytes:
         raise damaged(f"a body of {body_bytes} bytes", f"{len(stored)} in codec {codec}")
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        body = decoder.decompress(stored, body_bytes + 1)
+        head = decoder.decompress(stored[:deflated_bytes], head_bytes + 1)
     except zlib.error as error:
         raise damaged("a deflated body", error) from error
-    if len(body) != body_bytes or not decoder.eof or decoder.unused_data:
-        raise damaged(f"a body of {body_bytes} bytes", len(body))
-    return body
+    if len(head) != head_bytes or not decoder.eof or decoder.unused_data:
+        raise damaged(f"{head_bytes} deflated bytes", len(head))
+    return b"".join([head, stored[deflated_bytes:]])
 
 
 def _split(body: memoryview | bytes, columns: list[tuple]) -> dict[str, np.ndarray]:

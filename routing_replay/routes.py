@@ -319,7 +319,7 @@ def has_duplicates(expert_ids_XK: np.ndarray) -> np.ndarray:
     return doubled_X.reshape(expert_ids_XK.shape[:-1])
 
 
-def _are_probabilities(gates: np.ndarray) -> bool:
+def are_probabilities(gates: np.ndarray) -> bool:
     """Whether all are finite and in 0..1."""
     # As integers the float16 from 0 to 1 are 0..ONE_BITS, and negative ones, infinity and nan lie
     # above: one pass over integers instead of three over halves, which processors convert first.
@@ -338,7 +338,7 @@ def _check_gates(routes: Routes) -> None:
                 expected=f"float16 {routes.expert_ids_TLK.shape}",
                 got=f"{gates.dtype} {gates.shape}",
             )
-        if not _are_probabilities(gates):
+        if not are_probabilities(gates):
             raise RoutesError("gate probabilities", expected="finite values in 0..1", got="others")
     logits = routes.router_logits
     if logits is None:

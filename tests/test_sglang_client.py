@@ -29,7 +29,7 @@ class FakeServer:
         misbehave: Called with the route, the body and the good answer; returns status and answer.
     """
 
-    def __init__(self, misbehave=lambda route, body, answer: (200, answer)):
+    def __init__(self, misbehave=lambda route, body, answer: (200, answer), port=0):
         self.calls, self.weight_version = [], "0"
         fake = self
 
@@ -54,7 +54,7 @@ class FakeServer:
             def log_message(self, *arguments):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -85,6 +85,7 @@ class FakeServer:
         level = body["sampling_params"].get("custom_params")
         data = encode(routes, start=start) if level else stock(routes.expert_ids_TLK)
         found = meta(data) if body.get("return_routed_experts") else {}
+        found["weight_version"] = getattr(self, "weight_version", "0")
         logprobs = [[-0.5, 7, None], [-0.25, 8, None], [-1.0, 9, None]]
         return {"output_token_logprobs": logprobs, "finish_reason": {"type": "length"}, **found}
 
@@ -140,6 +141,36 @@ def test_another_server_takes_over_from_one_that_fails(trouble):
         client = RolloutClient([bad.url, good.url], MODEL, QUICK)
         (completion,) = client.generate([asked()])
     assert completion.url == good.url
+
+
+def test_a_request_waits_for_a_server_that_restarts():
+    with FakeServer() as first:
+        port = first.http.server_address[1]
+    found = []
+    options = ClientOptions(num_retries=4, retry_wait_s=0.2)
+    client = RolloutClient([f"http://127.0.0.1:{port}"], MODEL, options)
+    thread = threading.Thread(target=lambda: found.extend(client.generate([asked()])))
+    thread.start()
+    time.sleep(0.3)  # the first try, at least, met nobody
+    with FakeServer(port=port):
+        thread.join(timeout=60)
+    assert found[0].output_ids == [7, 8, 9]
+
+
+def test_a_restarted_server_does_not_pass_for_one_with_the_new_weights():
+    with FakeServer() as restarted, FakeServer() as good:
+        client = RolloutClient([restarted.url, good.url], MODEL, QUICK)
+        client.update_weights("/checkpoint", 3)
+        restarted.weight_version = "0"
+        completions = client.generate([asked(), asked(), asked()])
+        assert [c.url for c in completions] == [good.url] * 3
+        good.weight_version = "0"
+        message = "failed 3 times; got weight version 0 instead of 3.*call update_weights again"
+        with pytest.raises(ServerError, match=message):
+            client.generate([asked()])
+        # Going back to older weights on purpose is not a restart.
+        client.update_weights("/checkpoint", 1)
+        assert client.generate([asked()])[0].weight_version == "1"
 
 
 def test_a_request_that_fails_on_every_try_names_the_servers_and_the_last_failure():

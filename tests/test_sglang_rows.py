@@ -11,9 +11,10 @@ import torch
 from routing_replay.payload import decode_compact
 from routing_replay.routes import Origin
 from routing_replay.sglang import rows, versions
-from routing_replay.sglang.capture import Stamps, gate_probs, pack, score_function, unpack
+from routing_replay.sglang.capture import gate_probs, pack, score_function, unpack
 from routing_replay.sglang.logits import LogitSampler
 from routing_replay.sglang.settings import CaptureSettings
+from routing_replay.sglang.slots import KeptRows, SlotRows
 
 NUM_EXPERTS, NUM_LAYERS, TOP_K = 8, 2, 3
 
@@ -27,11 +28,11 @@ class FakeEngine:
     """Slots, a capturer and forward passes; pass n writes ids that only pass n writes."""
 
     def __init__(self, num_slots=64, level="gates"):
-        buffer = torch.zeros(num_slots, NUM_LAYERS, TOP_K, dtype=torch.int32)
+        settings = CaptureSettings(level=level)
+        shape = (num_slots, NUM_LAYERS, TOP_K)
         self.capturer = SimpleNamespace(
-            settings=CaptureSettings(level=level),
-            host_cache=SimpleNamespace(buffer=buffer),
-            stamps=Stamps(num_slots),
+            settings=settings,
+            slots=SlotRows(shape, NUM_EXPERTS, settings.has_gates),
             layers={0, 1},
             num_layers=NUM_LAYERS,
             topk_size=TOP_K,
@@ -41,26 +42,27 @@ class FakeEngine:
         self.pool = SimpleNamespace(req_to_token=torch.zeros(4, 32, dtype=torch.int32))
 
     def forward(self, slots, number, origin, version=0):
-        """Pass `number` computes these slots; returns its packed rows and stamps."""
-        ids_TLK = torch.arange(TOP_K).expand(len(slots), NUM_LAYERS, TOP_K) + number
-        packed = pack(ids_TLK, torch.full(ids_TLK.shape, 0.25))
-        self.capturer.host_cache.buffer[slots] = packed
-        stamp = self.capturer.stamps.stamp(origin, version)
-        self.capturer.stamps.stamp_N[slots] = stamp
-        return packed.numpy(), np.full(len(slots), stamp, np.int32)
+        """Pass `number` computes these slots; returns its rows."""
+        ids_TLK = np.broadcast_to(np.arange(TOP_K) + number, (len(slots), NUM_LAYERS, TOP_K))
+        stamp = self.capturer.slots.stamps.stamp(origin, version)
+        step = KeptRows(
+            start=0,
+            ids_TLK=ids_TLK.astype(np.uint8),
+            gates_TLK=np.full(ids_TLK.shape, 0.25, np.float16),
+            stamp_T=np.full(len(slots), stamp, np.int32),
+            logits=None,
+        )
+        self.capturer.slots.put(np.array(slots), step)
+        return step
 
     def prefill(self, req, slots, number, start=0, version=0):
         """Pass `number` prefills the positions from `start` on, as `keep_prefill` sees it."""
         self.pool.req_to_token[req.kv.req_pool_idx, start : start + len(slots)] = torch.tensor(
             slots
         )
-        packed_TLK, stamp_T = self.forward(slots, number, Origin.PREFILL, version)
+        step = self.forward(slots, number, Origin.PREFILL, version)
         output = SimpleNamespace(
-            topk=torch.from_numpy(packed_TLK),
-            extents=[(start, len(slots))],
-            finalize=lambda: None,
-            stamp_T=lambda: stamp_T,
-            logits=lambda: None,
+            extents=[(start, len(slots))], finalize=lambda: None, rows=lambda: step
         )
         result = SimpleNamespace(routed_experts_output=output, copy_done=None)
         rows.keep_prefill(SimpleNamespace(reqs=[req], decoding_reqs=None), result)
@@ -180,12 +182,15 @@ def test_levels_below_the_servers_and_stock_clients_get_what_they_asked_for():
 
 
 def test_ids_and_gates_share_a_slot_without_loss():
-    ids = torch.tensor([[0, 127, 32767]])
+    ids = torch.tensor([[0, 127, 32767]], dtype=torch.int32)
     gates = torch.tensor([[1.0, 2.0**-24, 0.333]])
-    got_ids, got_gates = unpack(pack(ids, gates).numpy())
-    np.testing.assert_array_equal(got_ids, ids)
-    np.testing.assert_array_equal(got_gates, gates.half())
-    assert np.isnan(unpack(pack(ids, None).numpy())[1]).all()
+    packed = pack(ids, gates)
+    assert packed.dtype == torch.int32
+    got_ids, got_gates = unpack(packed)
+    assert got_ids.tolist() == ids.tolist()
+    assert got_gates.tolist() == gates.half().tolist()
+    assert unpack(pack(ids, None))[0].tolist() == ids.tolist()
+    assert unpack(pack(ids, None))[1].isnan().all()
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid", "sqrtsoftplus"])

@@ -5,23 +5,18 @@ that is written inside the graph-capturable region, one asynchronous copy per st
 results, and a host buffer indexed by KV slot, so that a radix-cache hit keeps its rows. Ours only
 changes what is written and what is known about it:
 
-- a slot of the int32 buffers holds the expert id in its upper and the gate probability, as float16
-  bits, in its lower half: gates cost no byte more than stock's ids;
-- beside each KV slot stands a stamp: origin and weight version of the forward that wrote it.
+- a slot of the int32 device buffer holds the expert id in its upper and the gate probability, as
+  float16 bits, in its lower half: gates cost no byte more than stock's ids;
+- what goes to the host is compact: one byte or two for an id, two for a gate (`slots`).
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from ..routes import Origin
-
 GATE_BITS = 16
-GATE_MASK = (1 << GATE_BITS) - 1
 # float16 bits of a quiet nan: no gate was captured for this slot.
 NO_GATE = 0x7E00
-NOT_WRITTEN = 0
 
 
 def score_function(topk_config) -> str | None:
@@ -43,11 +38,12 @@ def gate_probs(
     the sum of all scores, as in `agreement.router_probs`.
     """
     # A padded row may carry any id; an index out of range would end the process on a GPU.
-    ids_TK = expert_ids_TK.long().clamp(0, router_logits_TE.shape[1] - 1)
-    logits_TE = router_logits_TE.float()
+    ids_TK = expert_ids_TK.clamp(0, router_logits_TE.shape[1] - 1).long()
     if function == "softmax":
-        total_T1 = logits_TE.logsumexp(-1, keepdim=True)
-        return (logits_TE.gather(1, ids_TK) - total_T1).exp()
+        # One kernel, where logsumexp is six: this runs once per layer and step.
+        probs_TE = router_logits_TE.softmax(-1, dtype=torch.float32)
+        return probs_TE.gather(1, ids_TK)
+    logits_TE = router_logits_TE.float()
     if function == "sigmoid":
         scores_TE = logits_TE.sigmoid()
     else:
@@ -57,40 +53,20 @@ def gate_probs(
 
 def pack(expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor | None) -> torch.Tensor:
     """Ids and gates in one int32 [T, K]."""
-    ids_TK = expert_ids_TK.int() << GATE_BITS
     if gates_TK is None:
-        return ids_TK | NO_GATE
-    # Rounding may not lift a probability above one or make a nan of it.
-    bits_TK = gates_TK.clamp(0, 1).half().view(torch.int16).int()
-    return ids_TK | (bits_TK & GATE_MASK)
+        return (expert_ids_TK.int() << GATE_BITS) | NO_GATE
+    packed_TK = torch.empty_like(expert_ids_TK, dtype=torch.int32)
+    # The low half comes first in memory. Two copies that convert, instead of shifts and masks.
+    halves_TK2 = packed_TK.view(torch.int16).view(*packed_TK.shape, 2)
+    halves_TK2[..., 1] = expert_ids_TK
+    halves_TK2.view(torch.float16)[..., 0] = gates_TK
+    return packed_TK
 
 
-def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int32) and gates (float16, nan where there is none) of packed slots."""
-    gates = (packed & GATE_MASK).astype(np.uint16).view(np.float16)
-    return packed >> GATE_BITS, gates
-
-
-class Stamps:
-    """Origin and weight version of the forward that wrote each KV slot, in four bytes."""
-
-    def __init__(self, num_slots: int):
-        self.stamp_N = np.zeros(num_slots, np.int32)
-        self.versions: list[int] = []
-
-    def stamp(self, origin: Origin, weight_version: int) -> int:
-        if not self.versions or self.versions[-1] != weight_version:
-            self.versions.append(weight_version)
-        return (len(self.versions) - 1) * len(Origin) + origin
-
-    def origin(self, stamp_T: np.ndarray) -> np.ndarray:
-        return (stamp_T % len(Origin)).astype(np.uint8)
-
-    def weight_version(self, stamp_T: np.ndarray) -> np.ndarray:
-        if not self.versions:
-            return np.full(len(stamp_T), -1, np.int64)
-        version_T = np.array(self.versions, np.int64)[stamp_T // len(Origin)]
-        return np.where(stamp_T == NOT_WRITTEN, -1, version_T)
+def unpack(packed_TLK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (int16) and gates (float16, nan where there is none) of packed slots; views."""
+    halves_TLK2 = packed_TLK.view(torch.int16).view(*packed_TLK.shape, 2)
+    return halves_TLK2[..., 1], halves_TLK2.view(torch.float16)[..., 0]
 
 
 def parse_version(text) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
 import numpy as np
@@ -13,10 +12,11 @@ from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
 from ..routes import Origin
 from . import versions
-from .capture import Stamps, gate_probs, pack, parse_version, score_function
+from .capture import gate_probs, pack, parse_version, score_function, unpack
 from .logits import LogitSampler, SampledLogits
 from .refusals import refuse_unsupported
 from .settings import CaptureSettings
+from .slots import KeptRows, SlotRows
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,20 @@ class CaptureOutput(TopkCaptureOutput):
     """One step's rows on their way to the host, with what is known of the step.
 
     Args:
-        stock: SGLang's own output: slots, packed rows and the host buffer.
-        capturer: Whose stamps are set when the rows arrive.
+        stock: SGLang's own output: slots, and rows as they stand in the device's buffer.
+        capturer: Whose slots are set when the rows arrive.
         forward_batch: The step, at its launch.
     """
 
     def __init__(self, stock: TopkCaptureOutput, capturer: Capturer, forward_batch):
-        super().__init__(stock.out_cache_loc, stock.topk, stock.host_cache)
+        ids_TLK, self.gates_TLK = stock.topk, None
+        if capturer.settings.has_gates:
+            ids_TLK, gates_TLK = unpack(stock.topk)
+            self.gates_TLK = gates_TLK.contiguous()
+        # Compact before the copy to the host; 16-bit ids are below 2^15, so signed ones will do.
+        is_small = capturer.slots.ids_NLK.itemsize == 1
+        ids_TLK = ids_TLK.to(torch.uint8 if is_small else torch.int16)
+        super().__init__(stock.out_cache_loc, ids_TLK, stock.host_cache)
         self.capturer = capturer
         is_decode = forward_batch.forward_mode.is_decode()
         self.origin = Origin.DECODE if is_decode else Origin.PREFILL
@@ -43,47 +50,49 @@ class CaptureOutput(TopkCaptureOutput):
         self.num_decode_rows = 0
         self.logit_rows_N, self.logits_NLE = None, None
         if capturer.sampler is not None:
-            self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(stock.topk))
+            self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(ids_TLK))
 
     def map_device_tensors(self, copy):
         """SGLang >= 0.5.15 passes the function that copies to the host."""
         super().map_device_tensors(copy)
-        if self.logits_NLE is not None:
-            self.logits_NLE = copy(self.logits_NLE)
+        self._copy_ours(copy)
 
     def copy_to_cpu(self):
         """SGLang <= 0.5.14 copies so."""
         super().copy_to_cpu()
-        if self.logits_NLE is not None:
-            self.logits_NLE = self.logits_NLE.to("cpu", non_blocking=True)
+        self._copy_ours(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def copy_now(self):
         """Without overlap nobody else copies."""
         self.out_cache_loc, self.topk = self.out_cache_loc.cpu(), self.topk.cpu()
+        self._copy_ours(torch.Tensor.cpu)
+
+    def _copy_ours(self, copy):
+        if self.gates_TLK is not None:
+            self.gates_TLK = copy(self.gates_TLK)
         if self.logits_NLE is not None:
-            self.logits_NLE = self.logits_NLE.cpu()
+            self.logits_NLE = copy(self.logits_NLE)
 
     def finalize(self):
-        """Put rows, stamps and logits at their slots. Called once the copies are done."""
-        super().finalize()
-        slots_T = self.out_cache_loc.numpy()
-        self.capturer.stamps.stamp_N[slots_T] = self.stamp_T()
-        if self.logits_NLE is not None:
-            self.capturer.sampler.keep(slots_T, self.logit_rows_N, self.logits_NLE.numpy())
+        """Put the rows at their slots. Called once the copies are done."""
+        self.capturer.slots.put(self.out_cache_loc.numpy(), self.rows())
 
-    def stamp_T(self) -> np.ndarray:
-        """The stamp of each row."""
-        stamps = self.capturer.stamps
-        stamp_T = np.full(len(self.topk), stamps.stamp(self.origin, self.weight_version), np.int32)
+    def rows(self) -> KeptRows:
+        """The step's rows; its requests' one after another, from 0."""
+        stamps, num_rows = self.capturer.slots.stamps, len(self.topk)
+        stamp_T = np.full(num_rows, stamps.stamp(self.origin, self.weight_version), np.int32)
         if self.num_decode_rows:
             stamp_T[-self.num_decode_rows :] = stamps.stamp(Origin.DECODE, self.weight_version)
-        return stamp_T
-
-    def logits(self) -> SampledLogits | None:
-        """The sampled logits of the step's rows."""
-        if self.logits_NLE is None:
-            return None
-        return SampledLogits(rows_N=self.logit_rows_N, values_NLE=self.logits_NLE.numpy())
+        logits = None
+        if self.logits_NLE is not None:
+            logits = SampledLogits(rows_N=self.logit_rows_N, values_NLE=self.logits_NLE.numpy())
+        return KeptRows(
+            start=0,
+            ids_TLK=self.topk.numpy().view(self.capturer.slots.ids_NLK.dtype),
+            gates_TLK=None if self.gates_TLK is None else self.gates_TLK.numpy(),
+            stamp_T=stamp_T,
+            logits=logits,
+        )
 
 
 class Capturer(RoutedExpertsCapturer):
@@ -93,30 +102,31 @@ class Capturer(RoutedExpertsCapturer):
         ServerError: A feature under which rows could be wrong, or a hook that is missing.
     """
 
-    def __init__(self, *arguments, **named):
+    def __init__(self, model_config, *, num_tokens: int, **named):
         from .plugin import targets
 
         self.settings = CaptureSettings.from_environment()
         server_args = versions.server_args()
         refuse_unsupported(server_args, get_moe_runner_backend().value, self.settings)
         versions.check_hooks(targets())
-        super().__init__(*arguments, **named)
+        # SGLang's own host buffer is not used: it gets one slot.
+        super().__init__(model_config, num_tokens=1, **named)
         self.weight_version = parse_version(getattr(server_args, "weight_version", None))
-        self.stamps = Stamps(self.host_cache.num_tokens)
         # Learnt from the routers that report: dense and hash-routed layers never do.
         self.layers: set[int] = set()
-        config = named.get("model_config", arguments[0] if arguments else None).hf_text_config
-        self.num_experts = num_experts_of(config)
-        self.sampler = self._sampler() if self.settings.has_logits else None
+        self.num_experts = num_experts_of(model_config.hf_text_config)
+        self.sampler = self._sampler(num_tokens) if self.settings.has_logits else None
+        shape = (num_tokens, self.num_layers, self.topk_size)
+        self.slots = SlotRows(shape, self.num_experts, self.settings.has_gates, self.sampler)
         self._router = None
         self._report_memory()
 
-    @contextlib.contextmanager
-    def routing(self, router_logits_TE: torch.Tensor, topk_config):
-        """Within it, `capture` knows the logits that the ids were chosen from."""
-        self._router = (router_logits_TE, topk_config)
+    def route(self, stock, *arguments, **named):
+        """SGLang's post-processing of a layer's choice; within it `capture` knows the logits."""
+        # SGLang names its arguments here in every version; their order is not the same in all.
+        self._router = (named["router_logits"], named["topk_config"])
         try:
-            yield
+            return stock(*arguments, **named)
         finally:
             self._router = None
 
@@ -154,20 +164,19 @@ class Capturer(RoutedExpertsCapturer):
         # Columns of fused shared experts never reach the host; they only keep the width.
         return torch.nn.functional.pad(packed_TK, (0, num_shared)) if num_shared else packed_TK
 
-    def _sampler(self) -> LogitSampler:
+    def _sampler(self, num_slots: int) -> LogitSampler:
         buffer = self.device_cache.buffer
         return LogitSampler(
             (buffer.shape[0], self.num_layers, self.num_experts),
-            self.host_cache.num_tokens,
+            num_slots,
             self.settings.logit_fraction,
             buffer.device,
         )
 
     def _report_memory(self):
-        host = self.host_cache.get_buffer_size_bytes() + self.stamps.stamp_N.nbytes
-        device = self.device_cache.get_buffer_size_bytes()
+        host, device = self.slots.host_bytes, self.device_cache.get_buffer_size_bytes()
         if self.sampler is not None:
-            host, device = host + self.sampler.host_bytes, device + self.sampler.device_bytes
+            device += self.sampler.device_bytes
         logger.info(
             "routing_replay captures %s: %.1f MiB of device memory, %.1f MiB of host memory",
             self.settings.level,

@@ -66,6 +66,7 @@ class RolloutClient:
         self.model = model
         self.options = options or ClientOptions()
         self._load = dict.fromkeys(self.urls, 0)
+        self._weight_version: int | None = None  # what all servers were last given
 
     def generate(
         self,
@@ -83,7 +84,8 @@ class RolloutClient:
             The completions in the order of the requests.
 
         Raises:
-            ServerError: A request failed on every try.
+            ServerError: A request failed on every try; an answer from older weights than
+                `update_weights` last loaded counts as a failure.
             PayloadError, RoutesError: An answer carries no or wrong routes.
         """
         return asyncio.run(self._generate(requests, on_completion))
@@ -115,6 +117,7 @@ class RolloutClient:
                     where=url,
                     fix="Look for the failed update in the server's log",
                 )
+        self._weight_version = int(weight_version)
 
     def weight_versions(self) -> dict[str, str]:
         """The weight version that each server reports."""
@@ -162,6 +165,7 @@ class RolloutClient:
 
     async def _with_retries(self, http, slots, request: GenerateRequest) -> Completion:
         failures: list[ServerError] = []
+        weight_version = self._weight_version
         for attempt in range(self.options.num_retries + 1):
             if attempt:
                 await asyncio.sleep(self.options.retry_wait_s * 2 ** (attempt - 1))
@@ -172,7 +176,11 @@ class RolloutClient:
                 async with slots[url]:
                     answer = await _call(http, "POST", url, "/generate", request.to_json())
                 # Base64, checksum and validation of a long rollout take a while; others go on.
-                return await asyncio.to_thread(completion_of, answer, request, url, self.model)
+                completion = await asyncio.to_thread(
+                    completion_of, answer, request, url, self.model
+                )
+                _check_weights(completion, weight_version)
+                return completion
             except _TransientError as error:
                 failures.append(error)
             finally:
@@ -209,6 +217,18 @@ class RolloutClient:
 
 class _TransientError(ServerError):
     """A failure that another try may cure."""
+
+
+def _check_weights(completion: Completion, weight_version: int | None) -> None:
+    """A server that restarted samples from the weights that it started with, and looks healthy."""
+    got = completion.weight_version
+    if weight_version is not None and got.isdigit() and int(got) < weight_version:
+        raise _TransientError(
+            "the server runs older weights than it was given",
+            got=f"weight version {got} instead of {weight_version}: it was restarted, "
+            "call update_weights again",
+            where=completion.url,
+        )
 
 
 async def _all(calls) -> list[Any]:

@@ -39,8 +39,10 @@ def targets() -> list[str]:
 
 def _hooks() -> dict:
     found = versions.targets_of(versions.installed())
+    # Ids alone are what stock captures: the model's forward then stays as it is.
+    has_gates = CaptureSettings.from_environment().has_gates
     hooks = {
-        ROUTER: _route,
+        ROUTER if has_gates else None: _route,
         found.collect: _collect,
         found.prefill_result: _process_prefill,
         found.release: _release,
@@ -65,9 +67,7 @@ def _route(stock, *arguments, **named):
     capturer = _capturer()
     if capturer is None:
         return stock(*arguments, **named)
-    # SGLang names its arguments here in every version; their order is not the same in all.
-    with capturer.routing(named["router_logits"], named["topk_config"]):
-        return stock(*arguments, **named)
+    return capturer.route(stock, *arguments, **named)
 
 
 def _collect(stock, scheduler, req):

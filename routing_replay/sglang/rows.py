@@ -21,37 +21,13 @@ import numpy as np
 import torch
 
 from ..payload import encode
-from ..routes import Origin, compact_dtype
+from ..routes import Origin, are_probabilities
 from . import versions
-from .capture import NOT_WRITTEN, unpack
 from .logits import SampledLogits
 from .settings import OURS, REQUEST_KEY
+from .slots import NOT_WRITTEN, KeptRows
 
 ATTRIBUTE = "routing_replay_rows"
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptRows:
-    """Rows `start` and following of a request, as they left the device."""
-
-    start: int
-    packed_TLK: np.ndarray
-    stamp_T: np.ndarray
-    logits: SampledLogits | None
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.stamp_T)
-
-    def part(self, low: int, high: int, shift: int = 0) -> KeptRows:
-        """The rows low .. high - 1, renumbered by `shift`; copies, the step's buffers are huge."""
-        rows = slice(low - self.start, high - self.start)
-        return KeptRows(
-            start=low + shift,
-            packed_TLK=self.packed_TLK[rows].copy(),
-            stamp_T=self.stamp_T[rows].copy(),
-            logits=None if self.logits is None else self.logits.within(low, high, shift),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,10 +65,7 @@ def keep_prefill(batch, result) -> None:
     output.num_decode_rows = len(batch.decoding_reqs or ())
     output.finalize()
     result.routed_experts_output = None
-    step = KeptRows(
-        start=0, packed_TLK=output.topk.numpy(), stamp_T=output.stamp_T(), logits=output.logits()
-    )
-    at = 0
+    step, at = output.rows(), 0
     for req, (start, num_rows) in zip(batch.reqs, output.extents, strict=False):
         if req.return_routed_experts and not req.is_retracted:
             _keep(req, step.part(at, at + num_rows, shift=start - at))
@@ -124,7 +97,7 @@ def collect(capturer, req, req_to_token_pool) -> torch.Tensor:
     rows = _rows(capturer, req, req_to_token_pool, start, stop)
     level = level_of(req)
     if level is None:
-        return _stock_rows(capturer, rows)
+        return _stock_rows(rows)
     payload = encode(_collected(capturer, rows, level), start=start)
     return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
@@ -155,11 +128,13 @@ def _rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
         low, high = max(start, kept.start), min(stop, kept.stop)
         if low >= high:
             continue
-        part = kept.part(low, high)
-        rows.packed_TLK[low - start : high - start] = part.packed_TLK
-        rows.stamp_T[low - start : high - start] = part.stamp_T
-        if part.logits is not None:
-            logits = [*_outside(logits, low, high), part.logits]
+        to, of = slice(low - start, high - start), slice(low - kept.start, high - kept.start)
+        rows.ids_TLK[to] = kept.ids_TLK[of]
+        rows.stamp_T[to] = kept.stamp_T[of]
+        if rows.gates_TLK is not None:
+            rows.gates_TLK[to] = kept.gates_TLK[of]
+        if kept.logits is not None:
+            logits = [*_outside(logits, low, high), kept.logits.within(low, high, shift=0)]
     return replace(rows, logits=_joined(logits) if logits else None)
 
 
@@ -167,22 +142,9 @@ def _slot_rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptR
     pool_index = versions.req_pool_index(req)
     if pool_index is None or not req.output_ids:
         # Without slots, or ended before its prefill was complete: they hold anything.
-        shape = (stop - start, capturer.num_layers, capturer.topk_size)
-        stamp_T = np.full(stop - start, NOT_WRITTEN, np.int32)
-        return KeptRows(
-            start=start, packed_TLK=np.zeros(shape, np.int32), stamp_T=stamp_T, logits=None
-        )
-    slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long()
-    logits = None
-    if capturer.sampler is not None:
-        logits = capturer.sampler.of_slots(slots_T.numpy())
-        logits = logits.within(0, stop - start, shift=start)
-    return KeptRows(
-        start=start,
-        packed_TLK=capturer.host_cache.buffer[slots_T].numpy(),
-        stamp_T=capturer.stamps.stamp_N[slots_T.numpy()],
-        logits=logits,
-    )
+        return capturer.slots.nothing(stop - start, start)
+    slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long().numpy()
+    return capturer.slots.take(slots_T, start)
 
 
 def _outside(parts: list[SampledLogits], low: int, high: int) -> list[SampledLogits]:
@@ -198,40 +160,36 @@ def _joined(parts: list[SampledLogits]) -> SampledLogits:
     return SampledLogits(rows_N=rows_N[order_N], values_NLE=values_NLE[order_N])
 
 
-def _stock_rows(capturer, rows: KeptRows) -> torch.Tensor:
+def _stock_rows(rows: KeptRows) -> torch.Tensor:
     """As SGLang sends them: all layers, int32; a row that nobody wrote is zero."""
-    ids_TLK = rows.packed_TLK
-    if capturer.settings.has_gates:
-        ids_TLK = unpack(ids_TLK)[0]
-    return torch.from_numpy(np.where((rows.stamp_T != NOT_WRITTEN)[:, None, None], ids_TLK, 0))
+    ids_TLK = rows.ids_TLK.astype(np.int32)
+    ids_TLK[rows.stamp_T == NOT_WRITTEN] = 0
+    return torch.from_numpy(ids_TLK)
 
 
 def _collected(capturer, rows: KeptRows, level: str) -> CollectedRows:
     layers = sorted(capturer.layers)
-    ids_TLK, gates_TLK = rows.packed_TLK[:, layers], None
-    if capturer.settings.has_gates:
-        ids_TLK, gates_TLK = unpack(ids_TLK)
-    covered_T = rows.stamp_T != NOT_WRITTEN
-    ids_TLK = ids_TLK.astype(compact_dtype(capturer.num_experts))
-    ids_TLK[~covered_T] = 0
+    has_gates = level != "ids" and rows.gates_TLK is not None
+    ids_TLK, gates_TLK = rows.ids_TLK, rows.gates_TLK if has_gates else None
+    if len(layers) < ids_TLK.shape[1]:
+        ids_TLK = ids_TLK.take(layers, axis=1)
+        gates_TLK = gates_TLK.take(layers, axis=1) if has_gates else None
+    stamps, covered_T = capturer.slots.stamps, rows.stamp_T != NOT_WRITTEN
+    if not covered_T.all():
+        ids_TLK[~covered_T] = 0
+        if has_gates:
+            gates_TLK[~covered_T] = 0
     return CollectedRows(
         expert_ids_TLK=ids_TLK,
         layers=tuple(layers),
         num_experts=capturer.num_experts,
         covered_T=covered_T,
-        gate_probs_TLK=None if level == "ids" else _known_gates(gates_TLK, covered_T),
+        # All or none: one router of the model's own leaves nan.
+        gate_probs_TLK=gates_TLK if has_gates and are_probabilities(gates_TLK) else None,
         router_logits=_logits_of(rows, layers, covered_T) if level == "logits" else None,
-        origin_T=np.where(covered_T, capturer.stamps.origin(rows.stamp_T), Origin.ABSENT),
-        weight_version_T=capturer.stamps.weight_version(rows.stamp_T),
+        origin_T=np.where(covered_T, stamps.origin(rows.stamp_T), Origin.ABSENT),
+        weight_version_T=stamps.weight_version(rows.stamp_T),
     )
-
-
-def _known_gates(gates_TLK: np.ndarray | None, covered_T: np.ndarray) -> np.ndarray | None:
-    """The gates if every covered row has them all."""
-    if gates_TLK is None or np.isnan(gates_TLK[covered_T]).any():
-        return None
-    gates_TLK[~covered_T] = 0
-    return gates_TLK
 
 
 def _logits_of(rows: KeptRows, layers: list[int], covered_T) -> SampledLogits | None:

@@ -1,0 +1,135 @@
+"""What is known of each KV slot: the row that was captured there, and what wrote it.
+
+In compact types on the host: SGLang's own buffer takes four bytes for an id, this one or two, and
+two more for a gate. Host memory only, not pinned: rows arrive here from a copy on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..routes import Origin, compact_dtype
+from .logits import LogitSampler, SampledLogits
+
+NOT_WRITTEN = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRows:
+    """Rows `start` and following of a request or of a step.
+
+    Args:
+        start: The first row's number.
+        ids_TLK: uint8 or uint16; all layers, also those that never report.
+        gates_TLK: float16, nan where the router's scores are unknown; None without gates.
+        stamp_T: What `Stamps.stamp` made of origin and weight version.
+        logits: Of a sample of the rows; their numbers count from `start` = 0.
+    """
+
+    start: int
+    ids_TLK: np.ndarray
+    gates_TLK: np.ndarray | None
+    stamp_T: np.ndarray
+    logits: SampledLogits | None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.stamp_T)
+
+    def part(self, low: int, high: int, shift: int = 0) -> KeptRows:
+        """The rows low .. high - 1, renumbered by `shift`; copies, the step's buffers are huge."""
+        rows = slice(low - self.start, high - self.start)
+        return KeptRows(
+            start=low + shift,
+            ids_TLK=self.ids_TLK[rows].copy(),
+            gates_TLK=None if self.gates_TLK is None else self.gates_TLK[rows].copy(),
+            stamp_T=self.stamp_T[rows].copy(),
+            logits=None if self.logits is None else self.logits.within(low, high, shift),
+        )
+
+
+class Stamps:
+    """Origin and weight version of a forward pass, in four bytes."""
+
+    def __init__(self):
+        self.versions: list[int] = []
+
+    def stamp(self, origin: Origin, weight_version: int) -> int:
+        if not self.versions or self.versions[-1] != weight_version:
+            self.versions.append(weight_version)
+        return (len(self.versions) - 1) * len(Origin) + origin
+
+    def origin(self, stamp_T: np.ndarray) -> np.ndarray:
+        return (stamp_T % len(Origin)).astype(np.uint8)
+
+    def weight_version(self, stamp_T: np.ndarray) -> np.ndarray:
+        if not self.versions:
+            return np.full(len(stamp_T), -1, np.int64)
+        version_T = np.array(self.versions, np.int64)[stamp_T // len(Origin)]
+        return np.where(stamp_T == NOT_WRITTEN, -1, version_T)
+
+
+class SlotRows:
+    """The rows of all KV slots; memory is bounded and allocated once.
+
+    Args:
+        shape: KV slots, layers, top-k.
+        num_experts: It decides between one byte and two.
+        has_gates: Whether gates are kept.
+        sampler: Where the logits are kept, if they are.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_experts: int,
+        has_gates: bool,
+        sampler: LogitSampler | None = None,
+    ):
+        self.ids_NLK = np.zeros(shape, compact_dtype(num_experts))
+        self.gates_NLK = np.zeros(shape, np.float16) if has_gates else None
+        self.stamp_N = np.full(shape[0], NOT_WRITTEN, np.int32)
+        self.stamps = Stamps()
+        self.sampler = sampler
+
+    @property
+    def host_bytes(self) -> int:
+        gates_bytes = 0 if self.gates_NLK is None else self.gates_NLK.nbytes
+        logits_bytes = 0 if self.sampler is None else self.sampler.host_bytes
+        return self.ids_NLK.nbytes + gates_bytes + self.stamp_N.nbytes + logits_bytes
+
+    def put(self, slots_T: np.ndarray, step: KeptRows) -> None:
+        """A step wrote these slots."""
+        self.ids_NLK[slots_T] = step.ids_TLK
+        if self.gates_NLK is not None:
+            self.gates_NLK[slots_T] = step.gates_TLK
+        self.stamp_N[slots_T] = step.stamp_T
+        if step.logits is not None:
+            self.sampler.keep(slots_T, step.logits.rows_N, step.logits.values_NLE)
+
+    def take(self, slots_T: np.ndarray, start: int) -> KeptRows:
+        """The rows of these slots, the first being row `start` of a request; copies."""
+        logits = None
+        if self.sampler is not None:
+            logits = self.sampler.of_slots(slots_T).within(0, len(slots_T), shift=start)
+        gates_NLK = self.gates_NLK
+        return KeptRows(
+            start=start,
+            ids_TLK=self.ids_NLK.take(slots_T, axis=0),
+            gates_TLK=None if gates_NLK is None else gates_NLK.take(slots_T, axis=0),
+            stamp_T=self.stamp_N[slots_T],
+            logits=logits,
+        )
+
+    def nothing(self, num_rows: int, start: int) -> KeptRows:
+        """Rows of which nothing is known."""
+        shape = (num_rows, *self.ids_NLK.shape[1:])
+        return KeptRows(
+            start=start,
+            ids_TLK=np.zeros(shape, self.ids_NLK.dtype),
+            gates_TLK=None if self.gates_NLK is None else np.zeros(shape, np.float16),
+            stamp_T=np.full(num_rows, NOT_WRITTEN, np.int32),
+            logits=None,
+        )
