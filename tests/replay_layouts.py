@@ -347,6 +347,8 @@ def _replayed(step, table):
     with Dispatched(step, drawn) as seen, replay.replaying(drawn, record_live=True) as recorded:
         found["drawn"] = step.run(drawn.rows)
     wrong["drawn routes"] = seen.wrong_rows()
+    found["metrics"] = {name: float(m.value()) for name, m in replay.metrics().items()}
+    found["num_covered"] = int(drawn.covered_T.sum())
     found["live_ids_under_drawn"] = np.sort(recorded.table().expert_ids_LTK, axis=2)
     step.move_routers()
     with replay.replaying(table):

@@ -81,6 +81,14 @@ def test_drawn_routes_give_the_same_log_probs_and_uncovered_tokens_route_live(nu
 
 
 @each_plan
+def test_the_receipts_of_all_ranks_add_up_to_the_table(num_ranks, plan):
+    for found in (of_rank[plan] for of_rank in world(num_ranks)):
+        # 3 routed layers; every covered row was replayed once in each, on exactly one rank.
+        assert found["metrics"]["routing_replay/replayed_rows"] == 3 * found["num_covered"]
+        assert 0 < found["metrics"]["routing_replay/coverage"] < 1
+
+
+@each_plan
 def test_an_updated_model_replays_the_record_and_its_live_routes_would_differ(num_ranks, plan):
     found, recorded = results(num_ranks, plan)
     assert error(found["moved_replayed"], recorded["moved_replayed"]) < TOLERANCE

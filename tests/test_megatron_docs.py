@@ -1,0 +1,39 @@
+"""docs/replay.md names a test for every failure; here it is held to that."""
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "replay.md"
+DEFINED = {
+    name
+    for path in TESTS.glob("*.py")
+    for name in re.findall(r"^ *(?:def|class) (\w+)", path.read_text(), re.MULTILINE)
+}
+
+
+def failure_rows():
+    section = PAGE.read_text().split("## Failures that become errors")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
+    return [row for row in rows[2:] if not row[0].strip().startswith("**")]
+
+
+def test_every_failure_has_a_report_an_answer_and_a_test():
+    rows = failure_rows()
+    assert len(rows) >= 40  # the surveys list about forty that can happen on this side
+    assert [row[0] for row in rows if len(row) != 4 or not all(cell.strip() for cell in row)] == []
+
+
+def test_every_test_that_the_page_names_exists():
+    named = set(re.findall(r"`(test_\w+(?!\.py)|_\w+|[a-z]+(?:_[a-z]+){2,})`", PAGE.read_text()))
+    code = {"hybrid_layer_pattern", "hybrid_override_pattern", "te_general_gemm"}
+    code |= {"local_tokens_per_expert", "forward_step_func"}
+    assert len(named) > 50
+    assert named - code - DEFINED == set()
+
+
+def test_every_provoked_failure_stands_on_the_page():
+    source = (TESTS / "replay_failures.py").read_text()
+    provoked = set(re.findall(r"@failure\ndef (\w+)", source))
+    assert len(provoked) > 30
+    assert provoked - set(re.findall(r"`(\w+)`", PAGE.read_text())) == set()
