@@ -1,15 +1,19 @@
 """What capture costs: rollouts with capture off, stock's, ours with ids, ours with gates.
 
-    python tools/bench_capture.py --model CHECKPOINT [--rounds 5] [--requests 16] [--new-tokens 64]
+    python -m tools.bench_capture [--model CHECKPOINT] [--rounds 40] [-- --dtype bfloat16 ...]
 
-One server for each, all of the same checkpoint and options; they take turns, round after round, so
-that whatever else the machine does meets all of them. Prints ratios to "off" of the rate and of the
-processor time that all processes of a server take per token (on a shared machine the steadier of
-the two), their spread, bytes per token on the wire, and the speed of decoding the answers.
+One server for each, of the same checkpoint and options. They take turns, many short rounds, each
+round in another order, so that whatever else the machine does meets all of them. A ratio compares
+two servers within one round; the table holds their medians, the 95 % interval of each median (from
+order statistics: no assumption on the noise) and the quartiles. Processor time is that of all
+processes of a server; on a shared machine it is the steadier of the two.
+
+Without --model a random Qwen3-MoE of about 60 million parameters is made.
 """
 
 import argparse
 import contextlib
+import math
 import statistics
 import tempfile
 import time
@@ -18,26 +22,58 @@ import httpx
 import numpy as np
 import psutil
 
-from routing_replay.payload import FIELD, decode
+from routing_replay.payload import FIELD
 from routing_replay.sglang.client import RolloutClient, probe
 from routing_replay.sglang.requests import GenerateRequest
 from routing_replay.sglang.server import ServerOptions, launch
 
+from .bench_payload import long_version, speeds
+
 CAPTURES = ("off", "stock", "ids", "gates")
+# (a, b): the ratio a / b is what the table shows.
+PAIRS = (("stock", "off"), ("ids", "off"), ("gates", "off"), ("ids", "stock"), ("gates", "stock"))
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="Hugging Face checkpoint of an MoE model")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds")
+    parser.add_argument("--model", help="Hugging Face checkpoint of an MoE model")
+    parser.add_argument("--rounds", type=int, default=40, help="measured rounds")
     parser.add_argument("--requests", type=int, default=16, help="requests per round")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=128, help="prompts draw ids below it")
+    parser.add_argument("--vocabulary", type=int, default=512, help="prompts draw ids below it")
+    parser.add_argument("--threads", type=int, default=1, help="OMP threads of a server on a CPU")
     parser.add_argument("server", nargs="*", help="further arguments of the servers, after --")
     return parser.parse_args()
+
+
+def write_model(folder):
+    """A random Qwen3-MoE: 8 layers, 64 experts, top-8, hidden size 256."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
+    return folder
 
 
 def requests_of(arguments, capture, seed):
@@ -54,12 +90,12 @@ def requests_of(arguments, capture, seed):
 
 
 def measure(server, client, arguments, capture, seed):
-    """Tokens per second, and processor seconds per token."""
+    """Tokens per second, and tokens per second of processor time."""
     start, cpu_start = time.perf_counter(), cpu_seconds(server)
     completions = client.generate(requests_of(arguments, capture, seed))
     num_tokens = sum(len(c.output_ids) for c in completions)
     seconds, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu_start
-    return num_tokens / seconds, cpu / num_tokens
+    return num_tokens / seconds, num_tokens / cpu
 
 
 def cpu_seconds(server):
@@ -71,65 +107,80 @@ def cpu_seconds(server):
     return total
 
 
-def wire(url, arguments, capture, model):
-    """Bytes of base64 per row of one answer, and GB of ids per second of its decoding."""
-    request = requests_of(arguments, capture, 0)[0]
-    meta_info = httpx.post(f"{url}/generate", json=request.to_json(), timeout=600).json()[
-        "meta_info"
-    ]
-    num_tokens = arguments.prompt_tokens + arguments.new_tokens
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        routes = decode(meta_info, num_tokens=num_tokens, model=model)
-        times.append(time.perf_counter() - start)
-    size = len(meta_info[FIELD])
-    return size / routes.num_rows, routes.expert_ids_TLK.nbytes / statistics.median(times) / 1e9
+def order_of(number):
+    """Another order in each of eight rounds: every server follows every other, and leads."""
+    shifted = CAPTURES[number % 4 :] + CAPTURES[: number % 4]
+    return shifted if number % 8 < 4 else shifted[::-1]
+
+
+def play(servers, clients, arguments):
+    """For each capture its (rate, rate per processor time), round by round."""
+    found = {capture: [] for capture in CAPTURES}
+    for number in range(arguments.rounds + 1):
+        for capture in order_of(number):
+            values = measure(servers[capture], clients[capture], arguments, capture, 1 + number)
+            if number:  # round 0 warms up
+                found[capture].append(values)
+    return found
+
+
+def bytes_per_token(url, arguments, capture):
+    """Characters of base64 per row of one real answer."""
+    body = requests_of(arguments, capture, 0)[0].to_json()
+    meta_info = httpx.post(f"{url}/generate", json=body, timeout=600).json()["meta_info"]
+    return len(meta_info[FIELD]) / (arguments.prompt_tokens + arguments.new_tokens - 1)
+
+
+def spread(ratios):
+    """Median [95 % interval of the median] (quartiles)."""
+    ratios, count = sorted(ratios), len(ratios)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    # The number of values below the median is binomial(count, 1/2).
+    rank = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)))
+    interval = f"[{ratios[rank]:.3f} to {ratios[count - 1 - rank]:.3f}]"
+    return f"{middle:.3f} {interval} ({low:.3f} to {high:.3f})"
+
+
+def report(servers, found, arguments):
+    print(f"| {arguments.rounds} rounds | tokens/s | tokens per processor time |")
+    print("| --- | --- | --- |")
+    for capture in CAPTURES:
+        rate, per_cpu = (statistics.median(column) for column in zip(*found[capture], strict=True))
+        print(f"| {capture} | {rate:.0f} | {per_cpu:.0f} |")
+    for one, other in PAIRS:
+        cells = [
+            spread([a[column] / b[column] for a, b in zip(found[one], found[other], strict=True)])
+            for column in (0, 1)
+        ]
+        print(f"| {one} / {other} | {' | '.join(cells)} |")
+    routes = long_version(probe(servers["ids"].url).routes)
+    speed = speeds(routes)
+    print("\n| payload | bytes of base64 per token | encode GB/s | decode GB/s |")
+    print("| --- | --- | --- | --- |")
+    for capture in CAPTURES[1:]:
+        size, values = bytes_per_token(servers[capture].url, arguments, capture), speed[capture]
+        row = f"| {capture} | {size:.0f} | "
+        print(row + f"{values['encode']:.2f} | {values['decode']:.2f} |", flush=True)
 
 
 def main():
     arguments = parse_arguments()
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        checkpoint = arguments.model or write_model(f"{folder}/model")
         servers = {}
         for capture in CAPTURES:
             options = ServerOptions(
-                capture=capture, arguments=arguments.server, log_path=f"{folder}/{capture}.log"
+                capture=capture,
+                arguments=arguments.server,
+                environment={"OMP_NUM_THREADS": str(arguments.threads)},
+                log_path=f"{folder}/{capture}.log",
             )
-            servers[capture] = stack.enter_context(launch(arguments.model, options))
+            servers[capture] = stack.enter_context(launch(checkpoint, options))
             print(f"# server with capture {capture} is up", flush=True)
         model = probe(servers["ids"].url).routes
         clients = {capture: RolloutClient([s.url], model) for capture, s in servers.items()}
-        rates = {capture: [] for capture in CAPTURES}
-        for number in range(arguments.rounds + 1):
-            # Round 0 warms up; the order turns, so that none is always first.
-            for capture in (*CAPTURES[number % 4 :], *CAPTURES[: number % 4]):
-                found = measure(servers[capture], clients[capture], arguments, capture, 1 + number)
-                if number:
-                    rates[capture].append(found)
-        report(arguments, servers, model, rates)
-
-
-def report(arguments, servers, model, rates):
-    print(
-        "| capture | tokens/s | ratio to off | CPU time/token to off | bytes/token | decode GB/s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for capture, values in rates.items():
-        rate = statistics.median(rate for rate, _ in values)
-        row = f"| {capture} | {rate:.0f} | {spread(values, rates['off'], 0)} "
-        row += f"| {spread(values, rates['off'], 1)} | "
-        if capture == "off":
-            print(row + "0 | |")
-            continue
-        size, speed = wire(servers[capture].url, arguments, capture, model)
-        print(row + f"{size:.0f} | {speed:.2f} |", flush=True)
-
-
-def spread(values, references, column):
-    """Median (quartiles) of the rounds' ratios."""
-    ratios = [one[column] / off[column] for one, off in zip(values, references, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+        report(servers, play(servers, clients, arguments), arguments)
 
 
 if __name__ == "__main__":

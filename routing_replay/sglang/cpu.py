@@ -84,6 +84,10 @@ def _plain_host_memory(dims, *, dtype, device, pin_memory, allocator, **others):
 
 
 def _allocate_without_pinning():
-    """Before 0.5.20 the host buffer came from `torch.zeros(pin_memory=True)`."""
-    zeros = torch.zeros
-    torch.zeros = lambda *dims, pin_memory=False, **others: zeros(*dims, **others)
+    """Before 0.5.20 the host buffer is pinned by `torch.zeros`, in 0.5.12 indices by `tensor`."""
+    for name in ("zeros", "tensor"):
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+
+
+def _unpinned(allocate):
+    return lambda *arguments, pin_memory=False, **others: allocate(*arguments, **others)
