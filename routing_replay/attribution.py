@@ -41,6 +41,9 @@ NUM_RESAMPLES = 1000
 COVERAGE = 0.95
 # Nats per token; a top-p of 0.99 leaves out about ten times as much of the entropy.
 NOTABLE_EXCESS = 5e-3
+# A layer whose own replay makes up this share of the KL replays wrong routes. Chance, and routes
+# that newer weights would leave, make a few per cent of it.
+HARMFUL_SHARE = 0.5
 COLUMNS = ("k1", "k3", "excess", "count")
 
 
@@ -188,6 +191,18 @@ class Attribution:
         """mu sampled from less than pi's support, or at a lower temperature."""
         return self.excess.low > NOTABLE_EXCESS
 
+    @property
+    def harmed_layers(self) -> list[int]:
+        """Layers that are far closer to the rollout when they route live: wrong routes."""
+        limit = -HARMFUL_SHARE * self.kl["all"].value
+        return [
+            layer
+            for layer, estimates in self.layers.items()
+            if "leave_out" in estimates
+            and estimates["leave_out"].high < 0
+            and estimates["leave_out"].value < limit
+        ]
+
     def as_dict(self) -> dict:
         """For JSON, and as `attribution.json` of a run for its report."""
         found = asdict(self)
@@ -222,9 +237,8 @@ class Attribution:
                 "entropy says: mu was truncated",
                 "  (top-p, top-k, min-p) or cooled, and the trainer does not apply it.",
             ]
-        hurt = [i for i, row in self.layers.items() if is_hurt(row)]
-        if hurt:
-            layers = ", ".join(map(str, hurt))
+        if self.harmed_layers:
+            layers = ", ".join(map(str, self.harmed_layers))
             lines += ["", f"  Replay makes layer {layers} worse: its routes are not the rollout's."]
         families = list(dict.fromkeys(n for found in self.layers.values() for n in found))
         for family in families:
@@ -233,12 +247,6 @@ class Attribution:
                 star = "*" if found[family].is_clear else " "
                 lines.append(f"  {layer:5d}  {found[family]} {star}")
         return "\n".join(lines)
-
-
-def is_hurt(estimates: Mapping[str, Estimate]) -> bool:
-    """A layer that is clearly closer to the rollout when it routes live: its routes are wrong."""
-    cost = estimates.get("leave_out")
-    return cost is not None and cost.high < 0
 
 
 HEADINGS = {

@@ -69,6 +69,15 @@ def test_the_layer_that_costs_is_named_and_the_others_are_not():
     assert [line.split()[0] for line in lines] == ["2", "2"]
 
 
+@pytest.mark.parametrize(("cost", "harmed"), [(-0.0001, []), (-0.0008, [2])])
+def test_a_layer_is_harmed_by_its_replay_only_if_that_makes_up_most_of_the_kl(cost, harmed):
+    # KL(all) is 0.001. A tenth of it is what a newer policy gains by routing as it likes.
+    found = run({1: 0.0, 2: cost, 5: 0.0})
+    assert found.layers[2]["leave_out"].is_clear
+    assert found.harmed_layers == harmed
+    assert ("Replay makes layer 2 worse" in found.text()) == bool(harmed)
+
+
 def test_repeated_runs_agree_within_their_intervals():
     runs = [run({1: 0.002, 2: 0, 5: 0.001}, seed=seed) for seed in range(20)]
     # Each interval holds the truth (routing = 0.003) in 95 % of the runs: 20 runs of which
