@@ -300,7 +300,8 @@ def open_progress(parsed: argparse.Namespace, batch: RolloutBatch) -> Progress:
     return progress
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -321,7 +322,11 @@ def main() -> int:
     )
     parser.add_argument("--output", default="attribution.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parsed = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    parsed = make_parser().parse_args()
     try:
         found = run(parsed)
     except RoutingReplayError as error:
