@@ -169,7 +169,9 @@ def test_capture_settings_are_checked():
         ({"dllm_algorithm": "LowConfidence"}, "dllm_algorithm=LowConfidence"),
         ({"attn_cp_size": 2}, "attn_cp_size=2"),
         ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1"),
-        ({"enable_dp_attention": True}, "enable_dp_attention and the capture level logits"),
+        ({"enable_unified_cache_external_linker": True}, "enable_unified_cache_external_linker"),
+        ({"enable_dp_attention": True}, "enable_dp_attention=True and the capture level logits"),
+        ({"moe_a2a_backend": "deepep"}, "moe_a2a_backend=deepep and the capture level logits"),
         ({"backend": "triton_kernel"}, "moe_runner_backend=triton_kernel"),
     ],
 )

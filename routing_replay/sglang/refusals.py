@@ -34,7 +34,10 @@ OFF = (None, False)
 FEATURES = (
     Feature(("pp_size",), (None, 1), "every stage sees its own layers only. Use --tp-size"),
     Feature(
-        ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse"),
+        (
+            *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse"),
+            "enable_unified_cache_external_linker",
+        ),
         OFF,
         "prefixes come back from outside in other slots, without their rows. Turn it off",
     ),
@@ -89,11 +92,14 @@ def refuse_unsupported(server_args, moe_backend: str, settings) -> None:
             f"chunked_prefill_size={server_args.chunked_prefill_size}",
             "the capture's buffer has the size of a chunk. Name a size",
         )
-    if settings.has_logits and getattr(server_args, "enable_dp_attention", False):
-        raise _refusal(
-            "enable_dp_attention and the capture level logits",
-            "a rank sees the logits of all ranks. Capture gates, or turn it off",
-        )
+    # Ids and gates are gathered and cut by SGLang's own capture; the logits are not.
+    for name, harmless in (("enable_dp_attention", OFF), ("moe_a2a_backend", (None, "none"))):
+        value = getattr(server_args, name, None)
+        if settings.has_logits and value not in harmless:
+            raise _refusal(
+                f"{name}={value} and the capture level logits",
+                "a rank sees the logits of other tokens. Capture gates, or turn it off",
+            )
 
 
 def _refusal(what: str, why: str) -> ServerError:

@@ -26,6 +26,7 @@ def check_sources(root: Path, version: tuple[int, ...]) -> list[str]:
     wanted = {
         CAPTURER: (),
         f"{CAPTURER}.create": ("model_config",),
+        f"{CAPTURER}.__init__": ("model_config", "num_tokens"),
         f"{CAPTURER}.capture": ("layer_id", "topk_indices"),
         "state_capturer.base.BaseTopkCapturer.on_forward_end": (
             *("forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu"),
