@@ -2,21 +2,28 @@
 
     python -m tools.bench_payload [--rows 32768] [--layers 48] [--experts 128] [--top-k 8]
 
-All kinds take turns, round after round; figures are medians. The last line compares the search for
-doubled experts, the dearest check of `Routes`, with its plain form in the same rounds.
+All kinds take turns, round after round; figures are medians. Below the table: what a server does
+when a request finishes (its rows gathered from 8192 of its slots, and encoded) as a ratio to
+stock's gathering, and the search for doubled experts, the dearest check of `Routes`, against its
+plain form.
 """
 
 import argparse
 import base64
 import statistics
 import time
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from routing_replay.payload import FIELD, decode, encode
-from routing_replay.routes import Routes, compact_dtype, has_duplicates
+from routing_replay.routes import Origin, Routes, compact_dtype, has_duplicates
+from routing_replay.sglang.rows import collect
+from routing_replay.sglang.settings import REQUEST_KEY
+from routing_replay.sglang.slots import SlotRows
 
-ROUNDS = 9
+ROUNDS = 15
 
 
 def random_routes(arguments):
@@ -87,6 +94,63 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def collectors(routes, num_rows=8192):
+    """What stock and our server do for a finished request of so many tokens."""
+    ids_TLK, num_rows = routes.expert_ids_TLK[:num_rows], min(num_rows, routes.num_rows)
+    slots = SlotRows(ids_TLK.shape, routes.num_experts, has_gates=True)
+    slots.ids_NLK[:], slots.gates_NLK[:] = ids_TLK, routes.gate_probs_TLK[:num_rows]
+    slots.stamp_N[:] = slots.stamps.stamp(Origin.DECODE, 0)
+    stock_NLK = torch.from_numpy(ids_TLK.astype(np.int32))
+    # Slots are as scattered as a radix tree leaves them.
+    order = torch.from_numpy(np.random.default_rng(0).permutation(num_rows)).int()
+    pool = SimpleNamespace(req_to_token=order[None])
+    capturer = SimpleNamespace(
+        slots=slots,
+        layers=set(range(ids_TLK.shape[1])),
+        num_experts=routes.num_experts,
+        sampler=None,
+    )
+
+    def ours(level):
+        return lambda: collect(capturer, finished(num_rows, level), pool)
+
+    def stock():
+        return stock_NLK[pool.req_to_token[0, : num_rows - 1].cpu().clone()]
+
+    return {"stock": stock, "ids": ours("ids"), "gates": ours("gates")}
+
+
+def finished(num_tokens, level):
+    """The fields of SGLang's request that `collect` reads, under the names of all versions."""
+    return SimpleNamespace(
+        origin_input_ids=[0] * (num_tokens - 1),
+        output_ids=[0],
+        output_ids_through_stop=[0],
+        req_pool_idx=0,
+        kv=SimpleNamespace(req_pool_idx=0),
+        routed_experts_start_len=0,
+        sampling_params=SimpleNamespace(custom_params={REQUEST_KEY: level}),
+    )
+
+
+def ratios_of(calls, reference):
+    """Time of each call as a ratio to the reference's, in the same round."""
+    times = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return {
+        name: quartiles([a / b for a, b in zip(values, times[reference], strict=True)])
+        for name, values in times.items()
+        if name != reference
+    }
+
+
+def quartiles(ratios):
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def plain_duplicates(ids_TLK):
     """The obvious form, over all rows at once."""
     doubled_TL = np.zeros(ids_TLK.shape[:-1], np.bool_)
@@ -111,12 +175,12 @@ def main():
         share = values["bytes"] / found["stock"]["bytes"]
         row = f"| {kind} | {values['bytes']} | {share:.4f} "
         print(row + f"| {values['encode']:.2f} | {values['decode']:.2f} |")
-    ids_TLK, ratios = routes.expert_ids_TLK, []
-    for _ in range(ROUNDS):
-        plain_s = seconds(lambda: plain_duplicates(ids_TLK))
-        ratios.append(plain_s / seconds(lambda: has_duplicates(ids_TLK)))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"doubled experts: {middle:.1f}x ({low:.1f} to {high:.1f}) the speed of the plain form")
+    for kind, ratio in ratios_of(collectors(routes), "stock").items():
+        print(f"collection of {kind}: {ratio} of the time of stock's")
+    ids_TLK = routes.expert_ids_TLK
+    searches = {"plain": plain_duplicates, "ours": has_duplicates}
+    calls = {name: (lambda search=search: search(ids_TLK)) for name, search in searches.items()}
+    print(f"search for doubled experts: {ratios_of(calls, 'plain')['ours']} of the plain form's")
 
 
 if __name__ == "__main__":
