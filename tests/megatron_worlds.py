@@ -16,7 +16,6 @@ import importlib
 import io
 import logging
 import os
-import socket
 import sys
 import time
 import traceback
@@ -53,12 +52,14 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
         where = tuple(function.split(":"))
     else:
         where = (function.__module__, function.__qualname__)
-    port = _free_port()
+    # Held here, on a port that the system picks as it binds: a free port that is looked up first
+    # may be gone before a rank binds it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks, pipes = [], []
     for rank in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run_rank, args=(theirs, where, rank, nproc, port, args), daemon=True
+            target=_run_rank, args=(theirs, where, rank, nproc, store.port, args), daemon=True
         )
         with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
             process.start()
@@ -131,21 +132,14 @@ def _call(where, rank, nproc, port, args):
     torch.set_num_threads(1)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a deprecation note for every model
     enable_cpu()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=nproc
-    )
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=nproc)
     if TESTS not in sys.path:
         sys.path.insert(0, TESTS)
     module, name = where
     value = getattr(importlib.import_module(module), name)(rank, *args)
-    torch.distributed.barrier()  # rank 0 holds the store: nobody leaves before all are done
+    torch.distributed.barrier()  # who leaves closes connections that a slower rank still reads
     return value
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

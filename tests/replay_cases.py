@@ -72,6 +72,8 @@ class Case:
         """Whether stock megatron-core of this version can run it."""
         if self.recompute == "full" and self.pattern:
             return version >= "0.18"  # before, hybrid models did not recompute, whatever was set
+        if self.pattern and self.layout.virtual_pipeline > 1:
+            return version >= "0.17"
         if self.recompute == "full" and self.has_mtp:
             # 0.18 passes a padding_mask to an MTP layer's recomputation, which takes none.
             return not version.startswith("0.18.")
@@ -128,6 +130,7 @@ def _single() -> list[Case]:
         Case(is_ragged=True, is_packed=True, recompute="full"),
         Case(padding_mask=True, router="aux_loss"),
         Case(has_mtp=True),
+        Case(has_mtp=True, is_packed=True),
         Case(has_mtp=True, recompute="full", dense=(0,)),
         Case(pattern="*E*-*E"),
         Case(pattern="*E*-*E", recompute="full", is_packed=True),
@@ -165,7 +168,10 @@ def _pairs() -> list[Case]:
         Case(layout=layouts["pp"], has_mtp=True),
         Case(layout=layouts["pp"], has_mtp=True, recompute="full"),
         Case(layout=layouts["tp"], has_mtp=True),
+        Case(layout=layouts["cp"], has_mtp=True),
         Case(layout=layouts["pp"], pattern="*E*|-*E", recompute="full"),
+        Case(layout=layouts["vpp"], pattern="*E|*-|*E|-E"),
+        Case(layout=layouts["cp"], pattern="*E*-*E", is_contiguous=True),
         Case(layout=layouts["tp"], pattern="*E*-*E"),
         Case(layout=layouts["ep"], pattern="*E*-*E", is_packed=True),
         Case(layout=ParallelLayout()),  # data parallelism

@@ -163,6 +163,26 @@ def stock_replay_object():
 
 
 @trap
+def wrapped_model():
+    """As Megatron's get_model returns it: each chunk inside its data-parallel wrapper."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    job = Job(Case(recompute="full"))
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=False)
+    job.chunks = [
+        DistributedDataParallel(config=job.config, ddp_config=settings, module=chunk)
+        for chunk in job.chunks
+    ]
+    with attach(job.chunks, R3) as replay:
+        table = random_table(job, replay.model)
+        oracle = DispatchedRows(job, table)
+        with replay.replaying(table):
+            job.run(replay, table.rows)
+        oracle.remove()
+    return {"layers": replay.model.layers, "wrong": oracle.wrong, "calls": oracle.calls}
+
+
+@trap
 def two_models_in_one_process():
     """Actor and reference side by side: replay in one leaves the other live, and both are exact."""
     actor, reference = Job(Case(recompute="full")), Job(Case())

@@ -61,6 +61,12 @@ def test_outside_scopes_the_stock_replay_object_works_as_without_us():
     assert trap["delegated"] == [32] * LAYERS and trap["same"]
 
 
+def test_a_model_inside_its_data_parallel_wrapper_is_replayed():
+    trap = found()["wrapped_model"]
+    assert trap["layers"] == tuple(range(LAYERS)) and trap["wrong"] == []
+    assert trap["calls"] == 2 * LAYERS * MICROBATCHES  # each forward, and its recomputation
+
+
 def test_replay_in_one_model_leaves_another_of_the_same_process_live():
     trap = found()["two_models_in_one_process"]
     assert trap == {"wrong": [], "same": True, "of_other": None}
