@@ -7,6 +7,7 @@ from sglang_servers import ARGUMENTS, random_prompt, request
 from tiny_models import write_tiny_glm4_moe
 from tiny_models_sglang import write_tiny_olmoe
 
+from routing_replay.errors import ServerError
 from routing_replay.sglang.client import RolloutClient, probe
 from routing_replay.sglang.server import ServerOptions, launch
 from routing_replay.table import TableModel
@@ -67,6 +68,12 @@ def assert_chosen(routes, chosen_LTK):
         is_equal_T = (got_TK == np.sort(ids_TK.numpy(), -1)).all(-1)
         # A tie within rounding may fall either way; in 51 random rows one is rare, two are not.
         assert is_equal_T.sum() >= len(is_equal_T) - 1
+
+
+def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
+    checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
+    with pytest.raises(ServerError, match="no true routes with chunked_prefill_size=-1"):
+        served(checkpoint, None, "--chunked-prefill-size", "-1")
 
 
 def test_olmoe_without_renormalisation(tmp_path):

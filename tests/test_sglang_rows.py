@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from routing_replay.errors import ServerError
 from routing_replay.payload import decode_compact
 from routing_replay.routes import Origin
 from routing_replay.sglang import rows, versions
@@ -254,6 +255,13 @@ def test_the_installed_sglang_has_everything_that_is_hooked():
 
     root = Path(metadata.distribution("sglang").locate_file(""))
     assert check_sources(root, versions.parse(metadata.version("sglang"))) == []
+
+
+def test_a_hook_that_sglang_only_logs_as_failed_stops_the_server():
+    pytest.importorskip("sglang")
+    target = "sglang.srt.managers.nowhere.function"
+    with pytest.raises(ServerError, match=f"could not be hooked.*missing {target}"):
+        versions.check_hooks([target])
 
 
 def test_a_source_without_a_hooked_name_is_reported(tmp_path):
