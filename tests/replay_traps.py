@@ -76,6 +76,21 @@ def expert_bias_under_a_padding_mask():
 
 
 @trap
+def megatron_counts_in_another_way():
+    """A megatron-core whose counting function is not the one that our patch was written for."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    with_bias, without = Job(Case(router="sigmoid_bias")), Job(Case())
+    found = {"stock": with_bias.run()[0]}
+    with mock.patch.object(TopKRouter, "_apply_expert_bias", lambda self, routing_map: None):
+        found["with_bias"] = error_of(lambda: attach(with_bias.chunks, R3))
+        found["without_bias"] = error_of(lambda: attach(without.chunks, R3).remove())
+    found["after"] = with_bias.run()[0]
+    found["is_clean"] = all(r.router_replay is None for r in routers(with_bias))
+    return found
+
+
+@trap
 def which_routes_a_statistic_counts():
     """Of layer 0, whose input replay does not change: loads in the aux loss, and as dispatched."""
     from megatron.core.transformer.moe import router as module

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import replay_traps
+import torch
 from megatron_worlds import run_world
 
 LAYERS, MICROBATCHES = 4, 4
@@ -26,6 +27,15 @@ def test_loads_under_a_padding_mask_are_those_of_the_unmasked_tokens():
     # The last token of each of 8 sequences has no row and routes live: 2 experts in every layer.
     assert (beyond >= 0).all()
     assert beyond.sum(1).tolist() == [2 * trap["num_last"]] * LAYERS == [16] * LAYERS
+
+
+def test_a_megatron_that_counts_loads_in_another_way_is_refused_where_it_matters():
+    trap = found()["megatron_counts_in_another_way"]
+    kind, message = trap["with_bias"]
+    assert kind == "PreflightError" and "counts expert loads in another way" in message
+    assert trap["without_bias"] is None
+    assert trap["is_clean"]
+    assert all(map(torch.equal, trap["stock"], trap["after"]))
 
 
 def test_the_aux_loss_counts_live_routes_and_the_dispatched_load_is_the_replayed_one():

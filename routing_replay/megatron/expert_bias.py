@@ -30,6 +30,8 @@ def install(router: TopKRouter, is_active: Callable[[], bool]) -> None:
     Raises:
         PreflightError: Megatron's function is not the one that this patch was written for.
     """
+    if not router.enable_expert_bias:
+        return
     found = list(inspect.signature(TopKRouter._apply_expert_bias).parameters)
     if found != _SIGNATURE:
         raise PreflightError(
@@ -38,8 +40,7 @@ def install(router: TopKRouter, is_active: Callable[[], bool]) -> None:
             got=found,
             fix="Install one of the tested versions, or train without a padding mask",
         )
-    if router.enable_expert_bias:
-        router._apply_expert_bias = functools.partial(_count, router, is_active)
+    router._apply_expert_bias = functools.partial(_count, router, is_active)
 
 
 def remove(router: TopKRouter) -> None:

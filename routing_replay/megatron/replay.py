@@ -289,11 +289,12 @@ class Replay:
 
     def _install(self, found) -> None:
         for item in found:
+            # First what may refuse: the same for all routers, so nothing is left half attached.
+            expert_bias.install(item.router, is_active=lambda: self._scope is not None)
             seam = RouterSeam(item.router, item.chunk, item.layer, item.name, self._select)
             if self.config.unset_router_fusion and item.router.config.moe_router_fusion:
                 item.router.config = copy.copy(item.router.config)
                 item.router.config.moe_router_fusion = False
-            expert_bias.install(item.router, is_active=lambda: self._scope is not None)
             seam.install()
             self._seams.append(seam)
         self._tracker.watch(self._chunks)
