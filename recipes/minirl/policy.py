@@ -12,27 +12,21 @@ import torch
 from routing_replay.errors import ConfigError
 from routing_replay.logprobs import TokenScores, logprobs_at, token_logprobs
 from routing_replay.megatron import parallel
-from routing_replay.megatron.model import build_model, transformer_config
+from routing_replay.megatron.model import transformer_config
 from routing_replay.megatron.replay import attach
 from routing_replay.megatron.router_shift import RouterShift
-from routing_replay.megatron.weights import load_hf
 from routing_replay.metrics import Metric, all_reduce, masked_mean, merge
 from routing_replay.objectives import Denominators, LossInputs, Objective
 from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
 
 # isort: split
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 
+from . import models
 from .batch import Batch, Cut, Microbatch
-from .config import RecipeConfig, TrainingSettings
+from .config import RecipeConfig
 from .inner_layer import reading_layer
 
 
@@ -77,7 +71,7 @@ class Policy:
     def __init__(self, config: RecipeConfig, checkpoint: Path, reference: Path | None = None):
         t = config.training
         self.config = config
-        self.layout = layout_of(t)
+        self.layout = models.layout_of(t)
         parallel.initialize(self.layout, seed=config.run.seed + 1)
         dtype = getattr(torch, t.trainer_dtype)
         self.model_config = transformer_config(
@@ -90,21 +84,15 @@ class Policy:
                 got=t.tensor_parallel,
             )
         self.model_config.finalize_model_grads_func = finalize_model_grads
-        chunks = build_model(self.model_config, self.layout)
-        load_hf(chunks, checkpoint)
-        self.chunks = [self._wrap(chunk) for chunk in chunks]
-        self.optimizer = get_megatron_optimizer(
-            _optimizer_config(t, dtype),
-            self.chunks,
-            # With gloo as the backend there is no second set of groups for CPU tensors.
-            use_gloo_process_groups=torch.distributed.get_backend() != "gloo",
-        )
+        self.chunks = models.trained(self.model_config, self.layout, checkpoint, t)
+        self.optimizer = models.optimizer_of(self.chunks, t, dtype)
         self.replay = attach(self.chunks, config.replay)
         needs = config.make_objective().needs
         self.router_shift = RouterShift(self.replay) if "router_shift_T" in needs else None
         self.reference = None
         if config.needs_reference:
-            self.reference = self._frozen(reference or checkpoint)
+            folder = reference or checkpoint
+            self.reference = models.frozen(self.model_config, self.layout, folder)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.cut = Cut(
@@ -396,49 +384,3 @@ class Policy:
             count=size,
             context_group=parallel_state.get_context_parallel_group() if has_context else None,
         )
-
-    def _frozen(self, checkpoint: Path) -> list:
-        """The same architecture with a checkpoint's weights, never trained, never attached to."""
-        chunks = build_model(self.model_config, self.layout)
-        load_hf(chunks, checkpoint)
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        if not self.model_config.bf16:
-            return chunks
-        return [Float16Module(self.model_config, chunk) for chunk in chunks]
-
-    def _wrap(self, chunk):
-        if self.model_config.bf16:
-            chunk = Float16Module(self.model_config, chunk)
-        t = self.config.training
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
-        )
-        return DistributedDataParallel(self.model_config, ddp_config, chunk)
-
-
-def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
-    """The parallel layout of the settings."""
-    return parallel.ParallelLayout(
-        tensor=t.tensor_parallel,
-        pipeline=t.pipeline_parallel,
-        virtual_pipeline=t.virtual_pipeline,
-        context=t.context_parallel,
-        expert=t.expert_parallel,
-        # Small experts are not worth splitting; expert parallelism spreads whole ones.
-        expert_tensor=1,
-    )
-
-
-def _optimizer_config(t: TrainingSettings, dtype: torch.dtype) -> OptimizerConfig:
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=t.learning_rate,
-        weight_decay=t.weight_decay,
-        adam_beta2=t.adam_beta2,
-        adam_eps=t.adam_eps,
-        clip_grad=t.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        use_distributed_optimizer=t.distributed_optimizer,
-    )

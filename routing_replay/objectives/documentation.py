@@ -34,6 +34,44 @@ A step's loss is the sum of its microbatches' losses over all ranks: denominator
 step. A token that is masked, clipped or dropped stays in the denominators.
 """
 
+_RECIPE = """\
+## In the recipe
+
+    python -m recipes.minirl --objective dapo --objective-parameters eps_high=0.3 eps_low=0.2
+
+or in YAML `objective: dapo` and `objective_parameters: {eps_high: 0.3}`. All objectives run there.
+What one needs beyond log-probs comes by itself:
+
+- `keep_T`, `penalised_T` (m2po, clip_cov, kl_cov): chosen over all tokens of the optimizer step, of
+  all ranks. Where pi_theta matters this takes one forward pass more per update.
+- `router_shift_T` (rspo): the trainer's routers at the old policy's experts, before and now, over
+  all layers and pipeline stages; one forward pass more per update.
+- `topk_*` (dppo_topk): SGLang's `top_logprobs_num`, K = `--topk-logprobs`.
+- `logp_ref_T` (`kl_coefficient` with `kl_reference=ref`): a second, frozen model (`--reference`,
+  else that of `--model`), scored without replay.
+- Values (advantage `gae`, ppo's default): none. The recipe trains no value model and says so at the
+  start; choose another `advantage`.
+
+What can be done to samples and rewards, each off by default:
+
+- `--top-p`, `--top-k`: Keep Sampling Mask. SGLang returns the tokens that were left to choose from;
+  pi_theta, pi_old, the reference and mu are renormalised over them. Needs a finite top-k. With
+  `--no-keep-sampling-mask` log-probs are of the whole vocabulary, which is not what was sampled.
+- `--dynamic-sampling N` (DAPO): groups of equal rewards are replaced in at most N further rounds,
+  counted in `rollout/sampling_rounds` and `rollout/replaced_groups`.
+- `--overlong-cache N` (DAPO): the reward falls by 1 over the last N tokens before
+  `--max-new-tokens`.
+- `--reward-kl-coefficient`, `--reward-kl-estimator`: KL to the reference in the reward, summed over
+  the response.
+- `--smoothing-correct`, `--smoothing-wrong`: differential smoothing by log pi_old of the response.
+- `--internal-layer L`, `--internal-steps N` (BuPO): for N steps the policy of layer L (from 0),
+  softmax(H_L E^T) without the final norm, is trained in place of the whole. Grpo and its like only:
+  an inner layer's policy has no mu.
+
+`--preset tiny_bupo` is BuPO (2512.19673), `--preset tiny_justrl` is JustRL (2512.16649), both at
+the size of one machine without a GPU.
+"""
+
 
 def markdown() -> str:
     """The whole of docs/objectives.md."""
@@ -49,6 +87,7 @@ def markdown() -> str:
         *(_choices(title, choices) for title, choices in _CHOICES.items()),
         "## KL terms\n",
         inspect.getdoc(kl).partition("\n\n")[2] + "\n",
+        _RECIPE,
     ]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -1,0 +1,74 @@
+"""The trainer's models: the one that is trained, with its optimizer, and a frozen reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from routing_replay.megatron import parallel
+from routing_replay.megatron.model import ModelConfig, build_model
+from routing_replay.megatron.weights import load_hf
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+
+from .config import TrainingSettings
+
+
+def trained(
+    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path, t: TrainingSettings
+) -> list:
+    """This rank's chunks with a checkpoint's weights, ready to be trained."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
+    )
+    chunks = _loaded(config, layout, checkpoint)
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+def frozen(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
+    """The same architecture with a checkpoint's weights, never trained."""
+    chunks = _loaded(config, layout, checkpoint)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return chunks
+
+
+def _loaded(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
+    chunks = build_model(config, layout)
+    load_hf(chunks, checkpoint)
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+
+
+def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
+    """The parallel layout of the settings."""
+    return parallel.ParallelLayout(
+        tensor=t.tensor_parallel,
+        pipeline=t.pipeline_parallel,
+        virtual_pipeline=t.virtual_pipeline,
+        context=t.context_parallel,
+        expert=t.expert_parallel,
+        # Small experts are not worth splitting; expert parallelism spreads whole ones.
+        expert_tensor=1,
+    )
+
+
+def optimizer_of(chunks: list, t: TrainingSettings, dtype: torch.dtype) -> MegatronOptimizer:
+    """AdamW over the chunks' parameters."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=t.learning_rate,
+        weight_decay=t.weight_decay,
+        adam_beta2=t.adam_beta2,
+        adam_eps=t.adam_eps,
+        clip_grad=t.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=t.distributed_optimizer,
+    )
+    # With gloo as the backend there is no second set of groups for CPU tensors.
+    uses_gloo = torch.distributed.get_backend() == "gloo"
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=not uses_gloo)
