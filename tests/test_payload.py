@@ -205,10 +205,14 @@ def test_100000_random_mutations_never_decode_to_other_routes():
     random = np.random.default_rng(1)
     start, before = time.monotonic(), peak_bytes()
     num_equal = 0
-    for _ in range(100_000):
-        mutated = mutate(data, random)
+    for number in range(100_000):
+        # Alternately the bytes, under a right base64, and the text itself.
+        if number % 2:
+            mutated = meta(mutate(data, random))
+        else:
+            mutated = {"routed_experts": mutate(text(data).encode(), random)}
         try:
-            got = decode(meta(mutated), num_tokens=9, model=MODEL)
+            got = decode(mutated, num_tokens=9, model=MODEL)
         except RoutingReplayError:
             continue
         assert_equal(got, routes)
