@@ -190,6 +190,10 @@ def test_ids_and_gates_share_a_slot_without_loss():
     got_ids, got_gates = unpack(packed)
     assert got_ids.tolist() == ids.tolist()
     assert got_gates.tolist() == gates.half().tolist()
+    # However the ids lie in memory: a column cut off, or transposed.
+    wide = torch.arange(12, dtype=torch.int64).view(3, 4)
+    for strided in (wide[:, :3], wide.T):
+        assert unpack(pack(strided, torch.full(strided.shape, 0.5)))[0].tolist() == strided.tolist()
     assert unpack(pack(ids, None))[0].tolist() == ids.tolist()
     assert unpack(pack(ids, None))[1].isnan().all()
 

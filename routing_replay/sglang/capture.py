@@ -55,7 +55,7 @@ def pack(expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor | None) -> torch.Te
     """Ids and gates in one int32 [T, K]."""
     if gates_TK is None:
         return (expert_ids_TK.int() << GATE_BITS) | NO_GATE
-    packed_TK = torch.empty_like(expert_ids_TK, dtype=torch.int32)
+    packed_TK = expert_ids_TK.new_empty(expert_ids_TK.shape, dtype=torch.int32)
     # The low half comes first in memory. Two copies that convert, instead of shifts and masks.
     halves_TK2 = packed_TK.view(torch.int16).view(*packed_TK.shape, 2)
     halves_TK2[..., 1] = expert_ids_TK
