@@ -16,6 +16,9 @@ from .errors import DataError
 
 BATCH_COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
+# A batch with this column holds log-probs after top-p and top-k.
+MASK_COLUMN = "support_ids_N"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
@@ -42,18 +45,25 @@ class RolloutBatch:
         """Read `batch.safetensors` as the recipe writes it; further columns are ignored.
 
         Raises:
-            DataError: Unreadable, or a column is missing.
+            DataError: Unreadable, a column is missing, or mu is not of the whole vocabulary.
         """
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
             with safe_open(Path(path), "pt") as file:
                 missing = set(BATCH_COLUMNS) - set(file.keys())
+                is_masked = MASK_COLUMN in file.keys()  # noqa: SIM118
                 columns = {n: file.get_tensor(n) for n in BATCH_COLUMNS if n not in missing}
         except Exception as error:  # safetensors raises its own error, which is no OSError
             raise DataError("the rollout batch cannot be read", got=error, where=path) from error
         if missing:
             raise DataError(
                 "not a rollout batch", expected=f"the columns {BATCH_COLUMNS}", where=path
+            )
+        if is_masked:
+            raise DataError(
+                "the batch was sampled under a sampling mask: mu is not of the whole vocabulary",
+                where=path,
+                fix="Take a batch of a run without --top-p and --top-k",
             )
         return cls(**columns, fingerprint=digest)
 

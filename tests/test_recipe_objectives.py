@@ -12,6 +12,8 @@ from megatron_worlds import run_world
 from sglang_servers import MODEL
 
 from routing_replay import objectives
+from routing_replay.errors import ConfigError, DataError
+from routing_replay.rollout_batch import RolloutBatch
 
 PROMPTS, GROUP, MINIBATCH, NEW_TOKENS = 4, 4, 8, 8
 SIZES = ["--prompts-per-step", str(PROMPTS), "--samples-per-prompt", str(GROUP)]
@@ -106,6 +108,7 @@ def on_one_rank(rank, folder, checkpoints):
     found["masked"] = under_a_mask(folder / "masked", checkpoints[0])
     found["reference"] = with_a_reference(folder / "plain", checkpoints)
     found["inner"] = of_an_inner_layer(folder / "plain", checkpoints[0])
+    found["shift"] = router_shift(folder / "plain", checkpoints[0])
     return found
 
 
@@ -271,6 +274,46 @@ def of_an_inner_layer(folder, checkpoint):
     return logp_ST[mask_ST], expected, whole[mask_ST], moved
 
 
+def router_shift(folder, checkpoint):
+    """gamma of the second minibatch after one update: the recipe's, and transformers'."""
+    from routing_replay.megatron.weights import save_hf
+
+    step = Step(folder, checkpoint, "--objective", "rspo", mode="disabled")
+    step.update(0)
+    save_hf(step.policy.chunks, folder / "updated", source=checkpoint)
+    step.update(1)
+    batch, gamma_ST = step.batch, step.chosen[1]["router_shift_T"]
+    step.close()
+    half = slice(MINIBATCH, None)
+    ids_ST, mask_ST = batch.input_ids_ST[half], batch.mask_ST[half]
+    old, new = (router_logs(path, ids_ST) for path in (checkpoint, folder / "updated"))
+    moved = []
+    for old_SXE, new_SXE in zip(old, new, strict=True):  # layer by layer
+        experts = old_SXE.topk(MODEL.top_k, dim=-1).indices
+        difference = new_SXE.gather(-1, experts) - old_SXE.gather(-1, experts)
+        moved.append(difference.abs().mean(-1))
+    return gamma_ST[half][mask_ST], (-torch.stack(moved).mean(0)).exp()[mask_ST]
+
+
+def router_logs(checkpoint, ids_ST):
+    """log softmax of every router in transformers, a [S, T, E] for each layer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    found = []
+
+    def note(gate, arguments, output):
+        logits = torch.nn.functional.linear(arguments[0].detach(), gate.weight)
+        found.append(logits.view(*ids_ST.shape, -1).log_softmax(-1).detach())
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(ids_ST)  # padding is behind every sequence, and attention is causal
+    return found
+
+
 # --- what was found -----------------------------------------------------------------------------
 
 
@@ -304,6 +347,12 @@ def test_methods_of_the_whole_step_are_given_their_choice(steps, name):
         assert first[:num_tokens].sum() == second[num_tokens:].sum() == int(0.2 * num_tokens)
     if name == "clip_cov":
         assert 0.6 < first[:num_tokens].double().mean() < 0.95
+
+
+def test_router_shift_is_that_of_transformers_routers(steps):
+    found_T, expected_T = steps["shift"]
+    assert expected_T.mean() < 0.999
+    torch.testing.assert_close(found_T, expected_T, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -399,6 +448,21 @@ def test_a_mask_larger_than_the_server_allows_is_an_error_at_the_start(rollout_o
     with pytest.raises(Exception, match="top_k") as caught:
         rollout_of("--top-p", "0.9", "--top-k", "5000")
     assert type(caught.value).__module__ == "routing_replay.errors"
+
+
+def test_more_likely_tokens_than_there_are_is_an_error_at_the_start(rollout_of):
+    with pytest.raises(ConfigError, match="'topk_logprobs' asks for more.*at most 128; got 200"):
+        rollout_of("--objective", "dppo_topk", "--topk-logprobs", "200")
+
+
+def test_a_masked_batch_is_refused_where_mu_must_be_of_the_whole_vocabulary(tmp_path):
+    batch = a_batch()
+    batch.save(tmp_path / "plain.safetensors")
+    assert RolloutBatch.open(tmp_path / "plain.safetensors").lengths_S.tolist() == [9, 8, 7, 5]
+    masked = {name: torch.zeros(1, dtype=torch.int32) for name in ("support_ids_N",)}
+    dataclasses.replace(batch, **masked).save(tmp_path / "masked.safetensors")
+    with pytest.raises(DataError, match="sampled under a sampling mask.*without --top-p"):
+        RolloutBatch.open(tmp_path / "masked.safetensors")
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routing_replay.errors import DataError, ServerError
+from routing_replay.errors import ConfigError, DataError, ServerError
 from routing_replay.objectives import informative_groups
 from routing_replay.sglang.client import ClientOptions, RolloutClient
 from routing_replay.sglang.probe import probe
@@ -50,6 +50,13 @@ class Rollout:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         options = ClientOptions(request_timeout_s=config.rollout.request_timeout_s)
         self.client = RolloutClient(urls, model=model, options=options)
+        if config.num_top_logprobs > len(self.tokenizer):
+            raise ConfigError(
+                "the setting 'topk_logprobs' asks for more tokens than there are",
+                expected=f"at most {len(self.tokenizer)}",
+                got=config.num_top_logprobs,
+                where=checkpoint,
+            )
         capture = config.rollout_capture
         for url in urls:
             if capture != "off":
