@@ -35,6 +35,10 @@ WHOLE_STEP = {
             "objective_parameters": [SOME_COV[0], SOME_COV[2], "kl_coefficient=0.1"],
         },
     ),
+    "shaped": (
+        "R3",
+        {"reward_kl_coefficient": 0.1, "smoothing_correct": 0.2, "smoothing_wrong": 0.1},
+    ),
     "dppo_topk": ("R3", {"objective": "dppo_topk", "objective_parameters": "delta=0.05"}),
 }
 WHOLE_STEP_ON = [
@@ -42,6 +46,7 @@ WHOLE_STEP_ON = [
     *(("rspo_R2", "pp2"), ("rspo_live", "dp2"), ("m2po", "cp2"), ("m2po", "dp2")),
     *(("clip_cov", "dp2"), ("clip_cov", "cp2"), ("kl_cov", "pp2"), ("kl_cov", "dp2")),
     ("dppo_topk", "tp2"),
+    *(("shaped", layout) for layout in ("dp2", "cp2", "pp2")),
 ]
 # With an epsilon far above every gradient Adam is gradient descent. With the usual one a gradient
 # of nearly zero that turns its sign, as float32 sums in another order do, would move a weight by
@@ -80,6 +85,7 @@ def make_step(multiple):
                 prompt_ids=tuple(prompt.tolist()),
                 response_ids=tuple(response.tolist()),
                 logp_mu=tuple((-3 - rng.random(len(response))).tolist()),
+                reward=float(rng.random() < 0.5),
                 **likely_tokens(rng, response),
             )
         )
@@ -109,6 +115,7 @@ def likely_tokens(rng, response):
 def take_step(policy, folder):
     """The old pass and both updates; the metrics over all ranks."""
     from recipes.minirl.policy import Given
+    from recipes.minirl.shaping import with_advantages
     from recipes.minirl.step_choices import choose
     from recipes.minirl.train import replaying, score_old
     from routing_replay.metrics import merge, to_floats
@@ -119,6 +126,9 @@ def take_step(policy, folder):
     live = policy.score(batch, batch.token_rows(None))
     metrics = policy.reduce(policy.discrepancy(batch, old))
     reference = policy.score_reference(batch) if policy.reference else None
+    if policy.config.objective.reward_kl_coefficient:
+        batch, shaping = with_advantages(policy, batch, old, reference)
+        metrics |= policy.reduce(shaping)
     updates = {}
     for number in range(2):
         updates = merge(updates, policy.live_ratios(batch, live, number))
@@ -207,6 +217,9 @@ def assert_same_step(outcome, reference):
         "objective/clip_fraction",
     ):
         assert outcome.metrics[name] == pytest.approx(reference.metrics[name], rel=1e-4, abs=1e-9)
+    shaping = [name for name in reference.metrics if name.startswith("reward/")]
+    for name in shaping:
+        assert outcome.metrics[name] == pytest.approx(reference.metrics[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -223,6 +236,8 @@ def test_choices_over_the_whole_step_drop_some_tokens(outcomes):
     for name in ("m2po", "clip_cov", "dppo_topk"):
         assert 0.02 < outcomes[name].metrics["objective/clip_fraction"] < 0.9, name
     assert outcomes["kl_cov"].metrics["objective/kl_ref"] > 0
+    assert outcomes["shaped"].metrics["reward/kl_penalty"] != 0
+    assert outcomes["shaped"].metrics["reward/smoothing"] != 0
 
 
 def test_recording_and_replaying_works_over_pipeline_stages(outcomes):

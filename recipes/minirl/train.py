@@ -127,7 +127,6 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
             # Under R2 and without replay the old policy routed live just now.
             live = policy.score(batch, batch.token_rows(None)) if table is not None else old
             metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
-
     reference = None
     if policy.reference is not None:
         with clock("reference log-probs"):
@@ -167,10 +166,15 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     if job.journal:
         job.journal.write(step, found | to_floats(metrics) | clock.times())
     consumed = progress.prompts_consumed + int(batch.num_prompts)
-    progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
-    if is_due(step, config.run.checkpoint_every, config.run.steps):
-        checkpoints.save(policy, job.run_dir, progress, job.inputs.base)
-    # The newest batch stays: `tools/attribute_kl.py` and `routing-replay inspect` look at it.
+    return finish_step(job, checkpoints.Progress(step=step, prompts_consumed=consumed), scratch)
+
+
+def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> checkpoints.Progress:
+    """Now and then a checkpoint; the newest batch stays."""
+    run = job.config.run
+    if is_due(progress.step, run.checkpoint_every, run.steps):
+        checkpoints.save(job.policy, job.run_dir, progress, job.inputs.base)
+    # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
     job.first_rank.keep(scratch, job.run_dir / "last_batch")
     return progress
 
