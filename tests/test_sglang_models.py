@@ -72,8 +72,8 @@ def assert_chosen(routes, chosen_LTK):
 
 def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
     checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
-    with pytest.raises(ServerError, match="no true routes with chunked_prefill_size=-1"):
-        served(checkpoint, None, "--chunked-prefill-size", "-1")
+    with pytest.raises(ServerError, match="no true routes with enable_hierarchical_cache=True"):
+        served(checkpoint, None, "--enable-hierarchical-cache")
 
 
 def test_olmoe_without_renormalisation(tmp_path):
