@@ -1,6 +1,6 @@
 """What capture costs: rollouts with capture off, stock's, ours with ids, ours with gates.
 
-    python -m tools.bench_capture [--model CHECKPOINT] [--rounds 40] [-- --dtype bfloat16 ...]
+    python -m tools.bench_capture [--model CHECKPOINT] [--rounds 48] [-- --dtype bfloat16 ...]
 
 One server for each, of the same checkpoint and options. They take turns, many short rounds, each
 round in another order, so that whatever else the machine does meets all of them. A ratio compares
@@ -13,6 +13,7 @@ Without --model a random Qwen3-MoE of about 60 million parameters is made.
 
 import argparse
 import contextlib
+import itertools
 import math
 import statistics
 import tempfile
@@ -39,7 +40,7 @@ def parse_arguments():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", help="Hugging Face checkpoint of an MoE model")
-    parser.add_argument("--rounds", type=int, default=40, help="measured rounds")
+    parser.add_argument("--rounds", type=int, default=48, help="measured rounds")
     parser.add_argument("--requests", type=int, default=16, help="requests per round")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -108,9 +109,9 @@ def cpu_seconds(server):
 
 
 def order_of(number):
-    """Another order in each of eight rounds: every server follows every other, and leads."""
-    shifted = CAPTURES[number % 4 :] + CAPTURES[: number % 4]
-    return shifted if number % 8 < 4 else shifted[::-1]
+    """Another order in each of 24 rounds: every server follows every other equally often."""
+    orders = list(itertools.permutations(CAPTURES))
+    return orders[5 * number % len(orders)]
 
 
 def play(servers, clients, arguments):
