@@ -160,6 +160,7 @@ def _pairs() -> list[Case]:
         Case(layout=layouts["vpp"], dense=(0, 3)),
         Case(layout=layouts["vpp"], is_ragged=False, router="groups", recompute="full"),
         Case(layout=layouts["tp"], router="groups"),
+        Case(layout=layouts["tp"], router="aux_loss", padding_mask=True),
         Case(layout=layouts["tp"], router="seq_aux_loss", recompute="moe"),
         Case(layout=layouts["cp"], is_packed=True, is_ragged=True),
         Case(layout=layouts["ep"], is_ragged=True),
