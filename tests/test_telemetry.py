@@ -134,10 +134,10 @@ def test_a_real_tensorboard_file_holds_the_scalar(tmp_path):
 
 # Prefixes of everything that goes to a sink; a metric under another prefix needs its row, too.
 EMITTED = re.compile(
-    r"[\"']((?:routing_replay|train_infer|objective|rollout|eval)/[a-z][a-z0-9_]*[a-z0-9])[\"']"
+    r"[\"']((?:routing_replay|train_infer|objective|rollout|reward|eval)/[a-z][a-z0-9_]*[a-z0-9])[\"']"
 )
 # Names of other recipes that a report understands; nothing here emits them.
-ONLY_READ = {"rollout/reward"}
+ONLY_READ = {"rollout/reward", "reward/mean", "reward/eval"}
 
 
 def documented_names():
