@@ -52,8 +52,8 @@ $(STAMP): setup.py constraints.txt .ci/find_python
 	fi
 	@echo "Installing into $(VENV): about 1 minute with uv, 5 minutes if only pip is at hand"
 	@$(PY) -m pip install --quiet uv || echo "uv is not at hand: pip does the work"
-	@if [ -x $(VENV)/bin/uv ] && $(VENV)/bin/uv pip install --quiet --python $(PY) \
-	    --constraint constraints.txt --editable ".[$(EXTRAS)]"; then :; else \
+	@if [ -x $(VENV)/bin/uv ] && $(VENV)/bin/uv pip install --quiet --compile-bytecode \
+	    --python $(PY) --constraint constraints.txt --editable ".[$(EXTRAS)]"; then :; else \
 	  echo "Installing with pip"; \
 	  $(PY) -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]"; \
 	fi

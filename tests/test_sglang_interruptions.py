@@ -63,12 +63,13 @@ def test_rows_survive_retraction_under_the_weights_that_computed_them(
         assert versions_T.tolist() == [0] * num_old + [1] * (len(versions_T) - num_old)
         assert 20 < num_old < len(versions_T)
         tokens = tokens_of(one, completion)
-        assert_ids_follow(routes[:num_old], references[0](tokens)[0][:num_old])
+        old_TLE = references[0](tokens[:num_old], routes=routes[:num_old])[0]
+        assert_ids_follow(routes[:num_old], old_TLE)
         # Without a flush the second prefill attends to the prompt as the old weights saw it.
         num_cached = 0 if flush_cache else len(one.input_ids)
         cache = references[0](tokens[:num_cached])[2] if num_cached else None
-        new_TLE = references[1](tokens[num_cached:], past=cache)[0][num_old - num_cached :]
-        assert_ids_follow(routes[num_old:], new_TLE)
+        new_TLE, _, _ = references[1](tokens[num_cached:], cache, routes[num_old:])
+        assert_ids_follow(routes[num_old:], new_TLE[num_old - num_cached :])
         # The row at the cut is the second prefill's: its token is the first of the new weights.
         assert routes.origin_T[num_old] == Origin.PREFILL
         assert routes.origin_T[num_old - 1] == Origin.DECODE
@@ -119,8 +120,8 @@ def test_an_update_in_place_changes_the_version_in_the_middle_of_a_response(serv
     num_old = int((routes.weight_version_T == 0).sum())
     assert 20 < num_old < routes.num_rows
     tokens = tokens_of(asked, completion)
-    old_TLE, _, cache = references[0](tokens[:num_old])
-    new_TLE, _, _ = references[1](tokens[num_old:], past=cache)
+    old_TLE, _, cache = references[0](tokens[:num_old], routes=routes[:num_old])
+    new_TLE, _, _ = references[1](tokens[num_old:], cache, routes[num_old:])
     assert_ids_follow(routes[:num_old], old_TLE)
     assert_ids_follow(routes[num_old:], new_TLE)
 
