@@ -1,12 +1,13 @@
 """What capture costs: rollouts with capture off, stock's, ours with ids, ours with gates.
 
-    python -m tools.bench_capture [--model CHECKPOINT] [--rounds 48] [-- --dtype bfloat16 ...]
+    python -m tools.bench_capture [--model CHECKPOINT] [--rounds 24] [-- --dtype bfloat16 ...]
 
-One server for each, of the same checkpoint and options. They take turns, many short rounds, each
-round in another order, so that whatever else the machine does meets all of them. A ratio compares
-two servers within one round; the table holds their medians, the 95 % interval of each median (from
-order statistics: no assumption on the noise) and the quartiles. Processor time is that of all
-processes of a server; on a shared machine it is the steadier of the two.
+Servers of the same checkpoint and options, two of each kind. They take turns, many short rounds,
+each round in another order, so that whatever else the machine does meets all of them. A ratio
+compares two kinds within one round; the table holds their medians, the 95 % interval of each median
+(from order statistics: no assumption on the noise) and the quartiles. The rows that compare a kind
+with itself say what two equal processes differ by, for good: no smaller cost can be seen. Processor
+time is that of all processes of a server; on a shared machine it is the steadier of the two.
 
 Without --model a random Qwen3-MoE of about 60 million parameters is made.
 """
@@ -22,6 +23,7 @@ import time
 import httpx
 import numpy as np
 import psutil
+from tqdm import tqdm
 
 from routing_replay.payload import FIELD
 from routing_replay.sglang.client import RolloutClient, probe
@@ -40,7 +42,8 @@ def parse_arguments():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", help="Hugging Face checkpoint of an MoE model")
-    parser.add_argument("--rounds", type=int, default=48, help="measured rounds")
+    parser.add_argument("--rounds", type=int, default=24, help="measured rounds")
+    parser.add_argument("--copies", type=int, default=2, help="servers of each kind")
     parser.add_argument("--requests", type=int, default=16, help="requests per round")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -108,21 +111,22 @@ def cpu_seconds(server):
     return total
 
 
-def order_of(number):
-    """Another order in each of 24 rounds: every server follows every other equally often."""
-    orders = list(itertools.permutations(CAPTURES))
-    return orders[5 * number % len(orders)]
+def order_of(keys, number):
+    """Another order in each round, of the kinds and of the copies within a turn."""
+    kinds = list(itertools.permutations(CAPTURES))[5 * number % 24]
+    copies = sorted({copy for _, copy in keys}, reverse=number % 2 == 1)
+    return [(capture, copy) for copy in copies for capture in kinds]
 
 
 def play(servers, clients, arguments):
-    """For each capture its (rate, rate per processor time), round by round."""
-    found = {capture: [] for capture in CAPTURES}
-    for number in range(arguments.rounds + 1):
-        for capture in order_of(number):
-            values = measure(servers[capture], clients[capture], arguments, capture, 1 + number)
+    """For each server its (rate, rate per processor time), round by round."""
+    found = {key: [] for key in servers}
+    for number in tqdm(range(arguments.rounds + 1), unit="round"):
+        for key in order_of(servers, number):
+            values = measure(servers[key], clients[key], arguments, key[0], 1 + number)
             if number:  # round 0 warms up
-                found[capture].append(values)
-    return found
+                found[key].append(values)
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def bytes_per_token(url, arguments, capture):
@@ -143,23 +147,24 @@ def spread(ratios):
 
 
 def report(servers, found, arguments):
+    copies = range(arguments.copies)
+    means = {c: np.mean([found[c, copy] for copy in copies], axis=0) for c in CAPTURES}
+    rows = [(f"{one} / {other}", means[one], means[other]) for one, other in PAIRS]
+    if arguments.copies > 1:
+        rows += [(f"{c} / {c}", found[c, 1], found[c, 0]) for c in CAPTURES]
     print(f"| {arguments.rounds} rounds | tokens/s | tokens per processor time |")
     print("| --- | --- | --- |")
     for capture in CAPTURES:
-        rate, per_cpu = (statistics.median(column) for column in zip(*found[capture], strict=True))
+        rate, per_cpu = np.median(means[capture], axis=0)
         print(f"| {capture} | {rate:.0f} | {per_cpu:.0f} |")
-    for one, other in PAIRS:
-        cells = [
-            spread([a[column] / b[column] for a, b in zip(found[one], found[other], strict=True)])
-            for column in (0, 1)
-        ]
-        print(f"| {one} / {other} | {' | '.join(cells)} |")
-    routes = long_version(probe(servers["ids"].url).routes)
+    for title, one, other in rows:
+        print(f"| {title} | {' | '.join(spread(column) for column in (one / other).T)} |")
+    routes = long_version(probe(servers["ids", 0].url).routes)
     speed = speeds(routes)
     print("\n| payload | bytes of base64 per token | encode GB/s | decode GB/s |")
     print("| --- | --- | --- | --- |")
     for capture in CAPTURES[1:]:
-        size, values = bytes_per_token(servers[capture].url, arguments, capture), speed[capture]
+        size, values = bytes_per_token(servers[capture, 0].url, arguments, capture), speed[capture]
         row = f"| {capture} | {size:.0f} | "
         print(row + f"{values['encode']:.2f} | {values['decode']:.2f} |", flush=True)
 
@@ -170,17 +175,17 @@ def main():
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         checkpoint = arguments.model or write_model(f"{folder}/model")
         servers = {}
-        for capture in CAPTURES:
+        for capture, copy in itertools.product(CAPTURES, range(arguments.copies)):
             options = ServerOptions(
                 capture=capture,
                 arguments=arguments.server,
                 environment={"OMP_NUM_THREADS": str(arguments.threads)},
-                log_path=f"{folder}/{capture}.log",
+                log_path=f"{folder}/{capture}-{copy}.log",
             )
-            servers[capture] = stack.enter_context(launch(checkpoint, options))
-            print(f"# server with capture {capture} is up", flush=True)
-        model = probe(servers["ids"].url).routes
-        clients = {capture: RolloutClient([s.url], model) for capture, s in servers.items()}
+            servers[capture, copy] = stack.enter_context(launch(checkpoint, options))
+            print(f"# server {copy} with capture {capture} is up", flush=True)
+        model = probe(servers["ids", 0].url).routes
+        clients = {key: RolloutClient([server.url], model) for key, server in servers.items()}
         report(servers, play(servers, clients, arguments), arguments)
 
 
