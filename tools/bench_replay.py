@@ -1,6 +1,6 @@
 """Cost of replay at the router and at the whole MoE layer, against live routing and Megatron's own.
 
-    python -m tools.bench_replay [--tokens 4096] [--rounds 7]
+    python -m tools.bench_replay [--tokens 4096] [--layers 4] [--rounds 9]
 
 Four ways to select experts take turns, so that a machine's mood meets all of them alike:
 
@@ -10,8 +10,11 @@ Four ways to select experts take turns, so that a machine's mood meets all of th
     agreement   ours, comparing live with replayed routes on a sample of tokens as well
 
 Printed are medians in milliseconds and the median of the ratios to `live` and to `stock`, round by
-round, with their quartiles. One replayed microbatch is timed as a trainer runs it: its rows are
-gathered from the step's table, moved to the device, replayed (and recomputed before a backward).
+round, with their quartiles. One step of one microbatch is timed as a trainer runs it: the scope is
+opened, the rows of all layers are gathered from the step's table, checked, moved to the device and
+replayed (and recomputed before a backward), and the receipt is checked. A scope and a microbatch
+cost something once, however many layers there are: with a few layers instead of a model's dozens
+our share is rather over- than understated.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,19 +57,30 @@ MODELS = {
 
 
 class Chunk(torch.nn.Module):
-    """One MoE layer, or its router alone, as a model chunk; recomputed in backward if asked."""
+    """Some MoE layers, or their routers alone, as a model chunk; recomputed in backward if asked.
 
-    def __init__(self, moe: torch.nn.Module, is_router_only: bool):
+    Each layer gets the same input: random experts one after another would blow up or die out.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], is_router_only: bool):
         super().__init__()
-        self.moe, self.is_router_only, self.recompute = moe, is_router_only, False
+        self.layers = torch.nn.ModuleList(layers)
+        self.is_router_only, self.recompute = is_router_only, False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.recompute:
-            return tensor_parallel.checkpoint(self._run, False, hidden)
-        return self._run(hidden)
+        total = 0.0
+        for layer in self.layers:
+            module = layer.router if self.is_router_only else layer
+            if self.recompute:
+                output = tensor_parallel.checkpoint(_first_output(module), False, hidden)
+            else:
+                output = module(hidden)[0]
+            total = total + output.float().square().mean()
+        return total
 
-    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.moe.router(hidden)[0] if self.is_router_only else self.moe(hidden)[0]
+
+def _first_output(module: torch.nn.Module):
+    return lambda hidden: module(hidden)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +91,7 @@ class Setting:
     experts: int
     top_k: int
     fields: dict
+    layers: int
     tokens: int
     hidden: int
     expert_width: int
@@ -83,7 +99,7 @@ class Setting:
 
 
 def build(setting: Setting, has_stock_replay: bool) -> Chunk:
-    """A one-layer model's MoE layer; the same weights for every way."""
+    """The MoE layers of a model; the same weights for every way."""
     from transformers import Qwen3MoeConfig
 
     hf = Qwen3MoeConfig(
@@ -91,7 +107,7 @@ def build(setting: Setting, has_stock_replay: bool) -> Chunk:
         hidden_size=setting.hidden,
         intermediate_size=64,
         moe_intermediate_size=setting.expert_width,
-        num_hidden_layers=1,
+        num_hidden_layers=setting.layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=32,
@@ -106,13 +122,14 @@ def build(setting: Setting, has_stock_replay: bool) -> Chunk:
     )
     torch.manual_seed(1)
     model = build_model(config, layout)[0]
-    return Chunk(model.decoder.layers[0].mlp, setting.is_router_only)
+    return Chunk([layer.mlp for layer in model.decoder.layers], setting.is_router_only)
 
 
 def random_routes(setting: Setting) -> RouteTable:
-    model = TableModel(layers=(0,), num_experts=setting.experts, top_k=setting.top_k)
+    layers = tuple(range(setting.layers))
+    model = TableModel(layers=layers, num_experts=setting.experts, top_k=setting.top_k)
     table = RouteTable.empty(model, [setting.tokens], source="rollout")
-    scores = np.random.default_rng(1).random((1, setting.tokens, setting.experts))
+    scores = np.random.default_rng(1).random((setting.layers, setting.tokens, setting.experts))
     table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : setting.top_k]
     table.covered_T[:] = True
     return table
@@ -130,7 +147,8 @@ class Way:
         self.replay = attach(self.chunk, config) if name in ("ours", "agreement") else None
         if name == "stock":
             # Its users hold int64 targets, which its gather needs.
-            self.targets_TK = torch.from_numpy(table.expert_ids_LTK[0].astype(np.int64))
+            self.targets_LTK = torch.from_numpy(table.expert_ids_LTK.astype(np.int64))
+            self.stock = [layer.router.router_replay for layer in self.chunk.layers]
 
     def step(self, hidden: torch.Tensor, backward: bool) -> None:
         self.chunk.recompute = backward
@@ -139,23 +157,26 @@ class Way:
             output = self._forward(hidden)
             if backward:
                 self._action(RouterReplayAction.REPLAY_BACKWARD)
-                output.float().square().mean().backward()
+                output.backward()
         if self.name == "stock":
-            self.chunk.moe.router.router_replay.clear_indices()
+            for replay in self.stock:
+                replay.clear_indices()
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.replay:
             with self.replay.microbatch(self.rows_T):
                 return self.chunk(hidden)
         if self.name == "stock":
-            targets_TK = self.targets_TK[self.rows_T].to(hidden.device, non_blocking=True)
-            self.chunk.moe.router.router_replay.set_target_indices(targets_TK)
+            for replay, targets_TK in zip(self.stock, self.targets_LTK, strict=True):
+                rows_TK = targets_TK[self.rows_T].to(hidden.device, non_blocking=True)
+                replay.set_target_indices(rows_TK)
             self._action(RouterReplayAction.REPLAY_FORWARD)
         return self.chunk(hidden)
 
     def _action(self, action: RouterReplayAction) -> None:
         if self.name == "stock":
-            self.chunk.moe.router.router_replay.set_router_replay_action(action)
+            for replay in self.stock:
+                replay.set_router_replay_action(action)
 
 
 def measure(setting: Setting, backward: bool, rounds: int) -> dict[str, list[float]]:
@@ -168,7 +189,8 @@ def measure(setting: Setting, backward: bool, rounds: int) -> dict[str, list[flo
     hidden.requires_grad_(backward)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds + 1):  # the first round warms up
-        for way in ways:
+        # Who follows whom matters to the allocator and the caches: every other round backwards.
+        for way in ways if number % 2 else reversed(ways):
             torch.cuda.synchronize()
             start = time.perf_counter()
             way.step(hidden, backward)
@@ -210,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument("--layers", type=int, default=4, help="MoE layers of the chunk")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size")
     parser.add_argument("--expert-width", type=int, default=64, help="width of an expert")
     arguments = parser.parse_args(argv)
@@ -218,8 +241,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)  # one thread is steadier than a shared machine's two
     parallel.initialize(parallel.ParallelLayout(), seed=1)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 1 thread"
-    print(f"{where}; {arguments.tokens} tokens, hidden {arguments.hidden}, expert width ", end="")
-    print(f"{arguments.expert_width}; median of {arguments.rounds} rounds [quartiles]")
+    print(f"{where}; {arguments.layers} layers, {arguments.tokens} tokens, hidden ", end="")
+    print(f"{arguments.hidden}, expert width {arguments.expert_width}; ", end="")
+    print(f"median of {arguments.rounds} rounds [quartiles]")
     for name, (experts, top_k, fields) in MODELS.items():
         for is_router_only in (True, False):
             setting = Setting(
@@ -227,12 +251,13 @@ def main(argv: list[str] | None = None) -> None:
                 experts=experts,
                 top_k=top_k,
                 fields=fields,
+                layers=arguments.layers,
                 tokens=arguments.tokens,
                 hidden=arguments.hidden,
                 expert_width=arguments.expert_width,
                 is_router_only=is_router_only,
             )
-            part = "router" if is_router_only else "whole MoE layer"
+            part = "routers" if is_router_only else "whole MoE layers"
             for backward in (False, True):
                 what = "forward + backward with recomputation" if backward else "forward"
                 times = measure(setting, backward, arguments.rounds)
