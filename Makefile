@@ -30,9 +30,10 @@ test-matrix: env  ## the tests of `make test` and the long matrix of layouts and
 test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 15 minutes
 	$(PY) .ci/test_versions
 
-check: env  ## lint and format, without changing a file
+check: env  ## lint, format and types of the core, without changing a file
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
+	$(PY) -m mypy
 
 bench: env  ## the benchmarks of tools/, one after another
 	@set -e; for file in $(wildcard tools/bench_*.py); do \

@@ -35,7 +35,7 @@ setup(
         "megatron": MEGATRON,
         "te": ["transformer-engine[pytorch]>=2.6"],
         "recipe": RECIPE,
-        "test": ["pytest", "pytest-timeout", "ruff"],
+        "test": ["mypy", "pytest", "pytest-timeout", "ruff"],
     },
     entry_points={
         "console_scripts": ["routing-replay = routing_replay.cli:main"],

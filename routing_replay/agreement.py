@@ -218,7 +218,13 @@ class LayerAgreement:
         if len(layers) > NO_LAYER:
             raise ConfigError("routed layers", expected=f"at most {NO_LAYER}", got=len(layers))
         self.layers = tuple(layers)
-        self.statistics = ("overlap", "exact_match", "live_mass", "replay_bias", "margin")
+        self.statistics: tuple[str, ...] = (
+            "overlap",
+            "exact_match",
+            "live_mass",
+            "replay_bias",
+            "margin",
+        )
         self.statistics += ("router_kl_bound",) * has_gates + ("router_kl",) * has_logits
         self._place = {layer: place for place, layer in enumerate(self.layers)}
         shape = (len(self.layers), len(self.statistics))
@@ -249,7 +255,7 @@ class LayerAgreement:
         self._totals_LX[place, :width] += values_TX.sum(0)
         self._counts_LX[place, :width] += view.valid_T.sum()
         if view.token_rows_T is not None and len(self._first_T):
-            self._note_rows(place, view, match_T)
+            self._note_rows(place, view.token_rows_T, view.valid_T, match_T)
 
     @torch.no_grad()
     def observe_kl(self, layer: int, kl_T: torch.Tensor, valid_T: torch.Tensor) -> None:
@@ -258,9 +264,11 @@ class LayerAgreement:
         self._totals_LX[cell] += torch.where(valid_T, kl_T.double(), 0.0).sum()
         self._counts_LX[cell] += valid_T.sum()
 
-    def _note_rows(self, place: int, view: RouterView, match_T: torch.Tensor) -> None:
+    def _note_rows(
+        self, place: int, rows_T: torch.Tensor, valid_T: torch.Tensor, match_T: torch.Tensor
+    ) -> None:
         # Rows are distinct within a call, except for the spare one: plain indexing is enough.
-        rows_T = torch.where(view.valid_T, view.token_rows_T, len(self._first_T) - 1)
+        rows_T = torch.where(valid_T, rows_T, len(self._first_T) - 1)
         first_T = torch.where(match_T, NO_LAYER, place).to(torch.uint8)
         self._first_T[rows_T] = torch.minimum(self._first_T[rows_T], first_T)
 

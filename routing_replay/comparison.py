@@ -215,6 +215,8 @@ def _exact_kl(first: RouteTable, second: RouteTable) -> np.ndarray | None:
     """Mean KL(first || second) per layer over the rows whose logits both hold (softmax routers)."""
     if first.logit_rows_N is None or second.logit_rows_N is None:
         return None
+    if first.logits_NLE is None or second.logits_NLE is None:
+        return None
     _, ours, theirs = np.intersect1d(
         first.logit_rows_N, second.logit_rows_N, assume_unique=True, return_indices=True
     )

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
 
@@ -83,7 +84,7 @@ class ReplayConfig:
     def from_mapping(cls, settings: Mapping) -> ReplayConfig:
         """From YAML keys: with or without the prefix `routing_replay_`, `-` and `_` alike."""
         known = {f.name for f in fields(cls)}
-        plain = {}
+        plain: dict[str, Any] = {}
         for key, value in settings.items():
             name = str(key).replace("-", "_").removeprefix(FLAG_PREFIX)
             if name not in known:
@@ -105,11 +106,9 @@ class ReplayConfig:
         """From parsed flags (see `add_arguments`): a flag wins over the YAML file."""
         path = getattr(arguments, FLAG_PREFIX + "config", None)
         settings = dict(read_yaml(path)) if path else {}
-        base = cls.from_mapping(settings)
         given = {f.name: getattr(arguments, FLAG_PREFIX + f.name, None) for f in fields(cls)}
-        given = {name: value for name, value in given.items() if value is not None}
-        return replace(
-            base, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls.from_mapping(
+            settings | {name: value for name, value in given.items() if value is not None}
         )
 
     def resolve(self, num_mini_batches: int) -> ReplayConfig:

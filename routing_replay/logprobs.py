@@ -127,15 +127,15 @@ def logprobs_at(
     shard = _Shard(logits_TV.shape[1], temperature, group, support)
     precise = torch.promote_types(logits_TV.dtype, torch.float32)
     first_T = torch.zeros_like(ids_TK[:, 0])
-    sums = [logits_TV.new_zeros(4, 0, dtype=precise)]
+    parts = [logits_TV.new_zeros(4, 0, dtype=precise)]
     values = [logits_TV.new_zeros(0, ids_TK.shape[1], dtype=precise)]
     for rows in shard.chunks(logits_TV):
-        sums.append(_sums(shard, logits_TV, rows, first_T))
+        parts.append(_sums(shard, logits_TV, rows, first_T))
         columns, is_own = shard.owned(ids_TK[rows])
         found = shard.allowed_logits(logits_TV, rows).gather(1, columns).to(precise) / temperature
         values.append(torch.where(is_own, found, -torch.inf))
     values_TK = torch.cat(values)
-    peak_T, sums = torch.cat(sums, dim=1).tensor_split([1])
+    peak_T, sums = torch.cat(parts, dim=1).tensor_split([1])
     peak_T = peak_T[0]
     if group is not None:
         # An id is with one rank; the others hold -inf.

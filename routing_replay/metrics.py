@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,8 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str
     """Union of two sets of metrics; a name in both is merged by its own rule."""
     merged = dict(first)
     for name, metric in second.items():
-        merged[name] = merged[name].merge(metric) if name in merged else metric
+        # A name is of one kind; were it of two, this would raise.
+        merged[name] = merged[name].merge(metric) if name in merged else metric  # type: ignore[arg-type]
     return merged
 
 
@@ -90,7 +91,7 @@ def all_reduce(metrics: Mapping[str, Metric], group=None, device=None) -> dict[s
     """
     if not (dist.is_available() and dist.is_initialized()):
         return dict(metrics)
-    kinds = [None] * dist.get_world_size(group)
+    kinds: list[dict[str, str]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(kinds, {n: type(m).__name__ for n, m in metrics.items()}, group=group)
     union: dict[str, str] = {}
     for rank, of_rank in enumerate(kinds):
@@ -117,7 +118,7 @@ def all_reduce(metrics: Mapping[str, Metric], group=None, device=None) -> dict[s
                 maxima[i] = maximum
     dist.all_reduce(sums, group=group)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-    made = {
+    made: dict[str, Callable[[int], Metric]] = {
         "Mean": lambda i: Mean(total=sums[i, 0], count=sums[i, 1]),
         "Sum": lambda i: Sum(total=sums[i, 0]),
         "Max": lambda i: Max(maximum=maxima[i]),

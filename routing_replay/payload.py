@@ -153,10 +153,10 @@ def _body_of(routes: Routes) -> list[np.ndarray]:
     """The bytes of the body's arrays, without a copy where they lie as they are sent."""
     arrays = [(routes.expert_ids_TLK, routes.expert_ids_TLK.dtype.newbyteorder("<"))]
     if routes.gate_probs_TLK is not None:
-        arrays.append((routes.gate_probs_TLK, "<f2"))
+        arrays.append((routes.gate_probs_TLK, np.dtype("<f2")))
     if routes.router_logits is not None:
-        arrays.append((routes.router_logits.rows_N, "<u4"))
-        arrays.append((routes.router_logits.values_NLE, "<f4"))
+        arrays.append((routes.router_logits.rows_N, np.dtype("<u4")))
+        arrays.append((routes.router_logits.values_NLE, np.dtype("<f4")))
     return [np.ascontiguousarray(a, dtype).reshape(-1).view(np.uint8) for a, dtype in arrays]
 
 

@@ -16,9 +16,14 @@ FIELD = "routed_experts"
 class ModelShape(Protocol):
     """What must agree between a payload and the model; `TableModel` is one."""
 
-    layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
 
 
 def from_base64(text) -> bytes:

@@ -115,8 +115,8 @@ def _support_findings(run: Run, k3: float | None) -> list[Finding]:
 
 def _layer_findings(run: Run) -> list[Finding]:
     layers = run.layers("routing_replay/exact_match")
-    differ = {i: run.recent(f"routing_replay/exact_match_layer_{i}") for i in layers}
-    differ = {i: 1 - match for i, match in differ.items() if match is not None}
+    matches = {i: run.recent(f"routing_replay/exact_match_layer_{i}") for i in layers}
+    differ = {i: 1 - match for i, match in matches.items() if match is not None}
     if not differ:
         return []
     median = sorted(differ.values())[(len(differ) - 1) // 2]
@@ -155,12 +155,12 @@ def _cause(run: Run, layer: int, is_unrelated: bool) -> str:
     if margin is not None and margin < SMALL_MARGIN:
         return f"its router's margin is small ({margin:.2g}), so rounding decides"
     for name, words in (("router_kl", "router KL"), ("router_kl_bound", "router KL, at least")):
-        of_layers = [
+        recent = [
             run.recent(f"routing_replay/{name}_layer_{i}")
             for i in run.layers(f"routing_replay/{name}")
         ]
         kl = run.recent(f"routing_replay/{name}_layer_{layer}")
-        of_layers = sorted(v for v in of_layers if v is not None)
+        of_layers = sorted(value for value in recent if value is not None)
         if kl is not None and of_layers:
             median = of_layers[(len(of_layers) - 1) // 2]
             if kl > OUTLIER_ROUTER_KL * median:

@@ -210,15 +210,15 @@ def layers(runs: Sequence[Run]) -> str:
     tables = []
     for run in runs:
         numbers = sorted({i for m, _ in LAYER_COLUMNS for i in run.layers(f"routing_replay/{m}")})
-        columns = [(m, word) for m, word in LAYER_COLUMNS if run.layers(f"routing_replay/{m}")]
-        rows = [
-            [str(i)] + [_text(run.recent(f"routing_replay/{m}_layer_{i}")) for m, _ in columns]
+        present = [(m, word) for m, word in LAYER_COLUMNS if run.layers(f"routing_replay/{m}")]
+        lines = [
+            [str(i)] + [_text(run.recent(f"routing_replay/{m}_layer_{i}")) for m, _ in present]
             for i in numbers
         ]
-        if rows:
-            head = ["layer", *(word for _, word in columns)]
+        if lines:
+            head = ["layer", *(word for _, word in present)]
             label = f"Every layer of {html.escape(run.name)}, mean of the last quarter"
-            table = _table(head, rows)
+            table = _table(head, lines)
             tables.append(f'<details class="card"><summary>{label}</summary>{table}</details>')
     return _cards(maps) + "".join(tables)
 
@@ -295,7 +295,7 @@ def _line(run: Run, name: str, label: str, color: int, dashed: bool = False) -> 
     points = list(zip(run.steps, run.series[name], strict=True))
     if name in EVALUATION_NAMES:  # measured now and then: connect what there is
         points = [point for point in points if point[1] is not None]
-    steps, values = ([point[i] for point in points] for i in (0, 1))
+    steps, values = [step for step, _ in points], [value for _, value in points]
     return Line(label=label, steps=steps, values=values, color=color, dashed=dashed)
 
 

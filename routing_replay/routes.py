@@ -73,11 +73,12 @@ class Routes:
     expert_ids_TLK: np.ndarray
     layers: tuple[int, ...]
     num_experts: int
-    covered_T: np.ndarray | None = None
+    # The three columns that are None here are filled before anybody can read them.
+    covered_T: np.ndarray = None  # type: ignore[assignment]
     gate_probs_TLK: np.ndarray | None = None
     router_logits: RouterLogits | None = None
-    origin_T: np.ndarray | None = None
-    weight_version_T: np.ndarray | None = None
+    origin_T: np.ndarray = None  # type: ignore[assignment]
+    weight_version_T: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
@@ -97,7 +98,8 @@ class Routes:
     @property
     def size_bytes(self) -> int:
         arrays = [self.expert_ids_TLK, self.covered_T, self.origin_T, self.weight_version_T]
-        arrays += [self.gate_probs_TLK] if self.gate_probs_TLK is not None else []
+        if self.gate_probs_TLK is not None:
+            arrays.append(self.gate_probs_TLK)
         return sum(array.nbytes for array in arrays)
 
     def __getitem__(self, rows: slice) -> Routes:
@@ -135,8 +137,7 @@ class Routes:
 
     def without_versions_before(self, weight_version: int) -> Routes:
         """Rows computed by older weights (or by unknown ones) become uncovered."""
-        stale_T = self.weight_version_T < weight_version
-        return self.uncover(stale_T)
+        return self.uncover(np.less(self.weight_version_T, weight_version))
 
     def uncover(self, rows_T: np.ndarray) -> Routes:
         """The rows selected by a bool mask become uncovered and their content zero."""
@@ -172,22 +173,27 @@ def concatenate(parts: Sequence[Routes]) -> Routes:
     for part in parts[1:]:
         check_same_model(first, part)
     rows = np.cumsum([0] + [part.num_rows for part in parts])
-    has_gates = all(part.gate_probs_TLK is not None for part in parts)
-    logits = [part.router_logits for part in parts]
+    gates = [part.gate_probs_TLK for part in parts if part.gate_probs_TLK is not None]
     return Routes(
         expert_ids_TLK=np.concatenate([part.expert_ids_TLK for part in parts]),
         covered_T=np.concatenate([part.covered_T for part in parts]),
         layers=first.layers,
         num_experts=first.num_experts,
-        gate_probs_TLK=np.concatenate([p.gate_probs_TLK for p in parts]) if has_gates else None,
-        router_logits=RouterLogits(
-            rows_N=np.concatenate([x.rows_N + at for x, at in zip(logits, rows[:-1], strict=True)]),
-            values_NLE=np.concatenate([x.values_NLE for x in logits]),
-        )
-        if all(x is not None for x in logits)
-        else None,
+        gate_probs_TLK=np.concatenate(gates) if len(gates) == len(parts) else None,
+        router_logits=concatenate_logits(parts, rows[:-1]),
         origin_T=np.concatenate([part.origin_T for part in parts]),
         weight_version_T=np.concatenate([part.weight_version_T for part in parts]),
+    )
+
+
+def concatenate_logits(parts: Sequence[Routes], starts: np.ndarray) -> RouterLogits | None:
+    """The logits of all parts, their rows shifted to each part's start; None if one has none."""
+    logits = [part.router_logits for part in parts if part.router_logits is not None]
+    if len(logits) < len(parts):
+        return None
+    return RouterLogits(
+        rows_N=np.concatenate([x.rows_N + at for x, at in zip(logits, starts, strict=True)]),
+        values_NLE=np.concatenate([x.values_NLE for x in logits]),
     )
 
 

@@ -64,8 +64,9 @@ class RouteSpool:
     def add(self, routes: Routes) -> None:
         """Append one sequence. Gates survive only where every sequence has them."""
         self._files["ids"].write(routes.expert_ids_TLK.tobytes())
-        self._has_gates &= routes.gate_probs_TLK is not None
-        if self._has_gates:
+        if routes.gate_probs_TLK is None:
+            self._has_gates = False
+        elif self._has_gates:
             self._files["gates"].write(routes.gate_probs_TLK.tobytes())
         for name, parts in self._columns.items():
             parts.append(getattr(routes, name))

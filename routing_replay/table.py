@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import TableError
-from .routes import RouterLogits, Routes, compact_dtype
+from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
 from .table_file import FORMAT, SOURCES, VERSION, TableModel, checksums, damaged, header, read
 
 
@@ -256,7 +256,7 @@ class RouteTable:
         }
 
     def _logits_of(self, rows: slice) -> RouterLogits | None:
-        if self.logit_rows_N is None:
+        if self.logit_rows_N is None or self.logits_NLE is None:
             return None
         kept = slice(*np.searchsorted(self.logit_rows_N, [rows.start, rows.stop]))
         return RouterLogits(
@@ -287,15 +287,13 @@ def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
         "weight_version_T": np.concatenate([r.weight_version_T for r in sequences]),
         "offsets_S1": offsets_S1,
     }
-    if all(r.gate_probs_TLK is not None for r in sequences):
-        tensors["gate_probs_LTK"] = _layer_first([r.gate_probs_TLK for r in sequences])
-    if all(r.router_logits is not None for r in sequences):
-        logits = [r.router_logits for r in sequences]
-        starts = offsets_S1[:-1]
-        rows = [x.rows_N + at for x, at in zip(logits, starts, strict=True)]
-        tensors["logit_rows_N"] = np.concatenate(rows).astype(np.int64)
-        values = np.concatenate([x.values_NLE for x in logits])
-        tensors["logits_NLE"] = values.astype(np.float32)
+    gates = [r.gate_probs_TLK for r in sequences if r.gate_probs_TLK is not None]
+    if len(gates) == len(sequences):
+        tensors["gate_probs_LTK"] = _layer_first(gates)
+    logits = concatenate_logits(sequences, offsets_S1[:-1])
+    if logits is not None:
+        tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)
+        tensors["logits_NLE"] = logits.values_NLE.astype(np.float32)
     return tensors
 
 

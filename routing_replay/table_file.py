@@ -147,10 +147,10 @@ def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
 
 
 def _check_columns(path: Path, model: TableModel, tensors: dict[str, np.ndarray]) -> None:
-    ids = tensors.get("expert_ids_LTK")
     missing = [n for n in ("expert_ids_LTK", "checksums", *SMALL_COLUMNS) if n not in tensors]
     if missing:
         raise damaged(path, "all columns", f"no {', '.join(missing)}")
+    ids = tensors["expert_ids_LTK"]
     num_rows = ids.shape[1] if ids.ndim == 3 else -1
     shape = (len(model.layers), num_rows, model.top_k)
     offsets_S1 = tensors["offsets_S1"]

@@ -58,7 +58,10 @@ class JsonLinesSink:
             raise DataError("metrics cannot be written", got=error, where=self.path) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        row = {"step": step, "time_s": round(time.monotonic() - self._started, 3)}
+        row: dict[str, float | None] = {
+            "step": step,
+            "time_s": round(time.monotonic() - self._started, 3),
+        }
         self._started = time.monotonic()
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
@@ -138,7 +141,9 @@ class LayerHistory:
         columns: dict[str, dict[int, float]] = {}
         for name, value in values.items():
             match = LAYER_SUFFIX.search(name)
-            metric = name[: match.start()] if match else ""
+            if match is None:
+                continue
+            metric = name[: match.start()]
             if metric.rpartition("/")[2] in HEAT_METRICS:
                 columns.setdefault(metric, {})[int(match.group(1))] = value
         for metric, column in columns.items():

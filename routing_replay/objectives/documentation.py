@@ -86,7 +86,7 @@ def markdown() -> str:
         _parameter_rows(described(Parameters)),
         *(_choices(title, choices) for title, choices in _CHOICES.items()),
         "## KL terms\n",
-        inspect.getdoc(kl).partition("\n\n")[2] + "\n",
+        (inspect.getdoc(kl) or "").partition("\n\n")[2] + "\n",
         _RECIPE,
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -167,6 +167,12 @@ class StepTokens:
     mask_T: torch.Tensor
     uniform_T: torch.Tensor | None = None
 
+    def need(self, name: str) -> torch.Tensor:
+        """A field that may be None, for a method that was promised it."""
+        value = getattr(self, name)
+        assert value is not None, f"{name} is None: the method does not say that it needs it"
+        return value
+
     @property
     def counted_T(self) -> torch.Tensor:
         """In the loss and finite."""

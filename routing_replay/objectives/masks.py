@@ -62,15 +62,15 @@ class ClipCov(Clipped):
 
     def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
         counted_T = step.counted_T
-        covariance_T = token_covariance(step.logp_theta_T, step.advantages_T, counted_T)
+        covariance_T = token_covariance(step.need("logp_theta_T"), step.advantages_T, counted_T)
         # exp of what is not counted may be anything, and no mask hears of it.
-        r_T = (step.logp_theta_T - step.logp_old_T).exp()
+        r_T = (step.need("logp_theta_T") - step.logp_old_T).exp()
         inside_T = trust_region(step.advantages_T, r_T, self.eps_low, self.eps_high)
         eligible_T = (covariance_T > self.cov_low) & (covariance_T < self.cov_high)
         eligible_T = eligible_T & inside_T & counted_T
         # A draw per token instead of an exact number: it needs no count on the host.
         chance = self.fraction * counted_T.sum() / eligible_T.sum().clamp(min=1)
-        return {"keep_T": ~(eligible_T & (step.uniform_T < chance))}
+        return {"keep_T": ~(eligible_T & (step.need("uniform_T") < chance))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class KLCov(Clipped):
 
     def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
         counted_T = step.counted_T
-        covariance_T = token_covariance(step.logp_theta_T, step.advantages_T, counted_T)
+        covariance_T = token_covariance(step.need("logp_theta_T"), step.advantages_T, counted_T)
         return {"penalised_T": _highest(covariance_T, counted_T, self.fraction)}
 
 

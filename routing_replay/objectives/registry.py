@@ -164,7 +164,7 @@ def table() -> list[dict]:
 
 def _sections(surrogate) -> dict[str, str]:
     """Split a docstring at its `Section:` lines; the text before the first is the summary."""
-    text = inspect.getdoc(surrogate)
+    text = inspect.getdoc(surrogate) or ""
     parts = re.split(rf"^({'|'.join(SECTIONS)}):", text, flags=re.MULTILINE)
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
     assert list(found) == list(SECTIONS), f"{surrogate.__name__}: {list(found)}"

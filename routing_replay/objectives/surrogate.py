@@ -41,9 +41,7 @@ def trust_region(advantages_T, ratio_T, low: float | None, high: float | None) -
     return ~outside_T
 
 
-def clipped(
-    tokens: Tokens, ratio_T: torch.Tensor, low: float | None, high: float | None
-) -> Surrogate:
+def clipped(tokens: Tokens, ratio_T: torch.Tensor, low: float | None, high: float) -> Surrogate:
     """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): PPO's form on any ratio."""
     advantages_T = tokens.advantages_T
     lowest = None if low is None else 1 - low
