@@ -133,7 +133,7 @@ class WandbSink:
 class LayerHistory:
     """The last steps of the per-layer metrics, as pictures: layers down, steps across."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._columns: dict[str, deque[dict[int, float]]] = {}
 
     def add(self, values: Mapping[str, float]) -> None:
