@@ -61,14 +61,18 @@ def _add_doctor(verbs) -> argparse.ArgumentParser:
         "--megatron-args", metavar="FILE", help="Megatron's arguments or settings (JSON, YAML)"
     )
     verb.add_argument("--replay-config", metavar="FILE", help="routing replay's settings (YAML)")
-    verb.add_argument("--server", metavar="URL", action="append", default=[], help="repeatable")
+    verb.add_argument(
+        "--url", metavar="URL", action="append", default=[], help="an SGLang server; repeatable"
+    )
     verb.add_argument(
         "--capture",
         choices=("stock", "ids", "gates", "logits"),
         default="ids",
         help="what the job will ask the servers for (ids)",
     )
-    verb.add_argument("--table", metavar="FILE", action="append", default=[], help="repeatable")
+    verb.add_argument(
+        "--table", metavar="FILE", action="append", default=[], help="a routes file; repeatable"
+    )
     _add_model(verb, "compare the server and the tables with this model")
     verb.set_defaults(run=_doctor)
     return verb
@@ -84,7 +88,7 @@ def _doctor(parsed) -> int:
     findings = [*doctor.check_versions(), *doctor.check_plugin()]
     if parsed.megatron_args:
         findings += doctor.check_megatron(parsed.megatron_args, replay)
-    for url in parsed.server:
+    for url in parsed.url:
         findings += doctor.check_server(url, model, parsed.capture)
     for path in parsed.table:
         findings += doctor.check_table(path, model)

@@ -167,7 +167,7 @@ def check_table(path: str | os.PathLike, model: TableModel | None = None) -> Ite
             "table-coverage",
             f"no row of {path} is covered",
             cause="The server or a gateway dropped the routes",
-            fix="routing-replay doctor --server URL, at each hop",
+            fix="routing-replay doctor --url URL, at each hop",
         )
     elif num_missing:
         yield _warning(

@@ -93,7 +93,7 @@ def test_missing_routes_and_mixed_versions_are_named_with_their_cause(tmp_path):
     assert "1 of 4 rows" in warnings[0].what and "[3, 4]" in warnings[1].what
     none = save_table(tmp_path / "u.safetensors", covered_T=np.zeros(4, bool))
     (error,) = errors(doctor.check_table(none))
-    assert "dropped the routes" in error and "--server URL" in error
+    assert "dropped the routes" in error and "--url URL" in error
 
 
 @pytest.mark.skipif(not find_spec("megatron"), reason="megatron-core is not installed")
