@@ -27,7 +27,7 @@ test: env  ## every test that needs no GPU, except the long matrix; at most 15 m
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 15 minutes
+test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 7 minutes, the first time more
 	$(PY) .ci/test_versions
 
 check: env  ## lint, format and types of the core, without changing a file
