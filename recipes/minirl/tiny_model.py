@@ -65,7 +65,12 @@ def prepare(config: RecipeConfig, report=print) -> Path:
         if config.model.warmup_target > 0:
             warm_up(model, read_prompts(train_path), read_prompts(heldout_path), config, report)
         model.save_pretrained(partial)
-        os.replace(partial, folder)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            # Another run has made the same model meanwhile; anything else is an error.
+            if not (folder / "config.json").is_file():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
