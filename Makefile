@@ -35,8 +35,8 @@ check: env  ## lint, format and types of the core, without changing a file
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(PY) -m mypy
 
-bench: env  ## the benchmarks of tools/, one after another
-	@set -e; for file in $(wildcard tools/bench_*.py); do \
+bench: env  ## the benchmarks of tools/bench/, one after another
+	@set -e; for file in $(filter-out %/__init__.py,$(wildcard tools/bench/*.py)); do \
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
 clean:  ## remove the environments and all caches; the runs in runs/ stay

@@ -25,9 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["routing_replay", "routing_replay.*"]),
     package_data={
-        "routing_replay": ["*.html", "*.css", "*.js"],
-        # No package of ours: it stands in for another one, on a server's path.
-        "routing_replay.sglang": ["cpu_stubs/sgl_kernel/*.py"],
+        "routing_replay.report": ["*.html", "*.css", "*.js"],
     },
     install_requires=["torch>=2.6", "numpy>=1.26", "safetensors>=0.4.5"],
     extras_require={

@@ -23,7 +23,7 @@ def slices(is_contiguous):
     """Within: the local model's attention and rotary embedding expect such slices."""
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
 
-    from routing_replay.megatron import local_modules
+    from recipes.model import local_modules
 
     if not is_contiguous:
         yield

@@ -4,10 +4,10 @@ import megatron_batches
 import torch
 from megatron_worlds import megatron
 
-from routing_replay.megatron import cpu, model
-from routing_replay.megatron.local_modules import AllGatherAttention, zigzag_positions
-from routing_replay.megatron.parallel import ParallelLayout
-from routing_replay.megatron.weights import load_hf
+from recipes.model import cpu, model
+from recipes.model.local_modules import AllGatherAttention, zigzag_positions
+from recipes.model.parallel import ParallelLayout
+from recipes.model.weights import load_hf
 
 # isort: split
 from megatron.core import parallel_state, tensor_parallel

@@ -79,7 +79,7 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
 @contextlib.contextmanager
 def megatron(layout, seed=1):
     """Megatron initialized for `layout` inside the `with`; the world itself stays."""
-    from routing_replay.megatron import parallel
+    from recipes.model import parallel
 
     parallel.initialize(layout, seed)
     try:
@@ -127,7 +127,7 @@ def _run_rank(pipe, where, rank, nproc, port, args):
 
 
 def _call(where, rank, nproc, port, args):
-    from routing_replay.megatron.cpu import enable_cpu
+    from recipes.model.cpu import enable_cpu
 
     torch.set_num_threads(1)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a deprecation note for every model

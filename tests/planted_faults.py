@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routing_replay.attribution import Progress, Variant, attribute, plan, summarize
-from routing_replay.comparison import compare_tables
+from routing_replay.analysis.attribution import Progress, Variant, attribute, plan, summarize
+from routing_replay.analysis.comparison import compare_tables
 from routing_replay.config import ReplayConfig
-from routing_replay.metrics import to_floats
-from routing_replay.policy_kl import policy_metrics
-from routing_replay.rollout_batch import RolloutBatch
-from routing_replay.routes import Routes
-from routing_replay.table import RouteTable
+from routing_replay.metrics.policy_kl import policy_metrics
+from routing_replay.metrics.typed import to_floats
+from routing_replay.routes.batch import RolloutBatch
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import RouteTable
 
 NUM_SEQUENCES, NUM_PROMPT, NUM_TOKENS = 64, 4, 28
 FAULTY_LAYER = 2
@@ -176,9 +176,9 @@ def examine(rank: int, folder: str) -> dict:
     from megatron_worlds import megatron
     from tiny_models import write_tiny_qwen3_moe
 
-    from routing_replay.megatron.model import build_model, transformer_config
-    from routing_replay.megatron.parallel import ParallelLayout
-    from routing_replay.megatron.weights import load_hf
+    from recipes.model.model import build_model, transformer_config
+    from recipes.model.parallel import ParallelLayout
+    from recipes.model.weights import load_hf
 
     checkpoint = write_tiny_qwen3_moe(Path(folder) / "old", top_k=2)
     layout = ParallelLayout()
@@ -295,9 +295,9 @@ class Trainer:
 
 def findings(metrics: dict, run_dir: Path) -> list[str]:
     """What `routing-replay report` would say."""
-    from routing_replay.report_data import read_run
-    from routing_replay.report_findings import findings_of
-    from routing_replay.telemetry import JsonLinesSink
+    from routing_replay.metrics.sinks import JsonLinesSink
+    from routing_replay.report.findings import findings_of
+    from routing_replay.report.run import read_run
 
     JsonLinesSink(run_dir).write(0, metrics)
     (run_dir / "config.json").write_text(json.dumps({"mode": "R3"}))

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 
-from routing_replay.megatron.parallel import ParallelLayout
+from recipes.model.parallel import ParallelLayout
 
 # Routers by name: fields of Megatron's configuration.
 ROUTERS = {

@@ -11,9 +11,9 @@ import context_slices
 import numpy as np
 import torch
 
+from recipes.model.parallel import ParallelLayout
 from routing_replay.config import ReplayConfig
-from routing_replay.megatron.parallel import ParallelLayout
-from routing_replay.table import RouteTable
+from routing_replay.routes.table import RouteTable
 
 LENGTHS = (9, 14, 5, 22, 17, 11, 30, 6, 13, 26, 8, 19)  # tokens of the step's sequences
 NUM_TOKENS = sum(LENGTHS)
@@ -97,9 +97,9 @@ class Step:
     """The checkpoint under one plan; Megatron is initialized for its layout."""
 
     def __init__(self, plan: Plan, folder):
-        from routing_replay.megatron.model import build_model, transformer_config
+        from recipes.model.model import build_model, transformer_config
+        from recipes.model.weights import load_hf
         from routing_replay.megatron.replay import attach
-        from routing_replay.megatron.weights import load_hf
 
         self.plan = plan
         self.config = transformer_config(

@@ -17,7 +17,7 @@ import torch
 from replay_cases import ROUTERS, Case, cases
 from replay_models import hybrid_chunks
 
-from routing_replay.table import RouteTable
+from routing_replay.routes.table import RouteTable
 
 EXPERTS, TOP_K, VOCAB, HIDDEN = 8, 2, 64, 32
 NUM_MICROBATCHES = 4
@@ -101,7 +101,7 @@ class Job:
     def __init__(self, case: Case, **overrides):
         from megatron.core import parallel_state as ps
 
-        from routing_replay.megatron.model import build_model
+        from recipes.model.model import build_model
 
         self.case = case
         self.config = _config(case, **overrides)
@@ -179,7 +179,7 @@ class Job:
 def _config(case, **more):
     from transformers import Qwen3MoeConfig
 
-    from routing_replay.megatron.model import transformer_config
+    from recipes.model.model import transformer_config
 
     hf = Qwen3MoeConfig(
         vocab_size=VOCAB,

@@ -68,7 +68,7 @@ def _stack_spec(block, config):
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules as Parts
 
-    from routing_replay.megatron.local_modules import AllGatherAttention
+    from recipes.model.local_modules import AllGatherAttention
 
     routed = get_gpt_layer_local_spec(num_experts=config.num_moe_experts).submodules
     dense = get_gpt_layer_local_spec().submodules
@@ -89,6 +89,6 @@ def _stack_spec(block, config):
 
 
 def _norm():
-    from routing_replay.megatron.local_modules import RMSNorm
+    from recipes.model.local_modules import RMSNorm
 
     return RMSNorm

@@ -16,10 +16,10 @@ import pytest
 from sglang_checks import Reference
 from tiny_models import write_tiny_qwen3_moe
 
-from routing_replay.sglang.client import RolloutClient
-from routing_replay.sglang.requests import GenerateRequest
-from routing_replay.sglang.server import Server, ServerOptions, launch
-from routing_replay.table import TableModel
+from recipes.serving.server import Server, ServerOptions, launch
+from routing_replay.rollout.client import RolloutClient
+from routing_replay.rollout.requests import GenerateRequest
+from routing_replay.routes.table import TableModel
 
 MODEL = TableModel(layers=(0, 1, 2), num_experts=16, top_k=4)
 VOCAB = 128

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from routing_replay.megatron.local_modules import AllGatherAttention, RMSNorm
+from recipes.model.local_modules import AllGatherAttention, RMSNorm
 
 # isort: split
 from megatron.core.extensions import transformer_engine_spec_provider as provider

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from routing_replay.agreement import (
+from routing_replay.errors import ConfigError
+from routing_replay.metrics.agreement import (
     LayerAgreement,
     RouterView,
     exact_match,
@@ -20,8 +21,7 @@ from routing_replay.agreement import (
     router_kl_bound,
     router_probs,
 )
-from routing_replay.errors import ConfigError
-from routing_replay.metrics import to_floats
+from routing_replay.metrics.typed import to_floats
 
 TOKENS, EXPERTS, TOP_K = 64, 16, 4
 

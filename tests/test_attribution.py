@@ -7,15 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from routing_replay.attribution import (
-    Progress,
-    attribute,
-    plan,
-    sequence_sums,
-    summarize,
-)
+from routing_replay.analysis.attribution import Progress, attribute, plan, sequence_sums, summarize
 from routing_replay.errors import ConfigError, DataError
-from routing_replay.rollout_batch import RolloutBatch
+from routing_replay.routes.batch import RolloutBatch
 
 LAYERS = (1, 2, 5)
 

@@ -20,7 +20,7 @@ def attribute_under(rank, folder, checkpoint, older, layouts):
     """`as_dict` of the attribution under each layout, and of one that was stopped half-way."""
     from planted_faults import load_tool
 
-    from routing_replay.megatron import parallel
+    from recipes.model import parallel
 
     tool, found = load_tool(), {}
     families = ["--families", "without", "only", "first"]

@@ -10,8 +10,8 @@ import pytest
 
 from routing_replay.cli import main, parse_layers
 from routing_replay.errors import ConfigError
-from routing_replay.routes import Routes
-from routing_replay.table import RouteTable
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import RouteTable
 
 MODEL_FLAGS = ["--experts", "8", "--top-k", "2", "--layers", "0-1"]
 

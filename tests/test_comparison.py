@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from routing_replay import comparison
-from routing_replay.comparison import compare_tables, shared_experts, token_decoder
+from routing_replay.analysis import comparison
+from routing_replay.analysis.comparison import compare_tables, shared_experts, token_decoder
 from routing_replay.errors import DataError, TableError
-from routing_replay.routes import RouterLogits, Routes
-from routing_replay.table import RouteTable
+from routing_replay.routes.routes import RouterLogits, Routes
+from routing_replay.routes.table import RouteTable
 
 ROWS, LAYERS, EXPERTS, TOP_K = 150, 4, 16, 4
 

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from routing_replay import doctor
+from routing_replay.cli import doctor
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
-from routing_replay.routes import Routes
-from routing_replay.table import RouteTable, TableModel
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import RouteTable, TableModel
 
 
 def save_table(path, **changes):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from routing_replay import inspection
-from routing_replay.inspection import expert_loads, inspect_table
-from routing_replay.routes import Origin, Routes
-from routing_replay.table import RouteTable
+from routing_replay.analysis import inspection
+from routing_replay.analysis.inspection import expert_loads, inspect_table
+from routing_replay.routes.routes import Origin, Routes
+from routing_replay.routes.table import RouteTable
 
 
 def random_table(num_rows=200, layers=3, experts=8, top_k=2, seed=0):

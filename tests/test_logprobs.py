@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from routing_replay import logprobs
 from routing_replay.errors import ObjectiveError
-from routing_replay.logprobs import Support, logprobs_at, token_logprobs
+from routing_replay.objectives import logprobs
+from routing_replay.objectives.logprobs import Support, logprobs_at, token_logprobs
 
 TOKENS, VOCABULARY = 23, 12
 

@@ -89,7 +89,7 @@ def fail_on_rank_one(rank):
 
 
 def test_a_layout_that_does_not_fit_names_the_fix():
-    from routing_replay.megatron.parallel import ParallelLayout
+    from recipes.model.parallel import ParallelLayout
 
     with pytest.raises(ConfigError, match=r"multiple of tensor \* pipeline \* context = 4 ranks"):
         ParallelLayout(tensor=2, pipeline=2).check_world(2)
@@ -110,8 +110,8 @@ def test_a_layout_that_does_not_fit_names_the_fix():
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(reference, layout, message):
-    from routing_replay.megatron.model import transformer_config
-    from routing_replay.megatron.parallel import ParallelLayout
+    from recipes.model.model import transformer_config
+    from recipes.model.parallel import ParallelLayout
 
     with pytest.raises(ConfigError, match=message):
         transformer_config(reference[0], ParallelLayout(**layout))

@@ -136,7 +136,7 @@ def test_a_configuration_without_megatrons_names_is_not_taken_for_a_dense_model(
 @pytest.mark.skipif(not find_spec("megatron"), reason="megatron-core is not installed")
 def test_the_doctor_reads_a_saved_configuration_without_a_model(tmp_path, capsys):
     # Megatron's own configuration, as its checkpoints' run configurations hold it.
-    from routing_replay.megatron import cpu  # noqa: F401  isort: skip
+    from recipes.model import cpu  # noqa: F401  isort: skip
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     real = TransformerConfig(

@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracles_objectives import case_on_the_grid, gradient_of, inputs_of
 
-from routing_replay import metrics, objectives
+from routing_replay import objectives
+from routing_replay.metrics import typed as metrics
 
 # Clip-Cov, KL-Cov and M2PO choose tokens among all of the step: they are given the step's choice.
 ALL = objectives.names()

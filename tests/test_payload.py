@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from routing_replay import payload, payload_text
 from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
-from routing_replay.payload import decode, decode_compact, decode_vllm, encode
-from routing_replay.routes import Origin, RouterLogits, Routes, compact_dtype
-from routing_replay.table import TableModel
+from routing_replay.routes import payload, payload_text
+from routing_replay.routes.payload import decode, decode_compact, decode_vllm, encode
+from routing_replay.routes.routes import Origin, RouterLogits, Routes, compact_dtype
+from routing_replay.routes.table import TableModel
 
 MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)
 

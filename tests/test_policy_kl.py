@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from routing_replay.errors import ObjectiveError
-from routing_replay.metrics import merge, to_floats
-from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.metrics.typed import merge, to_floats
 
 EVERY = torch.ones(4, dtype=torch.bool)
 

@@ -8,9 +8,9 @@ import yaml
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
 from recipes.minirl.config import RecipeConfig, known_settings
 from recipes.minirl.inputs import inputs_of
+from recipes.model import weight_names
 from routing_replay import objectives
 from routing_replay.errors import CheckpointError, ConfigError
-from routing_replay.megatron import weight_names
 
 GRPO = ["--objective", "grpo", "--objective-parameters"]
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_cannot_be_trained_is_refused_before_a_server_starts(
 
 
 def test_the_names_of_every_supported_architecture_are_known():
-    from routing_replay.megatron import model
+    from recipes.model import model
 
     assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)
 

@@ -8,7 +8,7 @@ from recipes.minirl.journal import Journal, check_telemetry, line, truncate, wor
 from recipes.minirl.publish import round_to_fp8_grid
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
-from routing_replay.telemetry import HEAT_PIXELS
+from routing_replay.metrics.sinks import HEAT_PIXELS
 
 
 def write_steps(run_dir, first, last, num_steps=9, resumed_from=None):

@@ -13,7 +13,7 @@ from sglang_servers import MODEL
 
 from routing_replay import objectives
 from routing_replay.errors import ConfigError, DataError
-from routing_replay.rollout_batch import RolloutBatch
+from routing_replay.routes.batch import RolloutBatch
 
 PROMPTS, GROUP, MINIBATCH, NEW_TOKENS = 4, 4, 8, 8
 SIZES = ["--prompts-per-step", str(PROMPTS), "--samples-per-prompt", str(GROUP)]
@@ -72,7 +72,7 @@ def rollout_of(sglang_server):
 def save_step(rollout, folder):
     """One batch of the server's samples and its routes, as the first rank saves them."""
     from recipes.minirl.batch import Batch
-    from routing_replay.table import RouteTable
+    from routing_replay.routes.table import RouteTable
 
     samples = rollout.sample(prompts_of([""] * PROMPTS), GROUP, for_training=True)
     # The groups of a training step teach something; that of prompt 0 shall in any case.
@@ -120,7 +120,7 @@ class Step:
         from recipes.minirl.policy import Policy
         from recipes.minirl.shaping import with_advantages
         from recipes.minirl.train import score_old
-        from routing_replay.table import RouteTable
+        from routing_replay.routes.table import RouteTable
 
         config = configuration("--routing-replay-mode", mode, "--learning-rate", "1e-2", *flags)
         self.policy = Policy(config, Path(checkpoint), reference and Path(reference))
@@ -146,20 +146,20 @@ class Step:
             return self.policy.update(self.batch, self.rows_ST, given, objective, number)
 
     def weights(self):
-        from routing_replay.megatron.weights import named_hf_tensors
+        from recipes.model.weights import named_hf_tensors
 
         tensors = named_hf_tensors(self.policy.chunks)
         return {name: tensor.clone() for name, tensor in tensors if tensor is not None}
 
     def close(self):
-        from routing_replay.megatron import parallel
+        from recipes.model import parallel
 
         self.policy.replay.remove()
         parallel.destroy(keep_world=True)
 
 
 def two_updates(folder, checkpoint, name):
-    from routing_replay.metrics import merge, to_floats
+    from routing_replay.metrics.typed import merge, to_floats
 
     flags = ["--objective", name]
     if name in PARAMETERS:
@@ -177,7 +177,7 @@ def two_updates(folder, checkpoint, name):
 
 def ratios(folder, checkpoint, mode):
     """What an objective sees in both updates; the metrics; and transformers' own log-probs."""
-    from routing_replay.metrics import merge, to_floats
+    from routing_replay.metrics.typed import merge, to_floats
     from routing_replay.objectives.tokens import Tokens
 
     step = Step(folder, checkpoint, mode=mode)
@@ -220,7 +220,7 @@ def transformers_logp(checkpoint, batch, layer=None):
 
 def under_a_mask(folder, checkpoint):
     """The first update's metrics with the rollout's mask applied to the trainer, and without."""
-    from routing_replay.metrics import to_floats
+    from routing_replay.metrics.typed import to_floats
 
     found = {}
     for is_kept in (True, False):
@@ -236,7 +236,7 @@ def under_a_mask(folder, checkpoint):
 
 def with_a_reference(folder, checkpoints):
     """KL terms to another checkpoint: its log-probs here and in transformers, and the metrics."""
-    from routing_replay.metrics import merge, to_floats
+    from routing_replay.metrics.typed import merge, to_floats
 
     flags = ["--objective-parameters", "kl_coefficient=0.1", "--reward-kl-coefficient", "0.5"]
     step = Step(folder, checkpoints[0], *flags, reference=checkpoints[1])
@@ -276,7 +276,7 @@ def of_an_inner_layer(folder, checkpoint):
 
 def router_shift(folder, checkpoint):
     """gamma of the second minibatch after one update: the recipe's, and transformers'."""
-    from routing_replay.megatron.weights import save_hf
+    from recipes.model.weights import save_hf
 
     step = Step(folder, checkpoint, "--objective", "rspo", mode="disabled")
     step.update(0)

@@ -72,8 +72,8 @@ def make_policy(checkpoint, mode="R3", **settings):
 def make_step(multiple):
     """Eight sequences of different lengths with random routes of the model's shape."""
     from recipes.minirl.batch import Batch, Sample
-    from routing_replay.routes import Routes
-    from routing_replay.table import RouteTable
+    from routing_replay.routes.routes import Routes
+    from routing_replay.routes.table import RouteTable
 
     rng = np.random.default_rng(0)
     samples, routes = [], []
@@ -118,7 +118,7 @@ def take_step(policy, folder):
     from recipes.minirl.shaping import with_advantages
     from recipes.minirl.step_choices import choose
     from recipes.minirl.train import replaying, score_old
-    from routing_replay.metrics import merge, to_floats
+    from routing_replay.metrics.typed import merge, to_floats
 
     batch, table = make_step(policy.length_multiple)
     table = table if policy.config.replay.mode == "R3" else None
@@ -141,7 +141,7 @@ def take_step(policy, folder):
 
 
 def weights_of(policy):
-    from routing_replay.megatron.weights import named_hf_tensors
+    from recipes.model.weights import named_hf_tensors
 
     return {n: t.clone() for n, t in named_hf_tensors(policy.chunks) if t is not None}
 
@@ -153,7 +153,7 @@ class Outcome:
 
 
 def steps_of_layouts(rank, checkpoint, folder, layouts):
-    from routing_replay.megatron import parallel
+    from recipes.model import parallel
 
     outcomes = {}
     for name, (mode, settings) in layouts.items():
@@ -263,8 +263,8 @@ def test_the_updates_moved_the_policy(outcomes):
 
 def save_and_resume(rank, checkpoint, folder):
     from recipes.minirl import checkpoints
+    from recipes.model import parallel
     from routing_replay.errors import CheckpointError
-    from routing_replay.megatron import parallel
 
     folder = Path(folder)
     settings = {"pipeline_parallel": 2, "nproc": 2}

@@ -10,10 +10,10 @@ import subprocess
 import pytest
 
 from routing_replay.errors import DataError
-from routing_replay.report import write_report
-from routing_replay.report_charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
-from routing_replay.report_data import read_run
-from routing_replay.report_findings import findings_of
+from routing_replay.report.charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
+from routing_replay.report.findings import findings_of
+from routing_replay.report.page import write_report
+from routing_replay.report.run import read_run
 
 LAYERS = range(8)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

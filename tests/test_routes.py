@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from routing_replay import routes as routes_module
 from routing_replay.errors import RoutesError
-from routing_replay.routes import Origin, RouterLogits, Routes, concatenate, has_duplicates
+from routing_replay.routes import routes as routes_module
+from routing_replay.routes.routes import Origin, RouterLogits, Routes, concatenate, has_duplicates
 
 
 def make(ids_TLK, **changes):

@@ -11,11 +11,11 @@ import pytest
 from test_payload import meta, random_ids, stock
 
 from routing_replay.errors import PayloadError, ServerError
-from routing_replay.payload import encode
-from routing_replay.routes import Routes
-from routing_replay.sglang.client import ClientOptions, RolloutClient, probe
-from routing_replay.sglang.requests import GenerateRequest, request_fields
-from routing_replay.table import TableModel
+from routing_replay.rollout.client import ClientOptions, RolloutClient, probe
+from routing_replay.rollout.requests import GenerateRequest, request_fields
+from routing_replay.routes.payload import encode
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import TableModel
 
 pytest.importorskip("httpx")
 MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)

@@ -7,8 +7,8 @@ import pytest
 from sglang_checks import assert_ids_follow, assert_true
 from sglang_servers import MODEL, random_prompt, request
 
-from routing_replay.payload import FIELD, decode
-from routing_replay.sglang.requests import completion_of, request_fields
+from routing_replay.rollout.requests import completion_of, request_fields
+from routing_replay.routes.payload import FIELD, decode
 
 
 def events_of(url, body):

@@ -5,7 +5,7 @@ import pytest
 from sglang_checks import assert_ids_follow, assert_true, tokens_of
 from sglang_servers import random_prompt, request, while_running
 
-from routing_replay.routes import Origin
+from routing_replay.routes.routes import Origin
 from routing_replay.sglang import versions
 
 

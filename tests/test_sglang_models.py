@@ -7,10 +7,10 @@ from sglang_servers import ARGUMENTS, random_prompt, request
 from tiny_models import write_tiny_glm4_moe
 from tiny_models_sglang import write_tiny_olmoe
 
+from recipes.serving.server import ServerOptions, launch
 from routing_replay.errors import ServerError
-from routing_replay.sglang.client import RolloutClient, probe
-from routing_replay.sglang.server import ServerOptions, launch
-from routing_replay.table import TableModel
+from routing_replay.rollout.client import RolloutClient, probe
+from routing_replay.routes.table import TableModel
 
 pytest.importorskip("sglang")
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ServerError
-from routing_replay.payload import decode_compact
-from routing_replay.routes import Origin
+from routing_replay.routes.payload import decode_compact
+from routing_replay.routes.routes import Origin
 from routing_replay.sglang import rows, versions
-from routing_replay.sglang.capture import gate_probs, pack, score_function, unpack
+from routing_replay.sglang.gates import gate_probs, pack, score_function, unpack
 from routing_replay.sglang.logits import LogitSampler
-from routing_replay.sglang.settings import CaptureSettings
 from routing_replay.sglang.slots import KeptRows, SlotRows
 
 NUM_EXPERTS, NUM_LAYERS, TOP_K = 8, 2, 3

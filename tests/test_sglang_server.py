@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from recipes.serving import cpu, server
+from recipes.serving.server import ServerOptions, launch
+from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ConfigError, ServerError
-from routing_replay.sglang import cpu, server
+from routing_replay.sglang.cpu import enable_cpu
 from routing_replay.sglang.refusals import refuse_unsupported
-from routing_replay.sglang.server import ServerOptions, launch
-from routing_replay.sglang.settings import CaptureSettings
 
 # Serves /health with a grandchild beside it, as SGLang does with its scheduler.
 SERVING = """
@@ -79,7 +80,7 @@ def test_a_server_and_all_it_started_end_with_its_handle(command, tmp_path):
 def test_a_server_ends_when_its_owner_is_killed(tmp_path, number):
     owner = textwrap.dedent(f"""
         import sys, time
-        from routing_replay.sglang import server
+        from recipes.serving import server
         server.command_line = lambda model_path, options, port: [
             sys.executable, "-c", {textwrap.dedent(SERVING)!r}, str(port)]
         options = server.ServerOptions(log_path={str(tmp_path / "log")!r})
@@ -145,7 +146,7 @@ def test_with_cuda_a_server_starts_as_stock(monkeypatch):
     monkeypatch.setattr(cpu.torch.cuda, "is_available", lambda: True)
     assert cpu.server_environment({}) == {}
     assert cpu.server_arguments() == []
-    assert not cpu.enable_cpu()
+    assert not enable_cpu()
 
 
 def test_capture_settings_are_checked():

@@ -11,9 +11,9 @@ import pytest
 from sglang_checks import assert_ids_follow, tokens_of
 from sglang_servers import MODEL, random_prompt, request, running, wait_for_decoding
 
-from routing_replay.payload import FIELD, decode
+from routing_replay.rollout.requests import completion_of
+from routing_replay.routes.payload import FIELD, decode
 from routing_replay.sglang import versions
-from routing_replay.sglang.requests import completion_of
 
 pytestmark = pytest.mark.skipif(
     versions.installed() < (0, 5, 21), reason="older ones cannot flush while requests wait"

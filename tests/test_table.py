@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from routing_replay.errors import TableError
-from routing_replay.routes import Routes
-from routing_replay.table import RouteTable, TableModel
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import RouteTable, TableModel
 
 LAYERS, EXPERTS, TOP_K = (1, 2, 4), 16, 3
 

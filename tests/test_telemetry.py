@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from routing_replay.agreement import LayerAgreement
 from routing_replay.config import ReplayConfig, add_arguments
 from routing_replay.errors import ConfigError
-from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
-from routing_replay.telemetry import (
+from routing_replay.metrics.agreement import LayerAgreement
+from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.metrics.sinks import (
     HEAT_PIXELS,
     JsonLinesSink,
     LayerHistory,

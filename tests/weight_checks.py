@@ -8,10 +8,10 @@ from megatron_worlds import megatron
 from safetensors.torch import load_file
 from te_stand_ins import te_spec
 
+from recipes.model import model
+from recipes.model.parallel import ParallelLayout
+from recipes.model.weights import load_hf, named_hf_tensors, save_hf
 from routing_replay.errors import CheckpointError
-from routing_replay.megatron import model
-from routing_replay.megatron.parallel import ParallelLayout
-from routing_replay.megatron.weights import load_hf, named_hf_tensors, save_hf
 
 # isort: split
 from megatron.core.distributed import (

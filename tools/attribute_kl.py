@@ -22,23 +22,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from routing_replay import attribution
-from routing_replay.attribution import Progress, Variant
+from routing_replay.analysis import attribution
+from routing_replay.analysis.attribution import Progress, Variant
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import RoutingReplayError
-from routing_replay.logprobs import TokenScores, token_logprobs
-from routing_replay.rollout_batch import RolloutBatch
-from routing_replay.table import RouteTable
+from routing_replay.objectives.logprobs import TokenScores, token_logprobs
+from routing_replay.routes.batch import RolloutBatch
+from routing_replay.routes.table import RouteTable
 
-from routing_replay.megatron import parallel  # isort: skip
+from recipes.model import parallel  # isort: skip
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from routing_replay.megatron.model import build_model, transformer_config
+from recipes.model.model import build_model, transformer_config
+from recipes.model.weights import load_hf
 from routing_replay.megatron.replay import Replay, attach
 from routing_replay.megatron.routers import find_routers
-from routing_replay.megatron.weights import load_hf
 
 BAR_WIDTH = 24
 

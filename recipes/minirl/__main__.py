@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from recipes.serving.children import Child
+from recipes.serving.server import Server, ServerOptions, launch
 from routing_replay.errors import ConfigError, RoutingReplayError
-from routing_replay.report import write_report
-from routing_replay.sglang.server import Server, ServerOptions, launch
+from routing_replay.report.page import write_report
 
 from . import journal
-from .children import Child
 from .command_line import parse
 from .config import RecipeConfig
 from .inputs import inputs_of

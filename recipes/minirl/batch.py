@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from routing_replay.errors import DataError
-from routing_replay.logprobs import Support
+from routing_replay.objectives.logprobs import Support
 
 PAD_ID = 0  # any id will do: padding is behind the sequence and outside every mask
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from recipes.model.weights import save_hf
 from routing_replay.errors import CheckpointError
-from routing_replay.megatron.weights import save_hf
 
 from .policy import Policy
 

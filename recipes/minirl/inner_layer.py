@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from recipes.model import cpu  # noqa: F401  (makes Megatron importable)
 from routing_replay.errors import ConfigError
-from routing_replay.megatron import cpu  # noqa: F401  (makes Megatron importable)
 
 # isort: split
 from megatron.core.transformer.transformer_block import TransformerBlock

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.model.weight_names import MODEL_TYPES
 from routing_replay.errors import CheckpointError
-from routing_replay.megatron.weight_names import MODEL_TYPES
 
 from .config import RecipeConfig
 from .prompts import Prompt, read_prompts

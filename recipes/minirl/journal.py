@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
-from routing_replay.telemetry import open_sinks
+from routing_replay.metrics.sinks import open_sinks
 
 WORST_LAYERS = 2
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from routing_replay.megatron import parallel
-from routing_replay.megatron.model import ModelConfig, build_model
-from routing_replay.megatron.weights import load_hf
+from recipes.model import parallel
+from recipes.model.model import ModelConfig, build_model
+from recipes.model.weights import load_hf
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
+from recipes.model import parallel
+from recipes.model.model import transformer_config
 from routing_replay.errors import ConfigError
-from routing_replay.logprobs import TokenScores, logprobs_at, token_logprobs
-from routing_replay.megatron import parallel
-from routing_replay.megatron.model import transformer_config
 from routing_replay.megatron.replay import attach
 from routing_replay.megatron.router_shift import RouterShift
-from routing_replay.metrics import Metric, all_reduce, masked_mean, merge
+from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
 from routing_replay.objectives import Denominators, LossInputs, Objective
-from routing_replay.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.objectives.logprobs import TokenScores, logprobs_at, token_logprobs
 
 # isort: split
 from megatron.core import parallel_state

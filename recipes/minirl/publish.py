@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from routing_replay.megatron.weights import save_hf
+from recipes.model.weights import save_hf
 
 from .policy import Policy
 

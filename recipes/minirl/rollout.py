@@ -11,10 +11,10 @@ import torch
 
 from routing_replay.errors import ConfigError, DataError, ServerError
 from routing_replay.objectives import informative_groups
-from routing_replay.sglang.client import ClientOptions, RolloutClient
-from routing_replay.sglang.probe import probe
-from routing_replay.sglang.requests import Completion, GenerateRequest
-from routing_replay.table import TableModel
+from routing_replay.rollout.client import ClientOptions, RolloutClient
+from routing_replay.rollout.probe import probe
+from routing_replay.rollout.requests import Completion, GenerateRequest
+from routing_replay.routes.table import TableModel
 
 from .batch import Sample
 from .config import RecipeConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from routing_replay.metrics import Metric, masked_mean
+from routing_replay.metrics.typed import Metric, masked_mean
 from routing_replay.objectives import (
     advantages,
     differential_smoothing,

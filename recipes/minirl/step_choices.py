@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from routing_replay.objectives import StepTokens
-from routing_replay.table import RouteTable
+from routing_replay.routes.table import RouteTable
 
 from .batch import Batch
 from .policy import Policy, Scores

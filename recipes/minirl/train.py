@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from recipes.model import parallel
 from routing_replay.errors import RoutingReplayError
-from routing_replay.megatron import parallel
 from routing_replay.megatron.recording import Recording
-from routing_replay.metrics import Metric, merge, to_floats
+from routing_replay.metrics.typed import Metric, merge, to_floats
 from routing_replay.objectives import Objective
-from routing_replay.table import RouteTable
+from routing_replay.routes.table import RouteTable
 
 from . import checkpoints
 from .batch import Batch

@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..agreement import LayerAgreement, RouterView, log_router_probs, router_kl, router_probs
-from ..table import RouteTable
+from ..metrics.agreement import (
+    LayerAgreement,
+    RouterView,
+    log_router_probs,
+    router_kl,
+    router_probs,
+)
+from ..routes.table import RouteTable
 from .passes import to_device
 from .routers import RouterSeam
 from .selection import LiveTopK

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..errors import ReplayError, RoutesError
-from ..routes import has_duplicates
-from ..table import RouteTable
+from ..routes.routes import has_duplicates
+from ..routes.table import RouteTable
 from .routers import RouterSeam
 from .selection import LiveTopK, Selection, replay
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import ReplayError
-from ..metrics import Mean, Metric, Sum
+from ..metrics.typed import Mean, Metric, Sum
 from .passes import Pass, ReplayingPass
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ReplayError
-from ..routes import Origin
-from ..table import RouteTable, TableModel
+from ..routes.routes import Origin
+from ..routes.table import RouteTable, TableModel
 from .passes import Pass, RecordingPass, ReplayingPass
 
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..agreement import LayerAgreement
 from ..config import ReplayConfig
 from ..errors import ReplayError
-from ..metrics import Metric, all_reduce
-from ..table import RouteTable
-from . import expert_bias, preflight
+from ..metrics.agreement import LayerAgreement
+from ..metrics.typed import Metric, all_reduce
+from ..routes.table import RouteTable
+from . import patch_expert_bias as expert_bias
+from . import preflight
 from .layout import as_rows, router_order
 from .observer import AgreementSample
 from .passes import LivePass, Pass, RecordingPass, ReplayingPass

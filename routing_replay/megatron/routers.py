@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-
-from ..errors import PreflightError, ReplayError
-from ..table import TableModel
-
-from .cpu import enable_cpu  # noqa: F401  isort: skip  (makes the next imports possible)
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
+from ..errors import PreflightError, ReplayError
+from ..routes.table import TableModel
 from .selection import LiveTopK, Selection
 
 

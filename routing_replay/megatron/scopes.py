@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..agreement import LayerAgreement
 from ..errors import ReplayError
-from ..table import RouteTable
+from ..metrics.agreement import LayerAgreement
+from ..routes.table import RouteTable
 from .passes import LivePass, Pass
 from .recording import Recording
 

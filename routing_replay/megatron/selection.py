@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-
-from .cpu import enable_cpu  # noqa: F401  isort: skip  (makes the next import possible)
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 
 Selection = tuple[torch.Tensor, torch.Tensor]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ObjectiveError
-from ..metrics import Metric
+from ..metrics.typed import Metric
 
 
 @dataclass(frozen=True, kw_only=True)

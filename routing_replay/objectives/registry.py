@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..errors import ConfigError
-from ..metrics import Mean, Sum, masked_max, masked_mean
+from ..metrics.typed import Mean, Sum, masked_max, masked_mean
 from .aggregation import aggregate
 from .corrections import keep, weight
 from .inputs import LossInputs, LossOutputs

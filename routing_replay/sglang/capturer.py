@@ -10,12 +10,12 @@ from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
-from ..routes import Origin
+from ..capture import CaptureSettings
+from ..routes.routes import Origin
 from . import versions
-from .capture import gate_probs, pack, parse_version, score_function, unpack
+from .gates import gate_probs, pack, parse_version, score_function, unpack
 from .logits import LogitSampler, SampledLogits
 from .refusals import refuse_unsupported
-from .settings import CaptureSettings
 from .slots import KeptRows, SlotRows
 
 logger = logging.getLogger(__name__)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..capture import OURS, CaptureSettings
 from . import cpu, versions
-from .settings import OURS, CaptureSettings
 
 CAPTURER = "state_capturer.routed_experts.RoutedExpertsCapturer"
 ROUTER = "layers.moe.topk._post_process_topk_ids"
@@ -96,7 +96,7 @@ def _release(stock, *arguments, **named):
 
 
 def _update_weights(stock, owner, recv_req, *arguments, **named):
-    from .capture import parse_version
+    from .gates import parse_version
 
     capturer = _capturer()
     # Until the update has succeeded under a name, nobody can name the weights.
@@ -109,7 +109,7 @@ def _update_weights(stock, owner, recv_req, *arguments, **named):
 
 
 def _rename_weights(stock, scheduler, recv_req):
-    from .capture import parse_version
+    from .gates import parse_version
 
     capturer = _capturer()
     if capturer is not None:

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..payload import encode
-from ..routes import Origin, are_probabilities
+from ..capture import OURS, REQUEST_KEY
+from ..routes.payload import encode
+from ..routes.routes import Origin, are_probabilities
 from . import versions
 from .logits import SampledLogits
-from .settings import OURS, REQUEST_KEY
 from .slots import NOT_WRITTEN, KeptRows
 
 ATTRIBUTE = "routing_replay_rows"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..routes import Origin, compact_dtype
+from ..routes.routes import Origin, compact_dtype
 from .logits import LogitSampler, SampledLogits
 
 NOT_WRITTEN = 0

@@ -1,0 +1,344 @@
+"""A stock GPTModel, in chunks, from the config of a Hugging Face Mixture-of-Experts checkpoint."""
+
+import dataclasses
+import math
+import os
+from typing import Literal
+
+import torch
+
+from routing_replay.errors import CheckpointError, ConfigError
+
+from . import cpu  # noqa: F401  (makes Megatron importable)
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# isort: split
+from .local_modules import AllGatherAttention, RMSNorm
+from .parallel import ParallelLayout
+
+Recompute = Literal["none", "full", "block", "moe"]
+Spec = Literal["auto", "local", "te"]
+
+_RECOMPUTE = {
+    "none": {},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "block": {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 1,
+    },
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+
+
+@dataclasses.dataclass
+class ModelConfig(TransformerConfig):
+    """Megatron's TransformerConfig with what its GPTModel takes beside it.
+
+    Args:
+        architecture: Hugging Face's `model_type`.
+        vocab_size: Rows of the checkpoint's embedding; `padded_vocab_size` is the model's.
+        padded_vocab_size: A multiple of the tensor parallel size.
+        max_sequence_length: Positions that the model was made for.
+        tie_embeddings: Whether the output layer is the embedding.
+        rotary_base: RoPE's theta.
+        rotary_percent: Fraction of a head that is rotated.
+    """
+
+    architecture: str = ""
+    vocab_size: int = 0
+    padded_vocab_size: int = 0
+    max_sequence_length: int = 0
+    tie_embeddings: bool = False
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+
+
+def transformer_config(
+    hf_config,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recompute: Recompute = "none",
+    dispatcher: Literal["allgather", "alltoall"] = "alltoall",
+    **overrides,
+) -> ModelConfig:
+    """Megatron's configuration of a Hugging Face MoE checkpoint.
+
+    The router stays Megatron's TopKRouter: `norm_topk_prob` becomes the softmax over the selected
+    logits (equal to normalizing the selected probabilities), its absence the softmax before top-k.
+
+    Args:
+        hf_config: A checkpoint's folder or its transformers config; see `SUPPORTED`.
+        layout: Parallel sizes; they must divide heads, groups, experts and layers.
+        dtype: Of parameters and activations: float32 or bfloat16.
+        recompute: Activations to recompute: none, every layer ("full"), the first layer of each
+            chunk ("block"), or the MoE layers' inside ("moe").
+        dispatcher: How tokens travel to experts on other ranks.
+        **overrides: Any field of TransformerConfig, last word.
+
+    Raises:
+        CheckpointError: An architecture or a feature of it that is not supported.
+        ConfigError: A layout or an option that does not fit the model.
+    """
+    if isinstance(hf_config, str | os.PathLike):
+        hf_config = _read_hf_config(hf_config)
+    if hf_config.model_type not in SUPPORTED:
+        raise CheckpointError(
+            "The checkpoint's architecture is not supported",
+            expected=" or ".join(sorted(SUPPORTED)),
+            got=repr(hf_config.model_type),
+        )
+    if recompute not in _RECOMPUTE:
+        raise ConfigError("Unknown `recompute`", expected=", ".join(_RECOMPUTE), got=recompute)
+    fields = _common_fields(hf_config) | SUPPORTED[hf_config.model_type](hf_config)
+    _check_divisible(fields, layout)
+    fields |= _layout_fields(layout, dtype, fields["vocab_size"]) | _RECOMPUTE[recompute]
+    fields["moe_token_dispatcher_type"] = dispatcher
+    return ModelConfig(**(fields | overrides))
+
+
+def build_model(config: ModelConfig, layout: ParallelLayout, spec: Spec = "auto") -> list[GPTModel]:
+    """This rank's model chunks: one, or one per virtual pipeline stage.
+
+    Args:
+        config: From `transformer_config`, with the same layout.
+        layout: As `parallel.initialize` was given.
+        spec: "te" takes Transformer Engine's modules; "local" takes Megatron's own, with our norm
+            and attention; "auto" takes "te" where it can run.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and missing.
+    """
+    te_runs = HAVE_TE and torch.cuda.is_available()
+    if spec == "te" and not te_runs:
+        raise ConfigError(
+            "The Transformer Engine spec cannot run here",
+            expected="transformer-engine and a CUDA device",
+            fix='Use spec="local" (or "auto").',
+        )
+    use_te = te_runs if spec == "auto" else spec == "te"
+    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]
+    return [_build_chunk(config, use_te, stage) for stage in stages]
+
+
+def _build_chunk(config, use_te, vp_stage):
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if not use_te:
+        _use_local_modules(block)
+    where = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=config.rotary_percent,
+        rotary_base=config.rotary_base,
+        vp_stage=vp_stage,
+        mtp_block_spec=_mtp_spec(config, block, use_te, vp_stage),
+    ).to(torch.cuda.current_device())
+    for parameter in chunk.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if chunk.post_process and config.padded_vocab_size > config.vocab_size:
+        chunk.output_layer.register_forward_hook(_hide_padded_logits)
+    return chunk
+
+
+def _mtp_spec(config, block, use_te, vp_stage):
+    """Multi-token-prediction layers on the stage that holds them, if the config asks for any."""
+    if not config.mtp_num_layers:
+        return None
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
+    if spec is not None and not use_te:
+        for layer in spec.layer_specs:
+            modules = layer.submodules
+            modules.enorm = modules.hnorm = modules.layer_norm = RMSNorm
+    return spec
+
+
+def _use_local_modules(block):
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        modules = layer.submodules
+        modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+        attention = modules.self_attention.submodules
+        attention.core_attention = AllGatherAttention
+        if attention.q_layernorm is not IdentityOp:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+
+
+def _hide_padded_logits(layer, inputs, outputs):
+    # The embedding is padded so that tensor parallelism divides it. A padded row is no token: with
+    # its logit left at 0 the softmax would differ from the checkpoint's.
+    logits, bias = outputs
+    rows = layer.output_size_per_partition
+    first = 0 if layer.gather_output else parallel_state.get_tensor_model_parallel_rank() * rows
+    tokens = first + torch.arange(logits.shape[-1], device=logits.device)
+    padded = tokens >= layer.config.vocab_size
+    return logits.masked_fill(padded, torch.finfo(logits.dtype).min), bias
+
+
+def _read_hf_config(folder):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "The checkpoint's config.json cannot be read",
+            expected=f"the config of {' or '.join(sorted(SUPPORTED))}",
+            got=str(error).strip().split("\n")[0],
+            where=str(folder),
+        ) from error
+
+
+def _common_fields(hf):
+    rope = getattr(hf, "rope_parameters", None) or {"rope_theta": getattr(hf, "rope_theta", None)}
+    if rope.get("rope_type", "default") != "default":
+        raise _unsupported(hf, "rope_type", "default", rope["rope_type"])
+    if hf.hidden_act != "silu":
+        raise _unsupported(hf, "hidden_act", "silu", hf.hidden_act)
+    return {
+        "architecture": hf.model_type,
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # bfloat16 logits of close experts collide; the selection then depends on top-k's tie rule.
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": HAVE_TE and torch.cuda.is_available(),
+        "vocab_size": hf.vocab_size,
+        "max_sequence_length": hf.max_position_embeddings,
+        "tie_embeddings": bool(hf.tie_word_embeddings),
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
+    }
+
+
+def _qwen3_moe_fields(hf):
+    if hf.attention_bias:
+        raise _unsupported(hf, "attention_bias", False, True)
+    if hf.sliding_window is not None:
+        raise _unsupported(hf, "sliding_window", None, hf.sliding_window)
+    return {
+        "num_moe_experts": hf.num_experts,
+        "moe_layer_freq": [
+            int(i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0)
+            for i in range(hf.num_hidden_layers)
+        ],
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "qk_layernorm": True,
+    }
+
+
+def _glm4_moe_fields(hf):
+    if not hf.norm_topk_prob:
+        raise _unsupported(hf, "norm_topk_prob", True, False)
+    # Hugging Face ranks groups by their best 2 experts, Megatron by their best k / group_topk.
+    if hf.n_group > 1 and hf.num_experts_per_tok != 2 * hf.topk_group:
+        raise _unsupported(
+            hf, "topk_group", "num_experts_per_tok / 2 (or n_group 1)", hf.topk_group
+        )
+    return {
+        "num_moe_experts": hf.n_routed_experts,
+        "moe_layer_freq": [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        # The bias is the checkpoint's; balancing by updates of it belongs to pretraining.
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
+        "moe_router_num_groups": hf.n_group if hf.n_group > 1 else None,
+        "moe_router_group_topk": hf.topk_group if hf.n_group > 1 else None,
+        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        "qk_layernorm": hf.use_qk_norm,
+        "add_qkv_bias": hf.attention_bias,
+    }
+
+
+SUPPORTED = {"qwen3_moe": _qwen3_moe_fields, "glm4_moe": _glm4_moe_fields}
+
+
+def _unsupported(hf, name, expected, got):
+    return CheckpointError(
+        f"`{name}` of this {hf.model_type} checkpoint is not supported", expected=expected, got=got
+    )
+
+
+def _check_divisible(fields, layout):
+    pairs = [
+        ("num_attention_heads", "tensor", layout.tensor),
+        ("num_query_groups", "tensor", layout.tensor),
+        ("ffn_hidden_size", "tensor", layout.tensor),
+        ("num_moe_experts", "expert", layout.expert),
+        ("moe_ffn_hidden_size", "expert_tensor", layout.expert_tensor),
+        ("num_layers", "pipeline * virtual_pipeline", layout.pipeline * layout.virtual_pipeline),
+    ]
+    for field, name, size in pairs:
+        if fields[field] % size:
+            raise ConfigError(
+                f"The layout's {name} does not divide the model's {field}",
+                expected=f"a divisor of {fields[field]}",
+                got=size,
+            )
+
+
+def _layout_fields(layout, dtype, vocab_size):
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": (
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence,
+        # Megatron's own training arguments demand it too: of two interleaved stages each is the
+        # other's predecessor and successor, and batched messages swap activations and gradients.
+        "overlap_p2p_comm": layout.virtual_pipeline > 1,
+        "batch_p2p_comm": layout.virtual_pipeline == 1,
+        "padded_vocab_size": math.ceil(vocab_size / layout.tensor) * layout.tensor,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Fusions that need APEX or a compiler; Transformer Engine's modules bring their own.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "attention_softmax_in_fp32": True,
+    }

@@ -1,0 +1,154 @@
+"""How a model is spread over ranks, and starting and ending Megatron's process groups."""
+
+import dataclasses
+import datetime
+import os
+
+import torch
+
+from routing_replay.errors import ConfigError
+
+from .cpu import enable_cpu
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+
+# Megatron offsets the seed of each pipeline stage by this much, so that stages differ (its own
+# training script's constant).
+_SEED_STRIDE_PER_STAGE = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """Sizes of Megatron's parallel dimensions; data parallelism takes the ranks that remain.
+
+    Invariant: every size is at least 1. Sequence parallelism is on exactly if `tensor` > 1.
+
+    Args:
+        tensor: Tensor parallel size of the dense parts.
+        pipeline: Pipeline stages.
+        virtual_pipeline: Model chunks per pipeline stage; above 1 the schedule is interleaved.
+        context: Context parallel size.
+        expert: Expert parallel size.
+        expert_tensor: Tensor parallel size within an expert; None takes `tensor`, as Megatron does.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+
+    def __post_init__(self):
+        if self.expert_tensor is None:
+            object.__setattr__(self, "expert_tensor", self.tensor)
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(
+                    f"The parallel size `{field.name}` cannot be used",
+                    expected="an integer of at least 1",
+                    got=repr(size),
+                )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ConfigError(
+                "Virtual pipeline stages need a pipeline",
+                expected="pipeline > 1",
+                got=f"pipeline=1, virtual_pipeline={self.virtual_pipeline}",
+                fix="Raise `pipeline` or leave `virtual_pipeline` at 1.",
+            )
+
+    @property
+    def sequence(self) -> bool:
+        """Whether sequence parallelism is on."""
+        return self.tensor > 1
+
+    def check_world(self, world_size: int):
+        """Raises ConfigError unless `world_size` ranks can be laid out so."""
+        self._check_product(world_size, ("tensor", "pipeline", "context"))
+        self._check_product(world_size, ("expert_tensor", "expert", "pipeline"))
+
+    def _check_product(self, world_size, names):
+        product = 1
+        for name in names:
+            product *= getattr(self, name)
+        if world_size % product:
+            raise ConfigError(
+                "The parallel layout does not fit the number of ranks",
+                expected=f"a multiple of {' * '.join(names)} = {product} ranks",
+                got=f"{world_size} ranks",
+                fix=f"Start {product} ranks (torchrun --nproc-per-node {product}) or lower one of "
+                + ", ".join(f"{name}={getattr(self, name)}" for name in names),
+            )
+
+
+def initialize(layout: ParallelLayout, seed: int, backend: str | None = None):
+    """Starts torch.distributed (unless it runs), Megatron's process groups and its generators.
+
+    Under torchrun the ranks meet as its variables say; a process without them is a world of one.
+
+    Args:
+        layout: Checked against the number of ranks.
+        seed: Seed of initialization and dropout; at least 1. Each stage and shard derives its own.
+        backend: "nccl" or "gloo"; None takes nccl where there is a CUDA device.
+
+    Raises:
+        ConfigError: The layout does not fit the ranks, or Megatron is initialized already.
+    """
+    enable_cpu()
+    if parallel_state.model_parallel_is_initialized():
+        raise ConfigError("Megatron is initialized already", fix="Call destroy() first.")
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    layout.check_world(_world_size())
+    if not torch.distributed.is_initialized():
+        _start_distributed(backend)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual_size(layout),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + _SEED_STRIDE_PER_STAGE * stage)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + _SEED_STRIDE_PER_STAGE * stage, force_reset_rng=True
+    )
+
+
+def destroy(*, keep_world: bool = False):
+    """Ends Megatron's process groups, and torch.distributed too unless `keep_world`."""
+    groups = parallel_state._global_process_group_list or []
+    # Megatron forgets its groups without closing them; a process that initializes again would keep
+    # their sockets and threads.
+    for group in [group for group in groups if group is not None]:
+        torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    if not keep_world and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _world_size():
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _start_distributed(backend):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # A dead peer should end the job within minutes, not after the default half hour of NCCL.
+    timeout = datetime.timedelta(minutes=10)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+
+
+def _virtual_size(layout):
+    return layout.virtual_pipeline if layout.virtual_pipeline > 1 else None

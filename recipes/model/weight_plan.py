@@ -1,0 +1,177 @@
+"""Which part of which Hugging Face tensor is where in the world, and moving it to rank 0."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from routing_replay.errors import CheckpointError
+
+from . import cpu, weight_names  # noqa: F401  (cpu makes Megatron importable)
+
+# isort: split
+from megatron.core import parallel_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One Megatron parameter of this rank and the pieces that it is made of."""
+
+    name: str
+    tensor: torch.Tensor
+    pieces: list[weight_names.Piece]
+    is_primary: bool  # of the ranks with the same content, the one that saves it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece and where in the world it is."""
+
+    rank: int
+    parameter: int
+    index: int
+    piece: weight_names.Piece
+    dtype: torch.dtype
+
+
+def local_parameters(model_chunks: list) -> list[Parameter]:
+    """This rank's parameters (and routing biases), each with its pieces.
+
+    Raises:
+        CheckpointError: A parameter has no Hugging Face counterpart.
+    """
+    chunks = [unwrap(chunk) for chunk in model_chunks]
+    position = _position(chunks[0].config)
+    found = []
+    for chunk in chunks:
+        tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
+        for name, tensor in _named_tensors(chunk):
+            is_primary = _is_first_replica(name) and not (tied_copy and "output_layer" in name)
+            pieces = weight_names.pieces(name, chunk.config, position)
+            found.append(Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary))
+    return found
+
+
+def _named_tensors(chunk):
+    """Parameters and the routing bias (a buffer), under the layers' global indices."""
+    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    buffers = [(n, b) for n, b in chunk.named_buffers() if n.endswith("router.expert_bias")]
+    for name, tensor in [*chunk.named_parameters(), *buffers]:
+        if name.startswith("decoder.layers."):
+            index, _, rest = name.removeprefix("decoder.layers.").partition(".")
+            name = f"decoder.layers.{int(index) + offset}.{rest}"
+        if tensor is not None:
+            yield name, tensor.data
+
+
+def unwrap(chunk):
+    """The GPTModel inside DDP and precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _position(config):
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    experts = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+    return weight_names.ShardPosition(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        first_expert=expert_rank * experts,
+    )
+
+
+def _is_first_replica(name):
+    if weight_names.is_expert(name):
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
+        return False
+    return not weight_names.is_whole(name) or parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def gather_plan(parameters: list[Parameter]) -> dict[str, list[Part]]:
+    """For every Hugging Face tensor, the parts that tile it exactly; collective, equal everywhere.
+
+    Raises:
+        CheckpointError: Some rows of a tensor are on no rank, or are saved by two.
+    """
+    rank = torch.distributed.get_rank()
+    own = [
+        Part(rank=rank, parameter=i, index=j, piece=piece, dtype=parameter.tensor.dtype)
+        for i, parameter in enumerate(parameters)
+        if parameter.is_primary
+        for j, piece in enumerate(parameter.pieces)
+        if piece.length
+    ]
+    plan = {}
+    for parts in _all_gather(own):
+        for part in parts:
+            plan.setdefault(part.piece.name, []).append(part)
+    for name, parts in plan.items():
+        _check_tiling(name, parts)
+    return plan
+
+
+def _check_tiling(name, parts):
+    reached = 0
+    for piece in sorted((part.piece for part in parts), key=lambda piece: piece.start):
+        if piece.start != reached:
+            break
+        reached = piece.stop
+    whole = parts[0].piece
+    if reached != whole.shape[whole.axis] or sum(p.piece.length for p in parts) != reached:
+        raise CheckpointError(
+            f"The ranks do not hold every part of {name} exactly once",
+            expected=f"parts that make up shape {whole.shape} along axis {whole.axis}",
+            got=sorted((part.piece.start, part.piece.stop, part.rank) for part in parts),
+            fix="The model was not built for the layout that Megatron was initialized with.",
+        )
+
+
+def gather_tensor(parts: list[Part], parameters: list[Parameter]) -> torch.Tensor | None:
+    """The whole tensor on rank 0's CPU, None elsewhere; every rank calls it in the same order."""
+    rank = torch.distributed.get_rank()
+    whole = torch.empty(parts[0].piece.shape, dtype=parts[0].dtype) if rank == 0 else None
+    for part in parts:
+        piece = part.piece
+        if part.rank == rank:
+            values = _values(parameters[part.parameter], part.index)
+            if rank > 0:
+                torch.distributed.send(values.contiguous(), dst=0)
+        elif rank == 0:
+            shape = list(piece.shape)
+            shape[piece.axis] = piece.length
+            values = torch.empty(shape, dtype=part.dtype, device=torch.cuda.current_device())
+            torch.distributed.recv(values, src=part.rank)
+        if rank == 0:
+            whole.narrow(piece.axis, piece.start, piece.length).copy_(values)
+    return whole
+
+
+def _values(parameter, index):
+    piece = parameter.pieces[index]
+    if piece.axis == 1:  # such a parameter has one piece: all of it
+        return parameter.tensor
+    start = sum(earlier.length for earlier in parameter.pieces[:index])
+    return parameter.tensor[start : start + piece.length]
+
+
+def _all_gather(value):
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable):
+    """Runs `work` on every rank; a CheckpointError of one rank is raised on all of them."""
+    result, error = None, None
+    try:
+        result = work()
+    except CheckpointError as caught:
+        error = caught
+    for failure in _all_gather(error):
+        if failure is not None:
+            raise failure
+    return result

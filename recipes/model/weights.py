@@ -1,0 +1,195 @@
+"""Weights between Hugging Face's files and Megatron's chunks, in both directions, any layout."""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from safetensors import SafetensorError
+
+from routing_replay.errors import CheckpointError
+
+from . import weight_plan
+from .checkpoint_files import CheckpointReader, CheckpointWriter, natural_order
+
+# Names shown in an error before "and N more".
+_NAMES_SHOWN = 5
+
+
+def load_hf(model_chunks: list, hf_dir):
+    """Fills the chunks from a Hugging Face checkpoint; collective.
+
+    Each rank reads only its own slices. Every tensor of the checkpoint is used exactly once and
+    every parameter is filled exactly once. The values take the parameters' dtype. An optimizer with
+    its own copy of the parameters must reload it (`reload_model_params`).
+
+    Args:
+        model_chunks: From `build_model`, wrapped (DDP, Float16Module) or not.
+        hf_dir: The checkpoint's folder.
+
+    Raises:
+        CheckpointError: Missing, extra, misshapen or unreadable tensors, by name.
+    """
+    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    plan = weight_plan.gather_plan(parameters)
+    config = weight_plan.unwrap(model_chunks[0]).config
+
+    def read():
+        with CheckpointReader(hf_dir) as reader:
+            names = {name for name in reader.names if not _is_ignored(name, config)}
+            _require_equal(set(plan), names, hf_dir)
+            for parameter in parameters:
+                _fill(parameter, reader)
+
+    weight_plan.together(read)
+
+
+def named_hf_tensors(
+    model_chunks: list, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yields every Hugging Face tensor of the model, whole, one at a time; collective.
+
+    All ranks must exhaust it. Memory beyond the model: one tensor, on rank 0.
+
+    Args:
+        model_chunks: As for `load_hf`.
+        dtype: Of the yielded tensors; None keeps the parameters'.
+
+    Yields:
+        (name, tensor on the CPU) on global rank 0, (name, None) elsewhere; layer by layer.
+    """
+    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    plan = weight_plan.gather_plan(parameters)
+    for name in sorted(plan, key=natural_order):
+        tensor = weight_plan.gather_tensor(plan[name], parameters)
+        if tensor is not None and dtype is not None and _is_weight(name):
+            tensor = tensor.to(dtype)
+        yield name, tensor
+
+
+def save_hf(
+    model_chunks: list,
+    hf_dir,
+    *,
+    source,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 4 << 30,
+):
+    """Writes the model as a Hugging Face checkpoint, whole or not at all; collective.
+
+    Global rank 0 writes into a folder beside `hf_dir` and renames it: an earlier checkpoint there
+    stays whole until then.
+
+    Args:
+        model_chunks: As for `load_hf`.
+        hf_dir: Folder of the new checkpoint.
+        source: Folder of the checkpoint that config and tokenizer files are copied from.
+        dtype: Of the saved weights; None keeps the parameters'.
+        max_shard_bytes: Size limit of a file, and of rank 0's additional memory.
+
+    Raises:
+        CheckpointError: The files cannot be written (on every rank).
+    """
+    config = weight_plan.unwrap(model_chunks[0]).config
+    saved = str(dtype or config.params_dtype).removeprefix("torch.")
+    writer = CheckpointWriter(
+        hf_dir,
+        source=source,
+        config_changes={"dtype": saved} | _LOST_PARTS.get(config.architecture, {}),
+        max_shard_bytes=max_shard_bytes,
+    )
+    error = _attempt(writer.start)
+    for name, tensor in named_hf_tensors(model_chunks, dtype):
+        # After a failure the other ranks still send what was planned, and must be heard out.
+        if error is None:
+            error = _attempt(functools.partial(writer.add, name, tensor))
+    if error is None:
+        error = _attempt(writer.finish)
+    if error is not None:
+        writer.abandon()
+    weight_plan.together(lambda: _raise_unwritten(error, hf_dir))
+
+
+def _raise_unwritten(error, folder):
+    if error is not None:
+        raise CheckpointError(
+            "The checkpoint could not be written",
+            got=f"{type(error).__name__}: {error}",
+            where=str(folder),
+            fix="Free space or choose another folder; what was there before is untouched.",
+        ) from error
+
+
+# Multi-token prediction layers are not built, so a saved checkpoint has none.
+_LOST_PARTS = {"glm4_moe": {"num_nextn_predict_layers": 0}}
+
+
+def _is_ignored(name, config):
+    """Tensors that transformers leaves unused too: a tied head, multi-token prediction layers."""
+    if name == "lm_head.weight":
+        return config.tie_embeddings
+    layer = name.removeprefix("model.layers.").split(".")[0]
+    return (
+        config.architecture in _LOST_PARTS and layer.isdigit() and int(layer) >= config.num_layers
+    )
+
+
+def _is_weight(name):
+    # Routing biases stay float32: in bfloat16 the selection would change.
+    return not name.endswith("e_score_correction_bias")
+
+
+def _require_equal(expected, got, folder):
+    for what, names in (
+        ("The checkpoint lacks tensors of the model", expected - got),
+        ("The checkpoint has tensors that the model does not", got - expected),
+    ):
+        if names:
+            shown = sorted(names, key=natural_order)[:_NAMES_SHOWN]
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            raise CheckpointError(
+                what,
+                expected=f"{len(expected)} tensors",
+                got=f"{len(got)}; the difference: {', '.join(shown)}{more}",
+                where=str(folder),
+                fix="config.json and the weights are not of the same model, or a file is missing.",
+            )
+
+
+def _fill(parameter, reader):
+    pieces = [piece for piece in parameter.pieces if piece.length]
+    rows = 0
+    for piece in pieces:
+        part = reader.read(piece.name, piece.shape, piece.axis, piece.start, piece.stop)
+        target = parameter.tensor[rows : rows + part.shape[0]]
+        if target.shape != part.shape:
+            raise CheckpointError(
+                f"The Megatron parameter {parameter.name} has an unexpected shape",
+                expected=f"rows {rows}:{rows + part.shape[0]} of shape {tuple(part.shape)}",
+                got=tuple(parameter.tensor.shape),
+                fix="The model was not built from this checkpoint's config.",
+            )
+        target.copy_(part)
+        rows += part.shape[0]
+    # Only the vocabulary is padded (see `_vocabulary`); any other remainder was never filled.
+    if rows < parameter.tensor.shape[0] and not _is_vocabulary(parameter.name):
+        raise CheckpointError(
+            f"The Megatron parameter {parameter.name} was filled in part only",
+            expected=f"{parameter.tensor.shape[0]} rows",
+            got=rows,
+        )
+    parameter.tensor[rows:].zero_()
+
+
+def _is_vocabulary(name):
+    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def _attempt(work):
+    """Runs `work` on rank 0 and returns how it failed, or None."""
+    if torch.distributed.get_rank() > 0:
+        return None
+    try:
+        work()
+    except (OSError, SafetensorError, ValueError) as error:
+        return error
+    return None

@@ -1,0 +1,347 @@
+"""Where the train-inference KL comes from: what each layer's routing costs the policy.
+
+One rollout batch is scored again and again with the routes of other layers replayed:
+
+    none        every layer routes live
+    all         every layer replays
+    without l   every layer but l replays           cost of l = KL(without l) - KL(all)
+    only l      layer l alone replays               gain of l = KL(none) - KL(only l)
+    first n     the first n routed layers replay    step of the n-th = KL(first n-1) - KL(first n)
+    rollout     every layer replays, on the weights that sampled
+
+All are KL(mu || pi), mean over the response tokens. Three parts add up exactly, by definition:
+
+    KL(none) = numerics + staleness + routing
+    numerics  = KL(rollout)                 same weights, same routes; KL(all) without `rollout`
+    staleness = KL(all) - KL(rollout)       newer weights, same routes; 0 without `rollout`
+    routing   = KL(none) - KL(all)
+
+The steps of `first n` add up to `routing` as well. The costs of `without l` need not: two layers
+can repair or repeat each other's damage.
+
+This module knows no engine: a callback scores a variant. `tools/attribute_kl.py` gives it Megatron.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, DataError
+
+FAMILIES = ("without", "only", "first")
+NUM_RESAMPLES = 1000
+# Two-sided 95 %: what the intervals of reports usually mean.
+COVERAGE = 0.95
+# Nats per token; a top-p of 0.99 leaves out about ten times as much of the entropy.
+NOTABLE_EXCESS = 5e-3
+# A layer whose own replay makes up this share of the KL replays wrong routes. Chance, and routes
+# that newer weights would leave, make a few per cent of it.
+HARMFUL_SHARE = 0.5
+COLUMNS = ("k1", "k3", "excess", "count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One pass over the batch: which layers replay, and on whose weights."""
+
+    name: str
+    replayed: tuple[int, ...]
+    is_rollout_weights: bool = False
+
+
+def plan(
+    layers: Sequence[int], families: Sequence[str] = ("without",), has_rollout_weights: bool = False
+) -> list[Variant]:
+    """The passes of an attribution: 2, one more for staleness, and L for each family.
+
+    Raises:
+        ConfigError: An unknown family.
+    """
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        raise ConfigError("families of an attribution", expected=FAMILIES, got=unknown[0])
+    layers = tuple(layers)
+    variants = [Variant(name="none", replayed=()), Variant(name="all", replayed=layers)]
+    if has_rollout_weights:
+        variants.append(Variant(name="rollout", replayed=layers, is_rollout_weights=True))
+    if "without" in families:
+        variants += [
+            Variant(name=f"without {i}", replayed=tuple(x for x in layers if x != i))
+            for i in layers
+        ]
+    if "only" in families:
+        variants += [Variant(name=f"only {i}", replayed=(i,)) for i in layers]
+    if "first" in families:
+        # "first 0" is "none" and "first L" is "all".
+        variants += [Variant(name=f"first {n}", replayed=layers[:n]) for n in range(1, len(layers))]
+    # The weights change once at most: the rollout's come last.
+    return sorted(variants, key=lambda variant: variant.is_rollout_weights)
+
+
+def sequence_sums(
+    logp_pi_ST: torch.Tensor,
+    entropy_pi_ST: torch.Tensor,
+    logp_mu_ST: torch.Tensor,
+    mask_ST: torch.Tensor,
+) -> torch.Tensor:
+    """Per sequence the sums over its response tokens: `COLUMNS`, float64 [S, 4].
+
+    `excess` is log pi + entropy of pi: zero in expectation for tokens that were sampled from pi.
+    """
+    log_rho_ST = (logp_pi_ST.double() - logp_mu_ST.double()).masked_fill(~mask_ST, 0.0)
+    k3_ST = torch.expm1(log_rho_ST) - log_rho_ST
+    excess_ST = (logp_pi_ST.double() + entropy_pi_ST.double()).masked_fill(~mask_ST, 0.0)
+    columns = (-log_rho_ST, k3_ST, excess_ST, mask_ST.double())
+    return torch.stack([column_ST.sum(1) for column_ST in columns], -1)
+
+
+class Progress:
+    """Results so far, in a file: a stopped attribution goes on where it was.
+
+    Args:
+        path: JSON file; None keeps them in memory only.
+        fingerprint: Of everything that determines the results.
+
+    Raises:
+        ConfigError: The file belongs to another batch, checkpoint, or settings.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, str]):
+        self._path = path
+        self._fingerprint = dict(fingerprint)
+        self.sums: dict[str, np.ndarray] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.sums = {name: np.array(rows, float) for name, rows in stored["sums"].items()}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DataError("the progress cannot be read", got=error, where=path) from error
+        for key, value in self._fingerprint.items():
+            if stored["fingerprint"].get(key) != value:
+                raise ConfigError(
+                    f"the progress belongs to another {key}",
+                    expected=value,
+                    got=stored["fingerprint"].get(key),
+                    where=path,
+                    fix="Name another file, or remove this one to start again",
+                )
+
+    def stop_writing(self) -> None:
+        """From now on in memory only: of several ranks one writes."""
+        self._path = None
+
+    def add(self, name: str, sums_S4: np.ndarray) -> None:
+        """Keep one result, durably."""
+        self.sums[name] = sums_S4
+        if self._path is None:
+            return
+        content = {
+            "fingerprint": self._fingerprint,
+            "sums": {name: sums.tolist() for name, sums in self.sums.items()},
+        }
+        partial = self._path.with_name(f"{self._path.name}.tmp")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A KL or a difference of KLs (nats per response token) with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """The interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self):
+        return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """The parts of the KL, and per layer what each family says of it.
+
+    `excess` is the mean of log pi + entropy of pi in nats: 0 for tokens that were sampled from pi,
+    above it for a truncated (top-p, top-k, min-p) or cooled mu. Engines that report log-probs from
+    before the truncation, as SGLang does, hide it from every KL.
+    """
+
+    estimator: str
+    num_sequences: int
+    num_tokens: int
+    kl: dict[str, Estimate]
+    parts: dict[str, Estimate]
+    excess: Estimate
+    layers: dict[int, dict[str, Estimate]]
+
+    @property
+    def is_truncated(self) -> bool:
+        """mu sampled from less than pi's support, or at a lower temperature."""
+        return self.excess.low > NOTABLE_EXCESS
+
+    @property
+    def harmed_layers(self) -> list[int]:
+        """Layers that are far closer to the rollout when they route live: wrong routes."""
+        limit = -HARMFUL_SHARE * self.kl["all"].value
+        return [
+            layer
+            for layer, estimates in self.layers.items()
+            if "leave_out" in estimates
+            and estimates["leave_out"].high < 0
+            and estimates["leave_out"].value < limit
+        ]
+
+    def as_dict(self) -> dict:
+        """For JSON, and as `attribution.json` of a run for its report."""
+        found = asdict(self)
+        found["parts"] = [
+            {"name": name, "kl": part.value, "interval": [part.low, part.high]}
+            for name, part in self.parts.items()
+        ]
+        found["layers"] = [
+            {"layer": layer}
+            | {name: e.value for name, e in estimates.items()}
+            | {f"{name}_interval": [e.low, e.high] for name, e in estimates.items()}
+            for layer, estimates in self.layers.items()
+        ]
+        return found
+
+    def text(self) -> str:
+        """For people; a star marks what differs from zero beyond its interval."""
+        lines = [
+            f"KL(mu || pi) per response token ({self.estimator}), {self.num_sequences} sequences, "
+            f"{self.num_tokens} tokens, 95 % intervals over sequences",
+            "",
+        ]
+        lines += [f"  {name:12s} {part}" for name, part in self.parts.items()]
+        lines += [f"  {'= total':12s} {self.kl['none']}   (live routing)"]
+        if "rollout" not in self.kl:
+            lines[2] += "   (staleness included, unless these weights sampled)"
+        lines += [f"  {'excess':12s} {self.excess}   (0 for tokens sampled from pi)"]
+        if self.is_truncated:
+            lines += [
+                "",
+                f"  The sampled tokens are {self.excess.value:.3f} nats likelier than the policy's "
+                "entropy says: mu was truncated",
+                "  (top-p, top-k, min-p) or cooled, and the trainer does not apply it.",
+            ]
+        if self.harmed_layers:
+            layers = ", ".join(map(str, self.harmed_layers))
+            lines += ["", f"  Replay makes layer {layers} worse: its routes are not the rollout's."]
+        families = list(dict.fromkeys(n for found in self.layers.values() for n in found))
+        for family in families:
+            lines += ["", f"  layer  {HEADINGS[family]}"]
+            for layer, found in self.layers.items():
+                star = "*" if found[family].is_clear else " "
+                lines.append(f"  {layer:5d}  {found[family]} {star}")
+        return "\n".join(lines)
+
+
+HEADINGS = {
+    "leave_out": "cost of its live routing: KL(without) - KL(all)",
+    "alone": "gain of its replay alone: KL(none) - KL(only)",
+    "step": "its step when layers are replayed one after another",
+}
+
+
+def attribute(
+    variants: Sequence[Variant],
+    score: Callable[[Variant], torch.Tensor],
+    progress: Progress,
+    on_result: Callable[[Variant, float], None] = lambda variant, kl: None,
+) -> None:
+    """Score what `progress` does not hold yet.
+
+    Args:
+        variants: From `plan`.
+        score: Scores a variant: `sequence_sums` of the whole batch. Where several ranks call this
+            function, it is collective and returns the same on all.
+        progress: Takes the results.
+        on_result: Called after each with its KL (k3).
+    """
+    for variant in variants:
+        if variant.name in progress.sums:
+            continue
+        sums_S4 = score(variant).cpu().numpy()
+        progress.add(variant.name, sums_S4)
+        on_result(variant, float(sums_S4[:, 1].sum() / max(1.0, sums_S4[:, 3].sum())))
+
+
+def summarize(
+    layers: Sequence[int],
+    sums: Mapping[str, np.ndarray],
+    estimator: str = "k3",
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Attribution:
+    """Estimates with bootstrap intervals; every difference uses the same resamples of sequences.
+
+    Args:
+        layers: The routed layers, as in `plan`.
+        sums: `sequence_sums` by variant name.
+        estimator: "k3" (never negative, less noise) or "k1" (unbiased, may be negative).
+        num_resamples: Resamples of whole sequences: tokens of one sequence depend on each other.
+        seed: Of the resampling; the same seed gives the same intervals.
+    """
+    column = COLUMNS.index(estimator)
+    generator = np.random.default_rng(seed)
+    num_sequences = len(sums["none"])
+    weights_BS = generator.multinomial(
+        num_sequences, np.full(num_sequences, 1 / num_sequences), num_resamples
+    )
+    counts_S = sums["none"][:, 3]
+    # The first "resample" is the batch itself.
+    weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])
+    totals_B = np.maximum(weights_BS @ counts_S, 1.0)
+    kl = {name: weights_BS @ rows[:, column] / totals_B for name, rows in sums.items()}
+    reference = kl.get("rollout", kl["all"])
+    # The policy that sampled, as well as the trainer can compute it.
+    excess_B = weights_BS @ sums.get("rollout", sums["all"])[:, COLUMNS.index("excess")] / totals_B
+    parts = {
+        "numerics": reference,
+        "staleness": kl["all"] - reference,
+        "routing": kl["none"] - kl["all"],
+    }
+    return Attribution(
+        estimator=estimator,
+        num_sequences=num_sequences,
+        num_tokens=int(counts_S.sum()),
+        kl={name: _estimate(values_B) for name, values_B in kl.items()},
+        parts={name: _estimate(values_B) for name, values_B in parts.items()},
+        excess=_estimate(excess_B),
+        layers=_by_layer(tuple(layers), kl),
+    )
+
+
+def _by_layer(layers: tuple[int, ...], kl: Mapping[str, np.ndarray]) -> dict:
+    found: dict[int, dict[str, Estimate]] = {}
+    for place, layer in enumerate(layers):
+        of_layer = {}
+        if f"without {layer}" in kl:
+            of_layer["leave_out"] = _estimate(kl[f"without {layer}"] - kl["all"])
+        if f"only {layer}" in kl:
+            of_layer["alone"] = _estimate(kl["none"] - kl[f"only {layer}"])
+        before = kl["none"] if place == 0 else kl.get(f"first {place}")
+        after = kl["all"] if place == len(layers) - 1 else kl.get(f"first {place + 1}")
+        if before is not None and after is not None and len(layers) > 1:
+            of_layer["step"] = _estimate(before - after)
+        found[layer] = of_layer
+    return found
+
+
+def _estimate(values_B: np.ndarray) -> Estimate:
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(values_B[1:], [tail, 1 - tail])
+    return Estimate(value=float(values_B[0]), low=float(low), high=float(high))

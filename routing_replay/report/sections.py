@@ -1,0 +1,323 @@
+"""The sections of a report, each from runs to HTML; "" where a run has nothing to show."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+
+from ..metrics.sinks import LAYER_SUFFIX
+from .charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
+from .findings import ENTROPY_NAMES, findings_of
+from .run import Run, first_known, flatten
+
+REWARD_NAMES = ("reward", "reward/mean", "train/reward", "rollout/reward", "reward_mean")
+EVALUATION_NAMES = ("eval/reward", "reward/eval", "heldout/reward", "eval_reward", "reward_eval")
+LENGTH_NAMES = ("response_length", "response/length", "rollout/response_length", "response_tokens")
+TIME_NAMES = ("time_s", "step_time_s", "time/step_s")
+LIVE_SUFFIX = "_live"
+
+# title, caption, metrics (name, what the legend adds), logarithmic
+POLICY_CHARTS = (
+    (
+        "Train-inference KL (k3)",
+        "Between the engine that sampled and the trainer, per response token, in nats. "
+        "Dashed: the trainer's own live routes.",
+        (("train_infer/kl_k3", ""), ("train_infer/kl_k3_live", "live")),
+        True,
+    ),
+    (
+        "Train-inference KL (k1)",
+        "The plain estimator of the same quantity: unbiased, may be negative.",
+        (("train_infer/kl_k1", ""), ("train_infer/kl_k1_live", "live")),
+        False,
+    ),
+    (
+        "Discrepancy m and staleness r",
+        "k3 of pi_old against mu (engines) and of pi_theta against pi_old (updates; dashed).",
+        (("train_infer/kl_k3", "m"), ("staleness/kl_k3", "r, staleness")),
+        True,
+    ),
+    (
+        "Extreme tokens",
+        "Share of tokens whose probabilities differ by more than a factor of 2.",
+        (("train_infer/extreme_tau2", ""), ("train_infer/extreme_tau2_live", "live")),
+        False,
+    ),
+    (
+        "Largest |dlogp|",
+        "The worst token of each step: max |log pi_old - log mu|.",
+        (("train_infer/logp_abs_diff_max", ""), ("train_infer/logp_abs_diff_max_live", "live")),
+        True,
+    ),
+    (
+        "Effective sample share",
+        "Of the importance weights m; 1 where the engines agree.",
+        (("train_infer/ess", ""), ("train_infer/ess_live", "live")),
+        False,
+    ),
+)
+
+# title, caption, metric per layer, what a cell shows, logarithmic
+LAYER_MAPS: tuple[tuple[str, str, str, Callable[[float], float], bool], ...] = (
+    (
+        "Tokens whose expert set differs",
+        "Share of tokens for which the live router selects another set than the replayed one.",
+        "exact_match",
+        lambda value: 1 - value,
+        False,
+    ),
+    (
+        "Expert slots that differ",
+        "Share of the selected experts that are not shared: 1 - overlap@K.",
+        "overlap",
+        lambda value: 1 - value,
+        False,
+    ),
+    (
+        "Router KL",
+        "KL(engine's router || trainer's live router) in nats, over all experts (exact).",
+        "router_kl",
+        float,
+        True,
+    ),
+    (
+        "Router KL, lower bound",
+        "The same on the selected experts and one bucket for the rest: never above the exact one.",
+        "router_kl_bound",
+        float,
+        True,
+    ),
+)
+LAYER_COLUMNS = (
+    ("overlap", "overlap@K"),
+    ("exact_match", "exact set"),
+    ("router_kl", "router KL (nats)"),
+    ("router_kl_bound", "router KL, lower bound (nats)"),
+    ("margin", "margin"),
+    ("live_mass", "live mass"),
+    ("replay_bias", "replay bias (nats)"),
+    ("first_difference", "first difference here"),
+)
+RECEIPT_WORDS = ("coverage", "fallback_fraction", "receipt", "expected", "replayed_rows")
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """One row per run: where it started, where it is now."""
+    head = ["run", "steps", "reward, first to last quarter", "entropy"]
+    head += ["KL k3 replayed", "KL k3 live", "live / replayed", "tokens with a differing layer"]
+    head += ["router rows replayed", "s per step"]
+    rows = []
+    for run in runs:
+        reward = first_known(run, REWARD_NAMES)
+        replayed = run.recent("train_infer/kl_k3")
+        live = run.recent("train_infer/kl_k3" + LIVE_SUFFIX)
+        ratio = f"{live / replayed:.1f}x" if live is not None and replayed else "–"
+        rose = f"{_text(run.earliest(reward))} → {_text(run.recent(reward))}" if reward else "–"
+        entropy, time = first_known(run, ENTROPY_NAMES), first_known(run, TIME_NAMES)
+        rows.append(
+            [
+                html.escape(run.name),
+                str(len(run.steps)),
+                rose,
+                _text(run.recent(entropy)) if entropy else "–",
+                _text(replayed),
+                _text(live),
+                ratio,
+                _text(run.recent("routing_replay/any_layer_differs"), percent=True),
+                _text(run.recent("routing_replay/coverage"), percent=True),
+                _text(run.recent(time)) if time else "–",
+            ]
+        )
+    note = '<p class="quiet">Means of the last quarter of each run\'s steps.</p>'
+    return _table(head, rows) + note
+
+
+def findings(runs: Sequence[Run]) -> str:
+    """Warnings in words, run by run."""
+    words = {"bad": "problem", "warn": "look at", "note": "note"}
+    items = []
+    for run in runs:
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        found = findings_of(run)
+        for finding in found:
+            text = html.escape(prefix + finding.text)
+            word = words[finding.severity]
+            items.append(f'<li class="{finding.severity}"><b>{word}</b><span>{text}</span></li>')
+        if not found:
+            text = html.escape(prefix + "nothing stands out.")
+            items.append(f'<li class="good"><b>healthy</b><span>{text}</span></li>')
+    return f'<ul class="card findings">{"".join(items)}</ul>'
+
+
+def training(runs: Sequence[Run]) -> str:
+    """Reward, held-out reward, entropy, loss and time."""
+    groups = (
+        ("Reward", "Mean over the step's responses.", REWARD_NAMES),
+        ("Reward on held-out prompts", "Where it was evaluated.", EVALUATION_NAMES),
+        ("Entropy", "Of the policy over the vocabulary, per response token, nats.", ENTROPY_NAMES),
+        ("Gradient norm", "Before clipping.", ("grad_norm", "train/grad_norm")),
+        ("Response length", "Mean number of tokens.", LENGTH_NAMES),
+        ("Time per step", "Seconds, rollouts included.", TIME_NAMES),
+    )
+    figures = []
+    for title, caption, names in groups:
+        lines = []
+        for number, run in enumerate(runs):
+            name = first_known(run, names)
+            if name:
+                lines.append(_line(run, name, run.name, number))
+        figures.append(line_chart(title, caption, lines))
+    return _cards(figures)
+
+
+def policy(runs: Sequence[Run]) -> str:
+    """The gap between the policies; every second curve of a run is dashed."""
+    figures = []
+    for title, caption, metrics, is_log in POLICY_CHARTS:
+        lines = []
+        for number, run in enumerate(runs):
+            for place, (name, adds) in enumerate(metrics):
+                parts = [run.name] if len(runs) > 1 else []
+                label = ", ".join([*parts, *([adds] if adds else [])]) or "replayed"
+                if name in run.series:
+                    lines.append(_line(run, name, label, number, dashed=place > 0))
+        figures.append(line_chart(title, caption, lines, is_log))
+    return _cards(figures)
+
+
+def layers(runs: Sequence[Run]) -> str:
+    """Heat maps of layers over steps, and a table of the recent means."""
+    maps = []
+    for title, caption, metric, shown, is_log in LAYER_MAPS:
+        name = f"routing_replay/{metric}"
+        grids = []
+        for run in runs:
+            columns = [run.series[f"{name}_layer_{i}"] for i in run.layers(name)]
+            grids.append([[None if v is None else shown(v) for v in row] for row in columns])
+        bounds = bounds_of((v for grid in grids for row in grid for v in row), is_log)
+        for run, values in zip(runs, grids, strict=True):
+            grid = Grid(
+                label=title,
+                rows=run.layers(name),
+                steps=run.steps,
+                values=values,
+                bounds=bounds,
+                is_log=is_log,
+            )
+            maps.append(
+                heat_map(f"{title} ({run.name})" if len(runs) > 1 else title, caption, grid)
+            )
+    tables = []
+    for run in runs:
+        numbers = sorted({i for m, _ in LAYER_COLUMNS for i in run.layers(f"routing_replay/{m}")})
+        present = [(m, word) for m, word in LAYER_COLUMNS if run.layers(f"routing_replay/{m}")]
+        lines = [
+            [str(i)] + [_text(run.recent(f"routing_replay/{m}_layer_{i}")) for m, _ in present]
+            for i in numbers
+        ]
+        if lines:
+            head = ["layer", *(word for _, word in present)]
+            label = f"Every layer of {html.escape(run.name)}, mean of the last quarter"
+            table = _table(head, lines)
+            tables.append(f'<details class="card"><summary>{label}</summary>{table}</details>')
+    return _cards(maps) + "".join(tables)
+
+
+def attribution(runs: Sequence[Run]) -> str:
+    """What each layer's routing costs the policy, where tools/attribute_kl.py was run."""
+    figures = []
+    for run in runs:
+        content = run.attribution or {}
+        heading = f" ({run.name})" if len(runs) > 1 else ""
+        parts = [(p["name"], p["kl"], *p["interval"]) for p in content.get("parts", ())]
+        if parts:
+            caption = "The KL (k3) and its parts; lines are 95 % intervals over sequences."
+            figures.append(bar_chart("Where the KL comes from" + heading, caption, parts))
+        costs = [
+            (f"layer {row['layer']}", row["leave_out"], *row["leave_out_interval"])
+            for row in content.get("layers", ())
+            if "leave_out" in row
+        ]
+        if costs:
+            caption = "KL (k3) with every layer replayed but this one, minus all replayed."
+            figures.append(bar_chart("Cost of each layer's routing" + heading, caption, costs))
+    return _cards(figures)
+
+
+def receipts(runs: Sequence[Run]) -> str:
+    """How many rows were replayed, step by step: the proof that replay took place."""
+    rows = []
+    for run in runs:
+        for name, values in run.series.items():
+            if any(word in name for word in RECEIPT_WORDS) and not LAYER_SUFFIX.search(name):
+                kept = [v for v in values if v is not None]
+                if kept:
+                    row = [run.name, name, *map(_text, (kept[0], kept[-1], min(kept), max(kept)))]
+                    rows.append([html.escape(cell) for cell in row])
+    return _table(["run", "metric", "first", "last", "least", "most"], rows) if rows else ""
+
+
+def configuration(runs: Sequence[Run]) -> str:
+    """All settings; those that differ between the runs are marked and come first."""
+    flat = [flatten(run.config) for run in runs]
+    names = sorted({name for settings in flat for name in settings})
+
+    def differs(name: str) -> bool:
+        return len({settings.get(name) for settings in flat}) > 1
+
+    names.sort(key=lambda name: not differs(name))
+    rows = []
+    for name in names:
+        opened, closed = ('<span class="differs">', "</span>") if differs(name) else ("", "")
+        cells = [opened + html.escape(settings.get(name, "–")) + closed for settings in flat]
+        rows.append([html.escape(name), *cells])
+    if not rows:
+        return ""
+    table = _table(["setting", *(html.escape(run.name) for run in runs)], rows, "settings")
+    count = sum(map(differs, names))
+    label = f"{len(names)} settings" + (f", {count} differ" if count else "")
+    return f'<details class="card"><summary>{label}</summary>{table}</details>'
+
+
+def all_metrics(runs: Sequence[Run]) -> str:
+    """First and last quarter of every metric that is not per layer."""
+    names = sorted({n for run in runs for n in run.series if not LAYER_SUFFIX.search(n)})
+    rows = []
+    for name in names:
+        cells = [f"{_text(r.earliest(name))} → {_text(r.recent(name))}" for r in runs]
+        rows.append([html.escape(name), *cells])
+    table = _table(["metric, first → last quarter", *(html.escape(r.name) for r in runs)], rows)
+    label = f"{len(names)} metrics"
+    return f'<details class="card"><summary>{label}</summary>{table}</details>'
+
+
+def _line(run: Run, name: str, label: str, color: int, dashed: bool = False) -> Line:
+    points = list(zip(run.steps, run.series[name], strict=True))
+    if name in EVALUATION_NAMES:  # measured now and then: connect what there is
+        points = [point for point in points if point[1] is not None]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    return Line(label=label, steps=steps, values=values, color=color, dashed=dashed)
+
+
+def _text(value: float | None, percent: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
+
+
+def _cards(figures: Sequence[str]) -> str:
+    figures = [figure for figure in figures if figure]
+    return f'<div class="cards">{"".join(figures)}</div>' if figures else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of already escaped cells."""
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join(
+        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="card scroll"><table class="{kind}"><thead><tr>{header}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )

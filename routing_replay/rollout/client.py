@@ -1,0 +1,262 @@
+"""Rollouts over HTTP from one or many SGLang servers; needs httpx, not SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from ..errors import ServerError
+from ..routes.payload import ModelShape
+from .probe import ProbeReport, probe
+from .requests import Completion, GenerateRequest, completion_of
+
+__all__ = ["ClientOptions", "ProbeReport", "RolloutClient", "probe"]
+
+# Statuses that another try, or another server, may cure; the rest is the request's own fault.
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """How patient a client is.
+
+    Args:
+        request_timeout_s: For one generation, from its dispatch to its answer.
+        control_timeout_s: For one control call: health, abort, weight update.
+        connect_timeout_s: For the connection alone: a dead machine should not cost a generation.
+        num_retries: Further tries of a request that met a dead, full or hanging server.
+        retry_wait_s: Before the first retry; doubled for each further one.
+        max_in_flight: Requests at one server at a time; it queues what it cannot run.
+    """
+
+    request_timeout_s: float = 1800.0
+    control_timeout_s: float = 600.0
+    connect_timeout_s: float = 10.0
+    num_retries: int = 3
+    retry_wait_s: float = 0.5
+    max_in_flight: int = 512
+
+
+class RolloutClient:
+    """Sends a batch of requests to the least loaded of several servers.
+
+    Args:
+        urls: Base URLs, as `Server.url`.
+        model: Layers, experts and top-k of the model in training (`TableModel`); compared with
+            every answer. Needed for stock payloads.
+        options: See `ClientOptions`.
+
+    Raises:
+        ServerError: No URL.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: ModelShape | None = None,
+        options: ClientOptions | None = None,
+    ):
+        if not urls:
+            raise ServerError("a client needs a server", expected="one URL or more", got="none")
+        self.urls = [url.rstrip("/") for url in urls]
+        self.model = model
+        self.options = options or ClientOptions()
+        self._load = dict.fromkeys(self.urls, 0)
+        self._weight_version: int | None = None  # what all servers were last given
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Sample a completion for each request.
+
+        Args:
+            requests: Any number; a prompt that is sampled n times stands here n times (the
+                servers share its prefix).
+            on_completion: Called with a request's number as soon as it is done.
+
+        Returns:
+            The completions in the order of the requests.
+
+        Raises:
+            ServerError: A request failed on every try; an answer from older weights than
+                `update_weights` last loaded counts as a failure.
+            PayloadError, RoutesError: An answer carries no or wrong routes.
+        """
+        return asyncio.run(self._generate(requests, on_completion))
+
+    def update_weights(self, path: str, weight_version: int, flush_cache: bool = True) -> None:
+        """Load a checkpoint from a disk that all servers see, and check the version afterwards.
+
+        Args:
+            path: A Hugging Face checkpoint.
+            weight_version: Rows that these weights compute carry it.
+            flush_cache: Forget all cached prefixes, which the old weights computed. Needs idle
+                servers. Without it their rows stay, and keep their old version.
+
+        Raises:
+            ServerError: A server refused, or reports another version afterwards.
+        """
+        body = {
+            "model_path": str(path),
+            "weight_version": str(weight_version),
+            "flush_cache": flush_cache,
+        }
+        asyncio.run(self._at_all("POST", "/update_weights_from_disk", body))
+        for url, version in self.weight_versions().items():
+            if version != str(weight_version):
+                raise ServerError(
+                    "the server does not run the new weights",
+                    expected=f"weight version {weight_version}",
+                    got=version,
+                    where=url,
+                    fix="Look for the failed update in the server's log",
+                )
+        self._weight_version = int(weight_version)
+
+    def weight_versions(self) -> dict[str, str]:
+        """The weight version that each server reports."""
+        answers = asyncio.run(self._at_all("GET", "/model_info"))
+        return {url: str(answer.get("weight_version")) for url, answer in answers.items()}
+
+    def health(self) -> dict[str, str]:
+        """ "ok", or what is wrong, for each server; never raises."""
+        return asyncio.run(self._health())
+
+    def pause(self, mode: str = "in_place") -> None:
+        """Stop sampling: "in_place" keeps running requests where they are, "retract" takes their
+        slots away (their rows so far stay true), "abort" ends them with what they have."""
+        asyncio.run(self._at_all("POST", "/pause_generation", {"mode": mode}))
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        asyncio.run(self._at_all("POST", "/continue_generation", {}))
+
+    def abort(self) -> None:
+        """End all requests; each answers with the tokens and routes that it has."""
+        asyncio.run(self._at_all("POST", "/abort_request", {"abort_all": True}))
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        asyncio.run(self._at_all("POST", "/flush_cache", {}))
+
+    async def _generate(self, requests, on_completion) -> list[Completion]:
+        slots = {url: asyncio.Semaphore(self.options.max_in_flight) for url in self.urls}
+
+        async def one(http, number: int, request: GenerateRequest) -> Completion:
+            completion = await self._with_retries(http, slots, request)
+            if on_completion is not None:
+                on_completion(number, completion)
+            return completion
+
+        async with self._http(self.options.request_timeout_s) as http:
+            tasks = [asyncio.ensure_future(one(http, n, r)) for n, r in enumerate(requests)]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _with_retries(self, http, slots, request: GenerateRequest) -> Completion:
+        failures: list[ServerError] = []
+        weight_version = self._weight_version
+        for attempt in range(self.options.num_retries + 1):
+            if attempt:
+                await asyncio.sleep(self.options.retry_wait_s * 2 ** (attempt - 1))
+            tried = [failure.where for failure in failures]
+            url = min(self.urls, key=lambda u: (tried.count(u), self._load[u]))
+            self._load[url] += len(request.input_ids)
+            try:
+                async with slots[url]:
+                    answer = await _call(http, "POST", url, "/generate", request.to_json())
+                # Base64, checksum and validation of a long rollout take a while; others go on.
+                completion = await asyncio.to_thread(
+                    completion_of, answer, request, url, self.model
+                )
+                _check_weights(completion, weight_version)
+                return completion
+            except _TransientError as error:
+                failures.append(error)
+            finally:
+                self._load[url] -= len(request.input_ids)
+        raise ServerError(
+            f"a request failed {len(failures)} times",
+            got=failures[-1].got,
+            where=", ".join(dict.fromkeys(failure.where for failure in failures)),
+            fix="See the servers' logs; a server that hangs answers neither health() nor us",
+        )
+
+    async def _health(self) -> dict[str, str]:
+        async def one(http, url: str) -> str:
+            try:
+                await _call(http, "GET", url, "/health_generate")
+            except ServerError as error:
+                return str(error)
+            return "ok"
+
+        async with self._http(self.options.connect_timeout_s) as http:
+            return dict(zip(self.urls, await _all(one(http, u) for u in self.urls), strict=True))
+
+    async def _at_all(self, method: str, route: str, body: Mapping | None = None) -> dict:
+        async with self._http(self.options.control_timeout_s) as http:
+            calls = (_call(http, method, url, route, body) for url in self.urls)
+            return dict(zip(self.urls, await _all(calls), strict=True))
+
+    def _http(self, timeout_s: float) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(timeout_s, connect=self.options.connect_timeout_s, pool=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # Servers are named by address: a proxy of the environment is for other traffic.
+        return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+
+
+class _TransientError(ServerError):
+    """A failure that another try may cure."""
+
+
+def _check_weights(completion: Completion, weight_version: int | None) -> None:
+    """A server that restarted samples from the weights that it started with, and looks healthy."""
+    got = completion.weight_version
+    if weight_version is not None and got.isdigit() and int(got) < weight_version:
+        raise _TransientError(
+            "the server runs older weights than it was given",
+            got=f"weight version {got} instead of {weight_version}: it was restarted, "
+            "call update_weights again",
+            where=completion.url,
+        )
+
+
+async def _all(calls) -> list[Any]:
+    return list(await asyncio.gather(*calls))
+
+
+async def _call(
+    http: httpx.AsyncClient, method: str, url: str, route: str, body: Mapping | None = None
+) -> dict:
+    try:
+        response = await http.request(method, url + route, json=body)
+    except httpx.HTTPError as error:
+        got = f"{type(error).__name__} {error}".strip()
+        raise _TransientError("the server cannot be reached", got=got, where=url) from error
+    if response.status_code in RETRIED:
+        got = f"status {response.status_code}: {response.text[:300]}"
+        raise _TransientError(f"the server failed in {route}", got=got, where=url)
+    try:
+        answer = response.json() if response.content else {}
+    except ValueError:
+        answer = {"message": response.text}
+    has_failed = isinstance(answer, dict) and answer.get("success") is False
+    if response.status_code != 200 or has_failed:
+        message = answer.get("message") or answer.get("error") or answer
+        raise ServerError(
+            f"the server refused {route}",
+            got=f"status {response.status_code}: {str(message)[:500]}",
+            where=url,
+            fix="See the server's log",
+        )
+    return answer

@@ -1,0 +1,189 @@
+"""One rollout request and its answer, as SGLang's `/generate` speaks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..capture import CAPTURES, OURS, REQUEST_KEY
+from ..errors import ServerError
+from ..routes.payload import FIELD, ModelShape, decode
+from ..routes.routes import Routes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """A prompt to continue.
+
+    Args:
+        input_ids: Prompt tokens (and, when a partial rollout is resumed, those sampled so far).
+        sampling: SGLang's sampling parameters: temperature, top_p, max_new_tokens, ...
+        capture: "off", "stock", "ids", "gates" or "logits"; the server's level bounds it.
+        start: First row of the routes to return: a later turn needs only what is new.
+        wants_sampling_mask: Also return the tokens that top-p and top-k left to choose from
+            (SGLang >= 0.5.20; it asks for a finite top_k, at most its
+            --sampling-mask-max-tokens).
+        num_top_logprobs: Also return this many of the most likely tokens at each position.
+    """
+
+    input_ids: Sequence[int]
+    sampling: Mapping = field(default_factory=dict)
+    capture: str = "ids"
+    start: int = 0
+    wants_sampling_mask: bool = False
+    num_top_logprobs: int = 0
+
+    def to_json(self) -> dict:
+        """The body of the request."""
+        fields = request_fields(self.capture, self.start)
+        custom = fields.pop("custom_params", None)
+        sampling = dict(self.sampling) | ({"custom_params": custom} if custom else {})
+        extra = {"return_sampling_mask": True} if self.wants_sampling_mask else {}
+        if self.num_top_logprobs:
+            extra["top_logprobs_num"] = self.num_top_logprobs
+        return {
+            "input_ids": [int(token) for token in self.input_ids],
+            "sampling_params": sampling,
+            "return_logprob": True,
+            **extra,
+            **fields,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Completion:
+    """What the server sampled.
+
+    Args:
+        output_ids: The n sampled tokens.
+        mu_logprobs: float32 [n], the log-probability of each sampled token under mu: log softmax of
+            (logits / temperature) over the WHOLE vocabulary. Temperature is in it, top-p, top-k
+            and min-p are not: SGLang applies those afterwards, to the probabilities it samples
+            from. A greedy request (temperature 0) has them at temperature 1. (A server started
+            with SGLANG_RETURN_ORIGINAL_LOGPROB leaves the temperature out as well.)
+        routes: Rows `start` .. prompt + n - 2; None if they were not asked for.
+        finish_reason: "stop", "length" or "abort".
+        weight_version: Of the last token, as the server reports it.
+        cached_tokens: Prompt tokens that came from the prefix cache.
+        num_retractions: How often the request lost its place and was prefilled again.
+        sampling_mask: For each sampled token the tokens that could be sampled, if asked for.
+        mask_logprobs: float32 [n], the log-probability of the sampled token within that mask
+            (after top-p and top-k), if asked for.
+        top_ids, top_logprobs: int64 and float32 [n, K], mu's most likely tokens at each position
+            and their log-probs, as `mu_logprobs` over the whole vocabulary; if asked for.
+        url: The server that answered.
+    """
+
+    output_ids: list[int]
+    mu_logprobs: np.ndarray
+    routes: Routes | None
+    finish_reason: str
+    weight_version: str
+    cached_tokens: int
+    num_retractions: int
+    sampling_mask: list[list[int]] | None = None
+    mask_logprobs: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    url: str = ""
+
+
+def request_fields(capture: str = "ids", start: int = 0) -> dict:
+    """The fields that ask for routes.
+
+    In the body of an OpenAI request they stand as they are; in `/generate` "custom_params" moves
+    into "sampling_params" (`GenerateRequest.to_json`).
+
+    Args:
+        capture: "off", "stock" (SGLang's payload), or "ids", "gates", "logits" (ours).
+        start: The first row to return.
+
+    Raises:
+        ServerError: An unknown level.
+    """
+    if capture not in CAPTURES:
+        raise ServerError("capture", expected=", ".join(CAPTURES), got=repr(capture))
+    if capture == "off":
+        return {}
+    fields = {"return_routed_experts": True, "routed_experts_start_len": start}
+    if capture in OURS:
+        fields["custom_params"] = {REQUEST_KEY: capture}
+    return fields
+
+
+def completion_of(
+    answer: Mapping, request: GenerateRequest, url: str, model: ModelShape | None
+) -> Completion:
+    """The completion in one answer of `/generate`.
+
+    Raises:
+        ServerError: The answer lacks what was asked for.
+        PayloadError, RoutesError: Its routes are missing, damaged, or of another model.
+    """
+    meta_info = answer.get("meta_info") if isinstance(answer, Mapping) else None
+    logprobs = meta_info.get("output_token_logprobs") if isinstance(meta_info, Mapping) else None
+    if logprobs is None:
+        raise ServerError(
+            "the answer has no log-probs",
+            expected="meta_info.output_token_logprobs",
+            got=_keys(meta_info if meta_info is not None else answer),
+            where=url,
+            fix="Something between here and the server drops fields: probe() tells",
+        )
+    output_ids = [int(token) for _, token, *_ in logprobs]
+    num_tokens = len(request.input_ids) + len(output_ids)
+    mask_logprobs = meta_info.get("output_token_sampling_logprobs")
+    top_ids, top_logprobs = _top_of(meta_info, request, url)
+    return Completion(
+        output_ids=output_ids,
+        mu_logprobs=np.array([value for value, *_ in logprobs], np.float32),
+        routes=_routes_of(meta_info, request, num_tokens, model),
+        finish_reason=(meta_info.get("finish_reason") or {}).get("type", ""),
+        weight_version=str(meta_info.get("weight_version", "")),
+        cached_tokens=int(meta_info.get("cached_tokens") or 0),
+        num_retractions=int(meta_info.get("num_retractions") or 0),
+        sampling_mask=meta_info.get("output_token_sampling_mask"),
+        mask_logprobs=None if mask_logprobs is None else np.array(mask_logprobs, np.float32),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        url=url,
+    )
+
+
+def _top_of(meta_info, request: GenerateRequest, url: str):
+    """Ids and log-probs [n, K] of the most likely tokens, if asked for."""
+    if not request.num_top_logprobs:
+        return None, None
+    rows = meta_info.get("output_top_logprobs")
+    shape = (len(meta_info["output_token_logprobs"]), request.num_top_logprobs)
+    if rows is None or len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+        raise ServerError(
+            "the answer has not the most likely tokens that were asked for",
+            expected=f"meta_info.output_top_logprobs, {shape[1]} of each of {shape[0]} positions",
+            got=_keys(meta_info) if rows is None else [len(row) for row in rows][:8],
+            where=url,
+            fix="Ask for no more than the vocabulary has",
+        )
+    ids = np.array([[token for _, token, *_ in row] for row in rows], np.int64)
+    values = np.array([[value for value, *_ in row] for row in rows], np.float32)
+    return ids.reshape(shape), values.reshape(shape)
+
+
+def _routes_of(meta_info, request: GenerateRequest, num_tokens: int, model) -> Routes | None:
+    # An aborted request that never ran has sampled nothing; there is nothing to replay either.
+    has_none = meta_info.get(FIELD) is None and not meta_info.get("output_token_logprobs")
+    if request.capture == "off" or has_none:
+        return None
+    return decode(
+        meta_info,
+        num_tokens=num_tokens,
+        model=model,
+        start=min(request.start, num_tokens - 1),
+        accept_stock=request.capture == "stock",
+    )
+
+
+def _keys(answer) -> str:
+    return ", ".join(sorted(answer)) if isinstance(answer, Mapping) else type(answer).__name__

@@ -1,0 +1,76 @@
+"""A saved rollout batch: token ids, what was sampled, and the engine's log-probs of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ..errors import DataError
+
+BATCH_COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
+
+# A batch with this column holds log-probs after top-p and top-k.
+MASK_COLUMN = "support_ids_N"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """A saved rollout batch, aligned to the inputs: position t predicts token t + 1.
+
+    Args:
+        input_ids_ST: int64; the last token of a sequence is consumed by nobody and left out.
+        labels_ST: int64, the next token.
+        mask_ST: bool, the label was sampled.
+        logp_mu_ST: float32, log mu of the label where the mask holds.
+        lengths_S: int64, tokens of each sequence, the last one included.
+        fingerprint: Of the file, to recognise it on resuming.
+    """
+
+    input_ids_ST: torch.Tensor
+    labels_ST: torch.Tensor
+    mask_ST: torch.Tensor
+    logp_mu_ST: torch.Tensor
+    lengths_S: torch.Tensor
+    fingerprint: str = ""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> RolloutBatch:
+        """Read `batch.safetensors` as the recipe writes it; further columns are ignored.
+
+        Raises:
+            DataError: Unreadable, a column is missing, or mu is not of the whole vocabulary.
+        """
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            with safe_open(Path(path), "pt") as file:
+                missing = set(BATCH_COLUMNS) - set(file.keys())
+                is_masked = MASK_COLUMN in file.keys()  # noqa: SIM118
+                columns = {n: file.get_tensor(n) for n in BATCH_COLUMNS if n not in missing}
+        except Exception as error:  # safetensors raises its own error, which is no OSError
+            raise DataError("the rollout batch cannot be read", got=error, where=path) from error
+        if missing:
+            raise DataError(
+                "not a rollout batch", expected=f"the columns {BATCH_COLUMNS}", where=path
+            )
+        if is_masked:
+            raise DataError(
+                "the batch was sampled under a sampling mask: mu is not of the whole vocabulary",
+                where=path,
+                fix="Take a batch of a run without --top-p and --top-k",
+            )
+        return cls(**columns, fingerprint=digest)
+
+    def token_rows(self, rows_of: Callable[[int, int], np.ndarray]) -> torch.Tensor:
+        """Row of the table per position, -1 for padding; `rows_of` is `RouteTable.rows`."""
+        token_rows_ST = torch.full(self.input_ids_ST.shape, -1)
+        for sequence, length in enumerate(self.lengths_S.tolist()):
+            rows_T = rows_of(sequence, length)[: length - 1]
+            token_rows_ST[sequence, : length - 1] = torch.from_numpy(rows_T)
+        return token_rows_ST

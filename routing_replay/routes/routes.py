@@ -1,0 +1,369 @@
+"""Routes: the expert selections of one sequence, validated on construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numpy as np
+
+from ..errors import RoutesError
+
+# numpy, torch.gather and Megatron index with signed integers; 16-bit ids stay positive below this.
+MAX_EXPERTS = 1 << 15
+ONE_BITS, MINUS_ZERO_BITS = 0x3C00, 0x8000  # as float16
+# Rows that are searched for doubled experts at a time: with 8 slots of one byte, half of a
+# processor's first or second cache.
+CHUNK_ROWS = 1 << 14
+COMPACT_LIMIT = 256  # the largest number of experts whose ids fit in one byte
+
+
+class Origin(IntEnum):
+    """Which forward pass of the engine produced a row."""
+
+    ABSENT = 0
+    PREFILL = 1
+    DECODE = 2
+
+
+def compact_dtype(num_experts: int) -> np.dtype:
+    """uint8 up to 256 experts, uint16 above: the only two types in which ids are kept."""
+    return np.dtype(np.uint8 if num_experts <= COMPACT_LIMIT else np.uint16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RouterLogits:
+    """Full router logits of a sample of rows.
+
+    Args:
+        rows_N: int64, ascending row numbers within the sequence.
+        values_NLE: float16 or float32, the router's logits before any score function.
+    """
+
+    rows_N: np.ndarray
+    values_NLE: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routes:
+    """The experts that every routed layer chose for the tokens of one sequence.
+
+    Row t is the routing of the forward pass that consumed token t. A sequence of n tokens has at
+    most n - 1 rows: the last sampled token was never fed to the model. Nobody may read a row that
+    is not covered: replay uses the live routes there.
+
+    Args:
+        expert_ids_TLK: uint8 (num_experts <= 256) or uint16, slots in the order the engine chose.
+        covered_T: bool, the row is known to be true. All, if None.
+        layers: Global 0-based indices of the L routed layers, ascending (dense and hash-routed
+            layers are left out).
+        num_experts: E, routed experts per layer.
+        gate_probs_TLK: float16, probability of each selected expert over ALL experts, before any
+            renormalisation; None if they were not captured.
+        router_logits: Full logits of a sample of rows; None if they were not captured.
+        origin_T: uint8 of `Origin`. PREFILL for covered rows, if None.
+        weight_version_T: int64 version of the weights that computed the row, -1 unknown.
+
+    Raises:
+        RoutesError: Shapes that do not agree, ids out of range, an expert twice in a row, a layer
+            that is zero in every covered row.
+    """
+
+    expert_ids_TLK: np.ndarray
+    layers: tuple[int, ...]
+    num_experts: int
+    # The three columns that are None here are filled before anybody can read them.
+    covered_T: np.ndarray = None  # type: ignore[assignment]
+    gate_probs_TLK: np.ndarray | None = None
+    router_logits: RouterLogits | None = None
+    origin_T: np.ndarray = None  # type: ignore[assignment]
+    weight_version_T: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        _check_shape(self)
+        _fill_defaults(self)
+        _check_rows(self)
+        _check_gates(self)
+
+    @property
+    def num_rows(self) -> int:
+        return self.expert_ids_TLK.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.expert_ids_TLK.shape[2]
+
+    @property
+    def size_bytes(self) -> int:
+        arrays = [self.expert_ids_TLK, self.covered_T, self.origin_T, self.weight_version_T]
+        if self.gate_probs_TLK is not None:
+            arrays.append(self.gate_probs_TLK)
+        return sum(array.nbytes for array in arrays)
+
+    def __getitem__(self, rows: slice) -> Routes:
+        """The routes of a contiguous range of rows."""
+        start, stop, step = rows.indices(self.num_rows)
+        if step != 1:
+            raise RoutesError("routes are sliced contiguously", expected="step 1", got=step)
+        logits = self.router_logits
+        if logits is not None:
+            kept_N = (logits.rows_N >= start) & (logits.rows_N < stop)
+            logits = RouterLogits(
+                rows_N=logits.rows_N[kept_N] - start, values_NLE=logits.values_NLE[kept_N]
+            )
+        return _select(self, slice(start, stop), logits)
+
+    def with_turn(self, turn: Routes, start: int) -> Routes:
+        """These routes, with those of a later request from row `start` on.
+
+        One operation serves both uses: a turn that was asked for as a delta (`start` is the number
+        of rows known so far), and a resumed partial rollout that returned earlier rows again
+        (`start` lies within, and the later rows replace ours: they belong to the forward passes
+        that the continued sequence really attended to).
+
+        Raises:
+            RoutesError: `start` leaves a gap, or the turn is of another model.
+        """
+        if not 0 <= start <= self.num_rows:
+            raise RoutesError(
+                "a turn does not continue the routes",
+                expected=f"a start within 0..{self.num_rows}",
+                got=start,
+                fix="Request routes from the first row that is missing (routed_experts_start_len)",
+            )
+        return concatenate([self[:start], turn])
+
+    def without_versions_before(self, weight_version: int) -> Routes:
+        """Rows computed by older weights (or by unknown ones) become uncovered."""
+        return self.uncover(np.less(self.weight_version_T, weight_version))
+
+    def uncover(self, rows_T: np.ndarray) -> Routes:
+        """The rows selected by a bool mask become uncovered and their content zero."""
+        if rows_T.shape != (self.num_rows,) or rows_T.dtype != np.bool_:
+            raise RoutesError(
+                "the rows to uncover must be a mask over all rows",
+                expected=f"bool ({self.num_rows},)",
+                got=f"{rows_T.dtype} {rows_T.shape}",
+            )
+
+        def blank(values_TLK):
+            return None if values_TLK is None else np.where(rows_T[:, None, None], 0, values_TLK)
+
+        logits = self.router_logits
+        if logits is not None:
+            kept_N = ~rows_T[logits.rows_N]
+            logits = RouterLogits(
+                rows_N=logits.rows_N[kept_N], values_NLE=logits.values_NLE[kept_N]
+            )
+        return replace(
+            self,
+            expert_ids_TLK=blank(self.expert_ids_TLK).astype(self.expert_ids_TLK.dtype),
+            gate_probs_TLK=blank(self.gate_probs_TLK),
+            covered_T=self.covered_T & ~rows_T,
+            origin_T=np.where(rows_T, Origin.ABSENT, self.origin_T).astype(np.uint8),
+            router_logits=logits,
+        )
+
+
+def concatenate(parts: Sequence[Routes]) -> Routes:
+    """Routes one after another; gates and logits survive only where every part has them."""
+    first = parts[0]
+    for part in parts[1:]:
+        check_same_model(first, part)
+    rows = np.cumsum([0] + [part.num_rows for part in parts])
+    gates = [part.gate_probs_TLK for part in parts if part.gate_probs_TLK is not None]
+    return Routes(
+        expert_ids_TLK=np.concatenate([part.expert_ids_TLK for part in parts]),
+        covered_T=np.concatenate([part.covered_T for part in parts]),
+        layers=first.layers,
+        num_experts=first.num_experts,
+        gate_probs_TLK=np.concatenate(gates) if len(gates) == len(parts) else None,
+        router_logits=concatenate_logits(parts, rows[:-1]),
+        origin_T=np.concatenate([part.origin_T for part in parts]),
+        weight_version_T=np.concatenate([part.weight_version_T for part in parts]),
+    )
+
+
+def concatenate_logits(parts: Sequence[Routes], starts: np.ndarray) -> RouterLogits | None:
+    """The logits of all parts, their rows shifted to each part's start; None if one has none."""
+    logits = [part.router_logits for part in parts if part.router_logits is not None]
+    if len(logits) < len(parts):
+        return None
+    return RouterLogits(
+        rows_N=np.concatenate([x.rows_N + at for x, at in zip(logits, starts, strict=True)]),
+        values_NLE=np.concatenate([x.values_NLE for x in logits]),
+    )
+
+
+def check_same_model(first: Routes, other: Routes) -> None:
+    """Raise RoutesError unless both describe the same layers, experts and top-k."""
+    ours = (first.layers, first.num_experts, first.top_k)
+    theirs = (other.layers, other.num_experts, other.top_k)
+    if ours != theirs:
+        raise RoutesError(
+            "routes of two different models",
+            expected="layers {}, {} experts, top-{}".format(*ours),
+            got="layers {}, {} experts, top-{}".format(*theirs),
+        )
+
+
+def _select(routes: Routes, rows: slice, logits: RouterLogits | None) -> Routes:
+    gates = routes.gate_probs_TLK
+    return replace(
+        routes,
+        expert_ids_TLK=routes.expert_ids_TLK[rows],
+        covered_T=routes.covered_T[rows],
+        gate_probs_TLK=None if gates is None else gates[rows],
+        router_logits=logits,
+        origin_T=routes.origin_T[rows],
+        weight_version_T=routes.weight_version_T[rows],
+    )
+
+
+def _check_shape(routes: Routes) -> None:
+    ids = routes.expert_ids_TLK
+    if not 1 <= routes.num_experts <= MAX_EXPERTS:
+        raise RoutesError(
+            "number of experts", expected=f"1..{MAX_EXPERTS}", got=repr(routes.num_experts)
+        )
+    dtype = compact_dtype(routes.num_experts)
+    if not isinstance(ids, np.ndarray) or ids.dtype != dtype or ids.ndim != 3:
+        raise RoutesError(
+            f"expert ids of a model with {routes.num_experts} experts",
+            expected=f"a numpy array of {dtype} with the axes [T, L, K]",
+            got=f"{getattr(ids, 'dtype', type(ids).__name__)} {getattr(ids, 'shape', '')}",
+        )
+    if ids.shape[1] != len(routes.layers) or any(
+        a >= b for a, b in zip(routes.layers, routes.layers[1:], strict=False)
+    ):
+        raise RoutesError(
+            "layer indices of the routes",
+            expected=f"{ids.shape[1]} ascending global layer indices, one per routed layer",
+            got=routes.layers,
+        )
+    if not 1 <= ids.shape[2] <= routes.num_experts:
+        raise RoutesError("top-k", expected=f"1..{routes.num_experts}", got=ids.shape[2])
+
+
+def _fill_defaults(routes: Routes) -> None:
+    num_rows = routes.expert_ids_TLK.shape[0]
+    if routes.covered_T is None:
+        object.__setattr__(routes, "covered_T", np.ones(num_rows, np.bool_))
+    if routes.origin_T is None:
+        origin_T = np.where(routes.covered_T, Origin.PREFILL, Origin.ABSENT).astype(np.uint8)
+        object.__setattr__(routes, "origin_T", origin_T)
+    if routes.weight_version_T is None:
+        object.__setattr__(routes, "weight_version_T", np.full(num_rows, -1, np.int64))
+    for name, dtype in (("covered_T", np.bool_), ("origin_T", np.uint8)):
+        _check_column(name, getattr(routes, name), num_rows, dtype)
+    _check_column("weight_version_T", routes.weight_version_T, num_rows, np.int64)
+
+
+def _check_column(name: str, column: np.ndarray, num_rows: int, dtype) -> None:
+    if column.shape != (num_rows,) or column.dtype != dtype:
+        raise RoutesError(
+            f"{name} of the routes",
+            expected=f"{np.dtype(dtype)} ({num_rows},)",
+            got=f"{column.dtype} {column.shape}",
+        )
+
+
+def _check_rows(routes: Routes) -> None:
+    ids_CLK = routes.expert_ids_TLK[routes.covered_T]
+    if not ids_CLK.size:
+        return
+    rows = np.flatnonzero(routes.covered_T)
+    if int(ids_CLK.max()) >= routes.num_experts:
+        row, layer, slot = np.argwhere(ids_CLK >= routes.num_experts)[0]
+        raise RoutesError(
+            "expert id out of range",
+            expected=f"below {routes.num_experts}",
+            got=int(ids_CLK[row, layer, slot]),
+            where=f"row {rows[row]}, layer {routes.layers[layer]}, slot {slot}",
+            fix="Compare num_experts with the model that the server runs",
+        )
+    doubled_CL = has_duplicates(ids_CLK)
+    if not doubled_CL.any():
+        return
+    # The commonest cause has its own name: engines leave layers that they did not capture at zero.
+    for column, layer in enumerate(routes.layers):
+        if routes.top_k > 1 and not ids_CLK[:, column].any():
+            raise RoutesError(
+                "a layer is zero in every row: the engine did not capture it",
+                expected="distinct experts in every row",
+                got=f"expert 0 in all {routes.top_k} slots",
+                where=f"layer {layer}",
+                fix="Name only routed layers; check pipeline stages and in-kernel MoE backends",
+            )
+    row, column = np.argwhere(doubled_CL)[0]
+    raise RoutesError(
+        "an expert is selected twice for one token",
+        expected=f"{routes.top_k} distinct experts",
+        got=ids_CLK[row, column].tolist(),
+        where=f"row {rows[row]}, layer {routes.layers[column]}",
+        fix="Mark rows that were never captured as uncovered",
+    )
+
+
+def has_duplicates(expert_ids_XK: np.ndarray) -> np.ndarray:
+    """True where the last axis holds some id twice.
+
+    Slot by slot over a chunk that stays in the cache: comparisons of whole columns of bytes are
+    the one thing here that a processor does 32 at a time. Sorting, bit sets and tables of seen
+    experts were 5 to 20 times slower.
+    """
+    ids_XK = expert_ids_XK.reshape(-1, expert_ids_XK.shape[-1])
+    doubled_X = np.zeros(len(ids_XK), np.bool_)
+    for start in range(0, len(ids_XK), CHUNK_ROWS):
+        ids_KC = np.ascontiguousarray(ids_XK[start : start + CHUNK_ROWS].T)
+        doubled_C = doubled_X[start : start + CHUNK_ROWS]
+        for slot in range(1, len(ids_KC)):
+            for other_C in ids_KC[:slot]:
+                doubled_C |= ids_KC[slot] == other_C
+    return doubled_X.reshape(expert_ids_XK.shape[:-1])
+
+
+def are_probabilities(gates: np.ndarray) -> bool:
+    """Whether all are finite and in 0..1."""
+    # As integers the float16 from 0 to 1 are 0..ONE_BITS, and negative ones, infinity and nan lie
+    # above: one pass over integers instead of three over halves, which processors convert first.
+    bits = gates.view(np.uint16)
+    if not bits.size or bits.max() <= ONE_BITS:
+        return True
+    return bool(((bits <= ONE_BITS) | (bits == MINUS_ZERO_BITS)).all())
+
+
+def _check_gates(routes: Routes) -> None:
+    gates = routes.gate_probs_TLK
+    if gates is not None:
+        if gates.shape != routes.expert_ids_TLK.shape or gates.dtype != np.float16:
+            raise RoutesError(
+                "gate probabilities of the routes",
+                expected=f"float16 {routes.expert_ids_TLK.shape}",
+                got=f"{gates.dtype} {gates.shape}",
+            )
+        if not are_probabilities(gates):
+            raise RoutesError("gate probabilities", expected="finite values in 0..1", got="others")
+    logits = routes.router_logits
+    if logits is None:
+        return
+    shape = (len(logits.rows_N), len(routes.layers), routes.num_experts)
+    if logits.values_NLE.shape != shape or not np.isfinite(logits.values_NLE).all():
+        raise RoutesError(
+            "router logits of the routes",
+            expected=f"finite values of shape {shape}",
+            got=f"{logits.values_NLE.dtype} {logits.values_NLE.shape}",
+        )
+    if len(logits.rows_N) and not (
+        (np.diff(logits.rows_N) > 0).all()
+        and logits.rows_N[0] >= 0
+        and logits.rows_N[-1] < routes.num_rows
+        and routes.covered_T[logits.rows_N].all()
+    ):
+        raise RoutesError(
+            "rows of the router logits",
+            expected=f"ascending covered rows below {routes.num_rows}",
+            got=logits.rows_N.tolist()[:8],
+        )

@@ -1,0 +1,309 @@
+"""RouteTable: the routes of one training step, in memory or memory-mapped from one file.
+
+The file is an ordinary safetensors file (any safetensors reader opens it):
+
+    expert_ids_LTK    U8 or U16   layer first, so that a pipeline stage reads only its own layers
+    gate_probs_LTK    F16         optional
+    logit_rows_N      I64         optional, with
+    logits_NLE        F32         full router logits of a sample of rows
+    covered_T         BOOL
+    origin_T          U8          0 absent, 1 prefill, 2 decode
+    weight_version_T  I64
+    offsets_S1        I64         sequence s owns the rows offsets[s] .. offsets[s + 1]
+    checksums         I64         CRC-32 of the description, the small columns, then each layer
+
+Its metadata describe it: format, version, source, layers, num_experts, top_k.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import TableError
+from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
+from .table_file import FORMAT, SOURCES, VERSION, TableModel, checksums, damaged, header, read
+
+
+class RouteTable:
+    """The rows of a step's sequences one after another.
+
+    Args:
+        model: Layers, number of experts and top-k.
+        tensors: The columns by their names in the file; numpy arrays or memory maps.
+        source: "rollout" (the inference engine's routes) or "training" (recorded in Megatron).
+        where: What error messages call this table.
+    """
+
+    def __init__(
+        self,
+        model: TableModel,
+        tensors: dict[str, np.ndarray],
+        source: str = "rollout",
+        where: str = "memory",
+    ):
+        if source not in SOURCES:
+            raise TableError("source of a table", expected=f"one of {SOURCES}", got=repr(source))
+        self.model = model
+        self.source = source
+        self.where = where
+        self.expert_ids_LTK = tensors["expert_ids_LTK"]
+        self.covered_T = tensors["covered_T"]
+        self.origin_T = tensors["origin_T"]
+        self.weight_version_T = tensors["weight_version_T"]
+        self.offsets_S1 = tensors["offsets_S1"]
+        self.gate_probs_LTK = tensors.get("gate_probs_LTK")
+        self.logit_rows_N = tensors.get("logit_rows_N")
+        self.logits_NLE = tensors.get("logits_NLE")
+        self._tensors = tensors
+
+    @property
+    def num_rows(self) -> int:
+        return self.expert_ids_LTK.shape[1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets_S1) - 1
+
+    @classmethod
+    def from_routes(cls, sequences: Sequence[Routes], source: str = "rollout") -> RouteTable:
+        """The table of a step, from the routes of its sequences.
+
+        Raises:
+            TableError: No sequence, or sequences of different models.
+        """
+        if not sequences:
+            raise TableError("a table needs at least one sequence", expected="routes", got="none")
+        first = sequences[0]
+        model = TableModel(layers=first.layers, num_experts=first.num_experts, top_k=first.top_k)
+        for number, routes in enumerate(sequences):
+            other = TableModel(
+                layers=routes.layers, num_experts=routes.num_experts, top_k=routes.top_k
+            )
+            if other != model:
+                raise TableError(
+                    "sequences of different models", expected=model, got=other, where=f"#{number}"
+                )
+        tensors = _columns_of(sequences)
+        return cls(model, tensors, source)
+
+    @classmethod
+    def empty(
+        cls, model: TableModel, lengths: Sequence[int], source: str = "training"
+    ) -> RouteTable:
+        """A table with room for the given numbers of rows, none covered yet (R2 fills it).
+
+        Args:
+            model: Layers, number of experts and top-k.
+            lengths: Rows of each sequence. R2 records every token, the last one too, but `rows`
+                grants no row to it: give `num_tokens - 1`.
+            source: As for the constructor.
+        """
+        offsets_S1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        num_rows = int(offsets_S1[-1])
+        shape = (len(model.layers), num_rows, model.top_k)
+        tensors = {
+            "expert_ids_LTK": np.zeros(shape, compact_dtype(model.num_experts)),
+            "covered_T": np.zeros(num_rows, np.bool_),
+            "origin_T": np.zeros(num_rows, np.uint8),
+            "weight_version_T": np.full(num_rows, -1, np.int64),
+            "offsets_S1": offsets_S1,
+        }
+        return cls(model, tensors, source)
+
+    def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
+        """`token_rows` of a sequence: for each of its tokens the row in this table, or -1.
+
+        Args:
+            sequence: Its number in the table.
+            num_tokens: Tokens of the sequence, prompt and response.
+            covered_only: False names the rows that are still to be recorded, too (R2).
+
+        Returns:
+            int64 [num_tokens]; -1 for uncovered rows and for the last sampled token.
+
+        Raises:
+            TableError: The sequence has as many rows as tokens, or more: they belong to other
+                tokens (each token but the last can have one).
+        """
+        start, stop = self.offsets_S1[sequence], self.offsets_S1[sequence + 1]
+        if stop - start > num_tokens - 1:
+            raise TableError(
+                "more rows than tokens that were fed to the model",
+                expected=f"at most {num_tokens - 1} rows for {num_tokens} tokens",
+                got=int(stop - start),
+                where=f"sequence {sequence} of {self.where}",
+                fix="Pass prompt + response tokens exactly as the server consumed them",
+            )
+        rows = np.full(num_tokens, -1, np.int64)
+        covered_T = self.covered_T[start:stop] if covered_only else True
+        rows[: stop - start] = np.where(covered_T, np.arange(start, stop), -1)
+        return rows
+
+    def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
+        """Expert ids of some layers and rows, in the compact dtype; reads nothing else.
+
+        Args:
+            layers: Global layer indices.
+            rows_T: int64 rows; -1 reads row 0 (the caller knows that it must not be used).
+
+        Returns:
+            [len(layers), T, K], uint8 or uint16.
+        """
+        return _take_rows(self.expert_ids_LTK, self._places(layers), rows_T)
+
+    def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
+        """Gate probabilities like `gather`, float16; None if they were not captured."""
+        if self.gate_probs_LTK is None:
+            return None
+        return _take_rows(self.gate_probs_LTK, self._places(layers), rows_T)
+
+    def _places(self, layers: Sequence[int]) -> list[int]:
+        place = {layer: i for i, layer in enumerate(self.model.layers)}
+        return [place[layer] for layer in layers]
+
+    def sequence(self, number: int) -> Routes:
+        """The routes of one sequence."""
+        rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
+        gates = self.gate_probs_LTK
+        return Routes(
+            expert_ids_TLK=np.ascontiguousarray(self.expert_ids_LTK[:, rows].swapaxes(0, 1)),
+            covered_T=np.array(self.covered_T[rows]),
+            layers=self.model.layers,
+            num_experts=self.model.num_experts,
+            gate_probs_TLK=None
+            if gates is None
+            else np.ascontiguousarray(gates[:, rows].swapaxes(0, 1)),
+            router_logits=self._logits_of(rows),
+            origin_T=np.array(self.origin_T[rows]),
+            weight_version_T=np.array(self.weight_version_T[rows]),
+        )
+
+    def sequences(self) -> Iterable[Routes]:
+        """The routes of all sequences, one at a time."""
+        return (self.sequence(number) for number in range(self.num_sequences))
+
+    def check_model(self, model: TableModel, of: str = "the model") -> None:
+        """Raise TableError unless the table was made by a model of this description."""
+        if self.model != model:
+            raise TableError(
+                "the routes belong to another model",
+                expected=f"{model} ({of})",
+                got=self.model,
+                where=self.where,
+                fix="Roll out and train the same checkpoint; name the routed layers the same way",
+            )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the file: under a temporary name, checksummed, synchronised, then renamed.
+
+        Raises:
+            TableError: The disk is full or not writable; an earlier file stays whole.
+        """
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        tensors = {**self._tensors, "checksums": checksums(self._description(), self._tensors)}
+        try:
+            with open(partial, "wb") as file:
+                file.write(header(self._description(), tensors))
+                for tensor in tensors.values():
+                    file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise TableError(
+                "the routes could not be saved",
+                got=error.strerror,
+                where=path,
+                fix="Free space or choose another folder; an earlier file of this name is whole",
+            ) from error
+        return path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, verify: bool = True) -> RouteTable:
+        """Memory-map a file: the ranks of a node share one copy, and read what they touch.
+
+        Args:
+            path: A file written by `save`.
+            verify: Compare all checksums (reads the whole file once; the first rank of a node
+                may do it for all).
+
+        Raises:
+            TableError: Not a routes file, of another version, damaged, or cut short.
+        """
+        path = Path(path)
+        model, source, tensors = read(path)
+        saved = tensors.pop("checksums")
+        table = cls(model, tensors, source, where=str(path))
+        if verify and not np.array_equal(saved, checksums(table._description(), tensors)):
+            raise damaged(path, "matching checksums", "others")
+        return table
+
+    def _description(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": self.source,
+            "layers": json.dumps(list(self.model.layers)),
+            "num_experts": str(self.model.num_experts),
+            "top_k": str(self.model.top_k),
+        }
+
+    def _logits_of(self, rows: slice) -> RouterLogits | None:
+        if self.logit_rows_N is None or self.logits_NLE is None:
+            return None
+        kept = slice(*np.searchsorted(self.logit_rows_N, [rows.start, rows.stop]))
+        return RouterLogits(
+            rows_N=np.array(self.logit_rows_N[kept]) - rows.start,
+            values_NLE=np.array(self.logits_NLE[kept]),
+        )
+
+
+def _take_rows(values_LTK: np.ndarray, places: list[int], rows_T: np.ndarray) -> np.ndarray:
+    num_rows, top_k = values_LTK.shape[1:]
+    taken_LTK = np.zeros((len(places), len(rows_T), top_k), values_LTK.dtype)
+    # A row as one opaque item: numpy copies items five times faster than rows of K numbers.
+    item = np.dtype((np.void, top_k * values_LTK.itemsize))
+    if num_rows:
+        for taken_TK, place in zip(taken_LTK, places, strict=True):
+            rows_of_layer_T = np.asarray(values_LTK[place]).view(item)[:, 0]
+            # "clip" reads row 0 for -1, and unlike "raise" needs no buffer for `out`.
+            np.take(rows_of_layer_T, rows_T, out=taken_TK.view(item)[:, 0], mode="clip")
+    return taken_LTK
+
+
+def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
+    offsets_S1 = np.cumsum([0] + [r.num_rows for r in sequences]).astype(np.int64)
+    tensors = {
+        "expert_ids_LTK": _layer_first([r.expert_ids_TLK for r in sequences]),
+        "covered_T": np.concatenate([r.covered_T for r in sequences]),
+        "origin_T": np.concatenate([r.origin_T for r in sequences]),
+        "weight_version_T": np.concatenate([r.weight_version_T for r in sequences]),
+        "offsets_S1": offsets_S1,
+    }
+    gates = [r.gate_probs_TLK for r in sequences if r.gate_probs_TLK is not None]
+    if len(gates) == len(sequences):
+        tensors["gate_probs_LTK"] = _layer_first(gates)
+    logits = concatenate_logits(sequences, offsets_S1[:-1])
+    if logits is not None:
+        tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)
+        tensors["logits_NLE"] = logits.values_NLE.astype(np.float32)
+    return tensors
+
+
+def _layer_first(parts_TLK: list[np.ndarray]) -> np.ndarray:
+    """[T, L, K] pieces to one [L, T, K] array, without an intermediate of the whole."""
+    num_rows = sum(part.shape[0] for part in parts_TLK)
+    _, num_layers, top_k = parts_TLK[0].shape
+    whole_LTK = np.empty((num_layers, num_rows, top_k), parts_TLK[0].dtype)
+    at = 0
+    for part in parts_TLK:
+        whole_LTK[:, at : at + part.shape[0]] = part.swapaxes(0, 1)
+        at += part.shape[0]
+    return whole_LTK

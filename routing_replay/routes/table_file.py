@@ -1,0 +1,189 @@
+"""The bytes of a routes file: header, checksums, memory maps. `table.py` names the columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import TableError
+from .routes import compact_dtype
+
+FORMAT, VERSION = "routing_replay.table", "1"
+# Who selected the experts: the inference engine (R3 replays these) or the training engine (R2).
+SOURCES = ("rollout", "training")
+SAFETENSORS_DTYPES = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "BOOL": np.bool_,
+}
+NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+# A safetensors header is a few hundred bytes here; anything huge is another file or damage.
+MAX_HEADER_BYTES = 1 << 24
+SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableModel:
+    """What a table says of the model: it must agree with the model that replays it."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    def __str__(self):
+        return f"{len(self.layers)} routed layers {_ranges(self.layers)}, " + (
+            f"{self.num_experts} experts, top-{self.top_k}"
+        )
+
+
+def crc(array: np.ndarray) -> int:
+    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """One number for the description, each small column, and each layer of each large one."""
+    sums = [zlib.crc32(json.dumps(description).encode())]
+    sums += [crc(tensors[name]) for name in SMALL_COLUMNS]
+    for name in ("expert_ids_LTK", "gate_probs_LTK"):
+        sums += [crc(layer_TK) for layer_TK in tensors.get(name, ())]
+    sums += [crc(tensors[name]) for name in ("logit_rows_N", "logits_NLE") if name in tensors]
+    return np.array(sums, np.int64)
+
+
+def header(description: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes:
+    """The safetensors header: names, types, shapes and places of the tensors, in their order."""
+    header: dict = {"__metadata__": description}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    # Padding so that the data, and with it every int64 column in our order, starts at 8 bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read(path: Path) -> tuple[TableModel, str, dict[str, np.ndarray]]:
+    """Model, source and memory-mapped tensors of a file, checksums not compared.
+
+    Raises:
+        TableError: Not a routes file, of another version, or damaged.
+    """
+    header, data = _read_header(path)
+    description = header.pop("__metadata__", None)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise TableError(
+            "not a routes file",
+            expected=f"a safetensors file with format {FORMAT!r}",
+            got=description and description.get("format"),
+            where=path,
+            fix="`routing-replay convert` imports the files of other tools",
+        )
+    if description.get("version") != VERSION:
+        raise TableError(
+            "a routes file of another version",
+            expected=VERSION,
+            got=description.get("version"),
+            where=path,
+            fix="Read it with the routing_replay that wrote it",
+        )
+    try:
+        model = TableModel(
+            layers=tuple(json.loads(description["layers"])),
+            num_experts=int(description["num_experts"]),
+            top_k=int(description["top_k"]),
+        )
+        source = SOURCES[SOURCES.index(description["source"])]
+        tensors = {name: _map_tensor(path, data, entry) for name, entry in header.items()}
+    except (KeyError, ValueError, TypeError) as error:
+        raise damaged(path, "a complete header", error) from error
+    _check_columns(path, model, tensors)
+    return model, source, tensors
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise damaged(path, f"a header of at most {MAX_HEADER_BYTES} bytes", length)
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise TableError("the routes file cannot be read", got=error, where=path) from error
+    except ValueError as error:
+        raise damaged(path, "a safetensors header", error) from error
+    if not isinstance(header, dict):
+        raise damaged(path, "a safetensors header", type(header).__name__)
+    return header, 8 + length
+
+
+def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
+    dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    shape = tuple(int(size) for size in entry["shape"])
+    start, stop = entry["data_offsets"]
+    size_bytes = dtype.itemsize
+    for size in shape:  # Python integers: a lying shape cannot overflow
+        size_bytes *= size
+    if min(shape, default=0) < 0 or stop - start != size_bytes:
+        raise ValueError(f"shape {shape} does not fit {stop - start} bytes")
+    if start < 0 or data + stop > os.path.getsize(path):
+        raise damaged(path, f"at least {data + stop} bytes", os.path.getsize(path))
+    if size_bytes == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", data + start, shape)
+
+
+def _check_columns(path: Path, model: TableModel, tensors: dict[str, np.ndarray]) -> None:
+    missing = [n for n in ("expert_ids_LTK", "checksums", *SMALL_COLUMNS) if n not in tensors]
+    if missing:
+        raise damaged(path, "all columns", f"no {', '.join(missing)}")
+    ids = tensors["expert_ids_LTK"]
+    num_rows = ids.shape[1] if ids.ndim == 3 else -1
+    shape = (len(model.layers), num_rows, model.top_k)
+    offsets_S1 = tensors["offsets_S1"]
+    fits = (
+        ids.shape == shape
+        and ids.dtype == compact_dtype(model.num_experts)
+        and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
+        and tensors.get("gate_probs_LTK", ids).shape == shape
+        and len(offsets_S1) >= 1
+        and offsets_S1[0] == 0
+        and offsets_S1[-1] == num_rows
+        and bool((np.diff(offsets_S1) >= 0).all())
+    )
+    if not fits:
+        raise damaged(path, f"columns of one shape for {model}", f"expert ids {ids.shape}")
+
+
+def damaged(path: Path, expected, got) -> TableError:
+    return TableError(
+        "the routes file is damaged",
+        expected=expected,
+        got=got,
+        where=path,
+        fix="Write it again; a file under its final name is always complete, so look at the copy",
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """(0, 1, 2, 5) as '0-2,5'."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)
