@@ -119,7 +119,7 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(reference, layout, m
 
 def test_a_process_without_torchrun_is_a_world_of_one():
     program = (
-        "from routing_replay.megatron import parallel\n"
+        "from recipes.model import parallel\n"
         "parallel.initialize(parallel.ParallelLayout(), seed=1)\n"
         "import torch\n"
         "print(torch.distributed.get_world_size())\n"
