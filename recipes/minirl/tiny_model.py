@@ -35,12 +35,21 @@ LABEL_SMOOTHING = 0.25
 NUM_PROBES = 256
 PROBE_EVERY = 10
 IGNORE = -100  # the label that cross_entropy leaves out
+# Raise it with every change of `make_model` or `warm_up`: models of other versions are not reused.
+VERSION = 2
 
 
 def checkpoint_folder(config: RecipeConfig) -> Path:
     """Where the tiny model of this configuration is or will be."""
     m = config.model
-    described = [m.tiny_layers, m.tiny_experts, m.tiny_top_k, m.warmup_target, m.warmup_steps]
+    described = [
+        VERSION,
+        m.tiny_layers,
+        m.tiny_experts,
+        m.tiny_top_k,
+        m.warmup_target,
+        m.warmup_steps,
+    ]
     described += [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, LABEL_SMOOTHING, VOCABULARY]
     text = json.dumps([*described, config.run.seed])
     return Path(m.cache_dir) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -100,7 +109,9 @@ def make_model(config: RecipeConfig):
             initializer_range=INITIALIZER_RANGE,
             bos_token_id=None,
             eos_token_id=VOCABULARY.index(EOS),
-            pad_token_id=VOCABULARY.index(PAD),
+            # transformers sets the embedding of a padding token to zero. Responses sample it at
+            # first, and RMSNorm scales the gradient of a zero vector by 1 / sqrt(eps) = 1,000.
+            pad_token_id=None,
         )
     ).float()
 
