@@ -16,7 +16,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path):
     path = tmp_path / "replay.yaml"
     path.write_text("routing_replay_mode: R2\nagreement-every: 7\n")
     config = parse("--routing-replay-config", str(path), "--routing-replay-mode", "R3")
-    assert (config.mode, config.agreement_every, config.capture) == ("R3", 7, "gates")
+    assert (config.mode, config.agreement_every, config.agreement_tokens) == ("R3", 7, 512)
 
 
 def test_no_flag_gives_the_defaults():
@@ -42,7 +42,6 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
     ("settings", "message"),
     [
         ({"mode": "r3"}, "unknown mode.*Did you mean 'R3'"),
-        ({"capture": "gate"}, "Did you mean 'gates'"),
         ({"agreement_every": -1}, "an integer >= 0; got -1"),
         ({"agreement_tokens": True}, "an integer >= 0; got True"),
     ],

@@ -21,7 +21,7 @@ CORE = {
     "capture": {"errors"},
     "config": {"errors"},
     "routes": {"errors"},
-    "metrics": {"errors", "config"},
+    "metrics": {"errors"},
     "objectives": {"errors", "metrics"},
     "analysis": {"errors", "routes", "metrics"},
     "report": {"errors", "metrics"},

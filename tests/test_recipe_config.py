@@ -39,8 +39,8 @@ def test_a_flag_wins_over_the_yaml_file_and_the_file_over_the_preset(tmp_path):
 
 def test_settings_of_replay_come_from_their_own_file_with_or_without_the_prefix(tmp_path):
     config = write(tmp_path / "r.yaml", "mode: R2\nrouting_replay_capture: ids\n")
-    replay = parse(["--routing-replay-config", config]).replay
-    assert (replay.mode, replay.capture) == ("R2", "ids")
+    parsed = parse(["--routing-replay-config", config])
+    assert (parsed.replay.mode, parsed.telemetry.capture) == ("R2", "ids")
     argv = ["--routing-replay-config", config, "--routing-replay-mode", "disabled"]
     assert parse(argv).replay.mode == "disabled"
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from recipes.minirl import journal
+from recipes.minirl.config import TelemetrySettings
 from recipes.minirl.journal import Journal, check_telemetry, line, truncate, worst_layers
 from recipes.minirl.publish import round_to_fp8_grid
-from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.sinks import HEAT_PIXELS
 
@@ -66,7 +66,7 @@ def test_a_resumed_run_shows_every_step_once_in_tensorboard_too(tmp_path):
 def test_heat_maps_of_the_layers_are_written_when_they_are_due(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    made = Journal(tmp_path, 0, 4, ReplayConfig(heat_map_every=2))
+    made = Journal(tmp_path, 0, 4, TelemetrySettings(heat_map_every=2))
     for step in range(1, 5):
         made.write(step, {"routing_replay/overlap_layer_0": 1 - step / 10, "time_s": 1.0})
     made.close()
@@ -83,8 +83,14 @@ def test_heat_maps_of_the_layers_are_written_when_they_are_due(tmp_path):
 @pytest.mark.parametrize(
     ("telemetry", "message"),
     [
-        (ReplayConfig(sinks=("megatron",)), "expected jsonl, tensorboard or wandb in this recipe"),
-        (ReplayConfig(metrics_dir="elsewhere"), "expected --run-dir; got --routing-replay-metrics"),
+        (
+            TelemetrySettings(sinks=("megatron",)),
+            "expected jsonl, tensorboard or wandb in this recipe",
+        ),
+        (
+            TelemetrySettings(metrics_dir="elsewhere"),
+            "expected --run-dir; got --routing-replay-metrics",
+        ),
     ],
 )
 def test_sinks_that_the_recipe_does_not_have_are_refused(telemetry, message):

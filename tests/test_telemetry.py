@@ -1,6 +1,5 @@
 """Sinks: what a step's metrics look like where they arrive."""
 
-import argparse
 import json
 import math
 import re
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from routing_replay.config import ReplayConfig, add_arguments
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.agreement import LayerAgreement
 from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
@@ -41,11 +39,6 @@ class Writer:
 
     def flush(self):
         pass
-
-
-def parse(*flags):
-    arguments = add_arguments(argparse.ArgumentParser()).parse_args(flags)
-    return ReplayConfig.from_arguments(arguments)
 
 
 def test_json_lines_are_whole_and_a_value_that_is_not_finite_is_null(tmp_path):
@@ -104,10 +97,9 @@ def test_wandb_gets_one_log_call_per_step():
     ]
 
 
-def test_flags_choose_the_sinks(tmp_path):
-    flags = ["--routing-replay-sinks", "jsonl", "megatron", "--routing-replay-metrics-dir"]
+def test_names_choose_the_sinks(tmp_path):
     writer = Writer()
-    sinks = open_sinks(parse(*flags, str(tmp_path)), megatron_writers=[writer, None])
+    sinks = open_sinks(["jsonl", "megatron"], tmp_path, megatron_writers=[writer, None])
     for sink in sinks:
         sink.write(0, {"a": 1.0})
         sink.close()
@@ -117,15 +109,19 @@ def test_flags_choose_the_sinks(tmp_path):
 
 def test_megatron_without_an_open_writer_is_refused_with_the_fix():
     with pytest.raises(ConfigError, match="no writer of Megatron.*expected --tensorboard-dir"):
-        open_sinks(parse("--routing-replay-sinks", "megatron"), megatron_writers=[None, None])
+        open_sinks(["megatron"], megatron_writers=[None, None])
+
+
+def test_an_unknown_sink_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="unknown sink; expected jsonl, .* got 'json'"):
+        open_sinks(["json"], tmp_path)
 
 
 def test_a_real_tensorboard_file_holds_the_scalar(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ["--routing-replay-sinks", "tensorboard", "--routing-replay-metrics-dir", str(tmp_path)]
-    (sink,) = open_sinks(parse(*flags))
+    (sink,) = open_sinks(["tensorboard"], tmp_path)
     sink.write(7, {"reward": 0.25})
     sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -256,8 +256,8 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
     multiple = layout.tensor * (2 * context if context > 1 else 1)
     batch = padded(RolloutBatch.open(parsed.batch / "batch.safetensors"), multiple)
     table = RouteTable.open(parsed.batch / "routes.safetensors")
-    # What was rolled out may be anybody's: "auto" accepts routes of either engine.
-    replay = attach(wrapped, ReplayConfig(mode="auto", agreement_every=0))
+    mode = {"rollout": "R3", "training": "R2"}[table.source]
+    replay = attach(wrapped, ReplayConfig(mode=mode, agreement_every=0))
     layers = replay.model.layers
     variants = attribution.plan(layers, parsed.families, bool(parsed.rollout_checkpoint))
     progress = open_progress(parsed, batch)

@@ -49,7 +49,7 @@ def run(config: RecipeConfig) -> None:
     """Prepare, start the servers, train under torchrun, report."""
     start = time.monotonic()
     config = resolve_mode(config)
-    journal.check_telemetry(config.replay)
+    journal.check_telemetry(config.telemetry)
     run_dir = open_run(config)
     print(f"Run: {run_dir}", flush=True)
     prepare(config, run_dir)

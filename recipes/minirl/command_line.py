@@ -12,7 +12,7 @@ from routing_replay import objectives
 from routing_replay.config import FLAG_PREFIX, read_yaml
 from routing_replay.errors import ConfigError
 
-from .config import SECTIONS, RecipeConfig, unknown
+from .config import SECTIONS, RecipeConfig, key_of, unknown
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny_cpu"
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         title = "routing replay" if name == "replay" else kind.__doc__.strip()
         group = parser.add_argument_group(title)
         for f in fields(kind):
-            _add_flag(group, (FLAG_PREFIX if name == "replay" else "") + f.name, f)
+            _add_flag(group, key_of(name, f.name), f)
     return parser
 
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 import yaml
 
 from routing_replay import objectives
-from routing_replay.config import FLAG_PREFIX, ReplayConfig, setting
+from routing_replay.config import FLAG_PREFIX, ReplayConfig, require_count, setting, unknown_name
 from routing_replay.errors import ConfigError
+from routing_replay.metrics.sinks import SINKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,33 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """telemetry: what the servers capture, and where metrics go"""
+
+    capture: str = setting(
+        "gates",
+        "what the rollout engine returns per token and layer: expert ids; ids and gate "
+        "probabilities; these and the full router logits of a sample of tokens",
+        ("ids", "gates", "logits"),
+    )
+    sinks: tuple[str, ...] = setting(
+        ("jsonl", "tensorboard"), f"where metrics go, of {', '.join(SINKS)}", SINKS
+    )
+    metrics_dir: str = setting("", "not in this recipe: a run's metrics lie in --run-dir")
+    heat_map_every: int = setting(
+        0, "write heat maps of layers over steps to the sinks every N-th step; 0: none"
+    )
+
+    def __post_init__(self) -> None:
+        known = {f.name: f.metadata["choices"] for f in fields(self)}
+        for name, values in (("capture", (self.capture,)), ("sinks", self.sinks)):
+            for value in values:
+                if value not in known[name]:
+                    raise unknown_name(f"{name} of routing replay", value, known[name])
+        require_count("heat_map_every", self.heat_map_every)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     """The resolved configuration; every key exists once over all sections.
 
@@ -170,6 +198,7 @@ class RecipeConfig:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     def __post_init__(self):
         _check_sizes(self)
@@ -207,7 +236,7 @@ class RecipeConfig:
     @property
     def rollout_capture(self) -> str:
         """What training rollouts bring back of the routes: only R3 replays them."""
-        return self.replay.capture if self.replay.mode in ("R3", "auto") else "off"
+        return self.telemetry.capture if self.replay.mode in ("R3", "auto") else "off"
 
     def make_objective(self) -> objectives.Objective:
         """The loss with its parameters."""
@@ -219,8 +248,7 @@ class RecipeConfig:
         flat = {}
         for section in fields(self):
             values = asdict(getattr(self, section.name))
-            prefix = FLAG_PREFIX if section.name == "replay" else ""
-            flat |= {prefix + name: value for name, value in values.items()}
+            flat |= {key_of(section.name, name): value for name, value in values.items()}
         return flat
 
     @classmethod
@@ -255,13 +283,19 @@ SECTIONS = {
     "training": TrainingSettings,
     "objective": ObjectiveSettings,
     "replay": ReplayConfig,
+    "telemetry": TelemetrySettings,
 }
+
+
+def key_of(section: str, name: str) -> str:
+    """The flat key of a section's setting: those of routing replay carry its prefix."""
+    return (FLAG_PREFIX if section in ("replay", "telemetry") else "") + name
 
 
 def known_settings() -> dict[str, tuple[str, str, object]]:
     """Every key with its section, its name there, and its default."""
     return {
-        (FLAG_PREFIX if section == "replay" else "") + f.name: (section, f.name, f.default)
+        key_of(section, f.name): (section, f.name, f.default)
         for section, kind in SECTIONS.items()
         for f in fields(kind)
     }

@@ -8,14 +8,14 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.sinks import open_sinks
+
+from .config import TelemetrySettings
 
 WORST_LAYERS = 2
 
@@ -31,14 +31,20 @@ class Journal:
     """
 
     def __init__(
-        self, run_dir: Path, last_step: int, num_steps: int, telemetry: ReplayConfig | None = None
+        self,
+        run_dir: Path,
+        last_step: int,
+        num_steps: int,
+        telemetry: TelemetrySettings | None = None,
     ):
         self.path = run_dir / "metrics.jsonl"
         self.num_steps = num_steps
-        telemetry = telemetry or ReplayConfig()
+        telemetry = telemetry or TelemetrySettings()
         truncate(self.path, last_step)
         self._sinks = open_sinks(
-            replace(telemetry, sinks=("jsonl", *telemetry.sinks), metrics_dir=str(run_dir)),
+            ("jsonl", *telemetry.sinks),
+            run_dir,
+            heat_map_every=telemetry.heat_map_every,
             first_step=last_step + 1,
         )
         self._bar = tqdm(
@@ -69,7 +75,7 @@ class Journal:
             sink.close()
 
 
-def check_telemetry(telemetry: ReplayConfig) -> None:
+def check_telemetry(telemetry: TelemetrySettings) -> None:
     """Refuse what makes no sense in the recipe, which has its own folder and its own writers."""
     if "megatron" in telemetry.sinks:
         raise ConfigError(

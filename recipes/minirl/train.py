@@ -81,7 +81,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         rollout = Rollout(config, urls, inputs.base, policy.replay.model)
         # Without a checkpoint even the record of step 0 is written anew.
         last_step = progress.step if checkpoint else -1
-        journal = Journal(run_dir, last_step, config.run.steps, config.replay)
+        journal = Journal(run_dir, last_step, config.run.steps, config.telemetry)
     job = Job(
         config=config,
         run_dir=run_dir,

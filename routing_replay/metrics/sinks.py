@@ -19,9 +19,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..config import ReplayConfig
 from ..errors import ConfigError, DataError
 
+SINKS = ("jsonl", "tensorboard", "wandb", "megatron")
 # How a metric's name ends that belongs to one layer (global, 0-based).
 LAYER_SUFFIX = re.compile(r"_layer_(\d+)$")
 # Of metrics.jsonl and tensorboard/ in a job that names none.
@@ -169,23 +169,30 @@ def _image(columns: Sequence[Mapping[int, float]]) -> np.ndarray:
 
 
 def open_sinks(
-    config: ReplayConfig, megatron_writers: Sequence = (), first_step: int | None = None
+    names: Sequence[str],
+    directory: str | os.PathLike[str] = "",
+    *,
+    heat_map_every: int = 0,
+    megatron_writers: Sequence = (),
+    first_step: int | None = None,
 ) -> list[Sink]:
-    """The sinks that the settings ask for. Call it on the one rank that writes.
+    """Open the named sinks. Call it on the one rank that writes.
 
     Args:
-        config: `sinks`, `metrics_dir` and `heat_map_every` are read.
+        names: Of `SINKS`; each is opened once.
+        directory: Of metrics.jsonl and tensorboard/; `DEFAULT_DIRECTORY` if empty.
+        heat_map_every: Steps between two heat maps of layers over steps; 0 writes none.
         megatron_writers: For "megatron": what its `get_tensorboard_writer()` and
             `get_wandb_writer()` return on that rank (its last one); None entries are skipped.
         first_step: Of a resumed run: what TensorBoard shows of later steps is dropped.
 
     Raises:
-        ConfigError: A package is missing, or "megatron" without an open writer.
+        ConfigError: A sink is unknown, its package is missing, or Megatron has no open writer.
     """
-    directory = Path(config.metrics_dir or DEFAULT_DIRECTORY)
-    every = config.heat_map_every
+    directory = Path(directory or DEFAULT_DIRECTORY)
+    every = heat_map_every
     sinks: list[Sink] = []
-    for name in dict.fromkeys(config.sinks):
+    for name in dict.fromkeys(names):
         match name:
             case "jsonl":
                 sinks.append(JsonLinesSink(directory))
@@ -199,6 +206,8 @@ def open_sinks(
                 sinks.append(WandbSink(run, wandb.Image, every))
             case "megatron":
                 sinks += _megatron_sinks(megatron_writers, every)
+            case _:
+                raise ConfigError("unknown sink", expected=", ".join(SINKS), got=repr(name))
     return sinks
 
 
