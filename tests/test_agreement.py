@@ -21,7 +21,8 @@ from routing_replay.metrics.agreement import (
     router_kl_bound,
     router_probs,
 )
-from routing_replay.metrics.typed import to_floats
+from routing_replay.metrics.sinks import scalars
+from routing_replay.metrics.typed import LayerMean, LayerValues, all_reduce, to_floats
 
 TOKENS, EXPERTS, TOP_K = 64, 16, 4
 
@@ -67,9 +68,10 @@ def test_every_statistic_equals_the_oracle(logits):
     for name in expected[0]:
         mean = sum(token[name] for token in expected) / TOKENS
         # probabilities and margins pass through float32: 2^-24 relative, a few operations
-        assert found[f"routing_replay/{name}_layer_2"] == pytest.approx(mean, rel=1e-6, abs=1e-7)
-        assert found[f"routing_replay/{name}"] == found[f"routing_replay/{name}_layer_2"]
-        assert math.isnan(found[f"routing_replay/{name}_layer_0"])
+        values = found[f"routing_replay/{name}"]
+        assert values.layers[2] == pytest.approx(mean, rel=1e-6, abs=1e-7)
+        assert values.mean == values.layers[2]
+        assert math.isnan(values.layers[0])
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -142,13 +144,13 @@ def test_rows_that_do_not_count_may_hold_nan(logits):
     kept.observe(
         0, view_of(engine_TE[valid_T], live_TE[valid_T], token_rows_T=valid_T.nonzero()[:, 0])
     )
-    assert to_floats(whole.reduced()) == pytest.approx(to_floats(kept.reduced()))
+    assert scalars(to_floats(whole.reduced())) == pytest.approx(scalars(to_floats(kept.reduced())))
 
 
 def test_exact_kl_is_averaged_over_the_sampled_tokens_only():
     agreement = LayerAgreement([5], has_logits=True)
     agreement.observe_kl(5, torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([True, False, True]))
-    assert to_floats(agreement.metrics())["routing_replay/router_kl_layer_5"] == 2.0
+    assert to_floats(agreement.metrics())["routing_replay/router_kl"].layers[5] == 2.0
 
 
 def test_first_differing_layer_is_found_across_layers_and_microbatches():
@@ -175,7 +177,7 @@ def test_first_differing_layer_is_found_across_layers_and_microbatches():
     # Row 0 never differs, row 1 first in layer 4, row 2 in 1, row 3 in 6; row 4 was not observed.
     assert found["routing_replay/any_layer_differs"] == 3 / 4
     assert found["routing_replay/first_differing_layer"] == pytest.approx((4 + 1 + 6) / 3)
-    assert found["routing_replay/first_difference_layer_4"] == 1 / 4
+    assert found["routing_replay/first_difference"].layers[4] == 1 / 4
 
 
 def test_too_many_layers_for_one_byte_are_refused():
@@ -200,8 +202,16 @@ def _stage(rank, port, queue):
     whole = LayerAgreement([0, 1], num_rows=TOKENS)
     for layer, view in enumerate(views):
         whole.observe(layer, view)
-    results = to_floats(staged.reduced()), to_floats(whole.reduced())
-    queue.put(results)
+    results = scalars(to_floats(staged.reduced())), scalars(to_floats(whole.reduced()))
+    # Rank 0 names layer 3 alone, rank 1 layers 3 and 5: sums (1, 0) + (3, 4), counts (1, 0) + (1, 2)
+    layers, total_L = ((3,), [1.0]) if rank == 0 else ((3, 5), [3.0, 4.0])
+    count_L = torch.tensor([1.0, 2.0][: len(layers)], dtype=torch.float64)
+    own = LayerMean(
+        layers=layers, total_L=torch.tensor(total_L, dtype=torch.float64), count_L=count_L
+    )
+    nothing = LayerMean(layers=(), total_L=count_L[:0], count_L=count_L[:0])
+    union = to_floats(all_reduce({"own": own, "nothing": nothing}))
+    queue.put((*results, union))
     torch.distributed.destroy_process_group()
 
 
@@ -211,10 +221,12 @@ def test_pipeline_stages_together_report_what_one_process_would(free_port):
     results = [queue.get() for _ in range(2)]
     while not context.join():
         pass
-    for staged, whole in results:
+    for staged, whole, union in results:
+        assert union["own"] == LayerValues(mean=8 / 4, layers={3: 2.0, 5: 2.0})
+        assert union["nothing"].layers == {}
         assert staged == pytest.approx(whole)
         assert staged["routing_replay/any_layer_differs"] > 0.5
-    assert results[0] == results[1]
+    assert results[0][:2] == results[1][:2]
 
 
 @pytest.fixture

@@ -125,9 +125,9 @@ def test_every_step_was_replayed_and_measured_with_and_without_replay(run):
         # Coverage is over the positions whose label was sampled: each was consumed and has a row.
         assert step["routing_replay/coverage"] == 1
         assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
-        assert 0 < step["routing_replay/overlap"] <= 1
-        assert step["routing_replay/router_kl_bound"] >= 0
-        assert {f"routing_replay/overlap_layer_{layer}" for layer in range(6)} <= step.keys()
+        assert 0 < step["routing_replay/overlap"]["mean"] <= 1
+        assert step["routing_replay/router_kl_bound"]["mean"] >= 0
+        assert step["routing_replay/overlap"]["layers"].keys() == {str(i) for i in range(6)}
         for name in ("reward", "entropy", "staleness/kl_k3", "off_policy/ess", "grad_norm"):
             assert name in step
     # Some response was right, so there was a gradient, and the policy moved.

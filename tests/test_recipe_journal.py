@@ -8,7 +8,7 @@ from recipes.minirl.config import TelemetrySettings
 from recipes.minirl.journal import Journal, check_telemetry, line, truncate, worst_layers
 from recipes.minirl.publish import round_to_fp8_grid
 from routing_replay.errors import ConfigError
-from routing_replay.metrics.sinks import HEAT_PIXELS
+from routing_replay.metrics.typed import LayerValues
 
 
 def write_steps(run_dir, first, last, num_steps=9, resumed_from=None):
@@ -63,21 +63,15 @@ def test_a_resumed_run_shows_every_step_once_in_tensorboard_too(tmp_path):
     ]
 
 
-def test_heat_maps_of_the_layers_are_written_when_they_are_due(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    made = Journal(tmp_path, 0, 4, TelemetrySettings(heat_map_every=2))
-    for step in range(1, 5):
-        made.write(step, {"routing_replay/overlap_layer_0": 1 - step / 10, "time_s": 1.0})
-    made.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    images = events.Images("routing_replay/overlap_heat_map")
-    assert [image.step for image in images] == [2, 4]
-    # One layer down, the steps so far across.
-    assert [(i.height, i.width) for i in images] == [
-        (HEAT_PIXELS, 2 * HEAT_PIXELS),
-        (HEAT_PIXELS, 4 * HEAT_PIXELS),
-    ]
+def test_a_resumed_run_keeps_the_layers_of_its_metrics(tmp_path):
+    overlap = LayerValues(mean=0.9, layers={0: 0.8, 3: float("nan")})
+    for first in (0, 1):
+        made = Journal(tmp_path, first - 1, 2)
+        made.write(first, {"routing_replay/overlap": overlap})
+        made.close()
+    assert [r["routing_replay/overlap"] for r in journal.read(tmp_path / "metrics.jsonl")] == [
+        {"mean": 0.9, "layers": {"0": 0.8, "3": None}}
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -104,9 +98,7 @@ def test_the_line_of_a_step_shows_reward_entropy_both_kls_and_the_worst_layers()
         "entropy": 0.5,
         "train_infer/kl_k3": 1e-4,
         "train_infer/kl_k3_live": 4e-4,
-        "routing_replay/overlap_layer_0": 0.99,
-        "routing_replay/overlap_layer_3": 0.9,
-        "routing_replay/overlap_layer_12": 0.95,
+        "routing_replay/overlap": LayerValues(mean=0.9, layers={0: 0.99, 3: 0.9, 12: 0.95}),
     }
     assert worst_layers(metrics) == [(3, 0.9), (12, 0.95)]
     assert line(2, 30, metrics) == (

@@ -44,12 +44,20 @@ def healthy_row(step):
         "staleness/kl_k3": 2e-4,
         "routing_replay/coverage": 1.0,
     }
-    for i in LAYERS:
-        row[f"routing_replay/exact_match_layer_{i}"] = 0.97
-        row[f"routing_replay/overlap_layer_{i}"] = 0.99
-        row[f"routing_replay/margin_layer_{i}"] = 0.3
-        row[f"routing_replay/router_kl_bound_layer_{i}"] = 1e-4
+    for name, value in (
+        ("exact_match", 0.97),
+        ("overlap", 0.99),
+        ("margin", 0.3),
+        ("router_kl_bound", 1e-4),
+    ):
+        row[f"routing_replay/{name}"] = of_layers(value)
     return row
+
+
+def of_layers(value, **changes):
+    """A metric of the layers: `value` in each, but for the changes, `layer_5=0.1`."""
+    layers = {str(i): value for i in LAYERS}
+    return {"mean": value, "layers": layers | {k[len("layer_") :]: v for k, v in changes.items()}}
 
 
 def write_run(path, rows, config=None):
@@ -82,21 +90,21 @@ def test_a_healthy_run_has_no_findings(healthy):
     [
         (
             {
-                "routing_replay/exact_match_layer_5": 0.78,
-                "routing_replay/margin_layer_5": 0.004,
+                "routing_replay/exact_match": of_layers(0.97, layer_5=0.78),
+                "routing_replay/margin": of_layers(0.3, layer_5=0.004),
             },
             "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
             "margin is small (0.004), so rounding decides.",
         ),
         (
-            {"routing_replay/exact_match_layer_5": 0.78},
+            {"routing_replay/exact_match": of_layers(0.97, layer_5=0.78)},
             "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
             "margin is not small (0.3): compare what flows into this layer.",
         ),
         (
             {
-                "routing_replay/exact_match_layer_5": 0.78,
-                "routing_replay/router_kl_bound_layer_5": 3e-3,
+                "routing_replay/exact_match": of_layers(0.97, layer_5=0.78),
+                "routing_replay/router_kl_bound": of_layers(1e-4, layer_5=3e-3),
             },
             "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router itself "
             "differs (router KL, at least 0.003 nats, the median layer 0.0001): compare this "
@@ -105,16 +113,15 @@ def test_a_healthy_run_has_no_findings(healthy):
         (
             # 0.2 nats over 40 % of the tokens: 0.5 where they differ. Layer 5 only follows.
             {
-                "routing_replay/exact_match_layer_2": 0.6,
-                "routing_replay/replay_bias_layer_2": 0.2,
-                "routing_replay/exact_match_layer_5": 0.8,
+                "routing_replay/exact_match": of_layers(0.97, layer_2=0.6, layer_5=0.8),
+                "routing_replay/replay_bias": of_layers(0.0, layer_2=0.2),
             },
             "bad: Layer 2 differs on 40 % of tokens (the median layer on 3 %); its routes are of "
             "other tokens, of another layer, or number the experts otherwise: `routing-replay "
             "diff` says which.",
         ),
         (
-            {"routing_replay/exact_match_layer_2": 0.01},
+            {"routing_replay/exact_match": of_layers(0.97, layer_2=0.01)},
             "bad: Layer 2 differs on 99 % of tokens (the median layer on 3 %); its routes are of "
             "other tokens, of another layer, or number the experts otherwise: `routing-replay "
             "diff` says which.",
@@ -186,6 +193,23 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"reward": 1}\n{"step": 2}\n')
     with pytest.raises(DataError, match=r'integer "step"; got \{"reward": 1\} .*line 2'):
+        read_run(path)
+
+
+def test_the_layers_of_a_metric_are_series_of_their_own(tmp_path):
+    cells = ({"0": 0.5, "3": None}, {"0": 0.75, "3": 1.0})
+    rows = [{"step": s, "m": {"mean": s, "layers": cell}} for s, cell in enumerate(cells)]
+    run = read_run(write_run(tmp_path / "run", [*rows, {"step": 2}]))
+    assert run.series["m"] == [0, 1, None]
+    assert run.layers == {"m": {0: [0.5, 0.75, None], 3: [None, 1.0, None]}}
+    assert run.recent_by_layer("m") == {0: 0.75, 3: 1.0}
+
+
+def test_a_file_with_one_name_per_layer_is_refused_as_old(tmp_path):
+    path = write_run(tmp_path / "run", [{"step": 0, "routing_replay/overlap_layer_3": 0.9}])
+    with pytest.raises(
+        DataError, match="older version.*one object per metric.*got.*overlap_layer_3"
+    ):
         read_run(path)
 
 

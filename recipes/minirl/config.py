@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 import yaml
 
 from routing_replay import objectives
-from routing_replay.config import FLAG_PREFIX, ReplayConfig, require_count, setting, unknown_name
+from routing_replay.config import FLAG_PREFIX, ReplayConfig, setting, unknown_name
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.sinks import SINKS
 
@@ -170,9 +170,6 @@ class TelemetrySettings:
         ("jsonl", "tensorboard"), f"where metrics go, of {', '.join(SINKS)}", SINKS
     )
     metrics_dir: str = setting("", "not in this recipe: a run's metrics lie in --run-dir")
-    heat_map_every: int = setting(
-        0, "write heat maps of layers over steps to the sinks every N-th step; 0: none"
-    )
 
     def __post_init__(self) -> None:
         known = {f.name: f.metadata["choices"] for f in fields(self)}
@@ -180,7 +177,6 @@ class TelemetrySettings:
             for value in values:
                 if value not in known[name]:
                     raise unknown_name(f"{name} of routing replay", value, known[name])
-        require_count("heat_map_every", self.heat_map_every)
 
 
 @dataclass(frozen=True, kw_only=True)

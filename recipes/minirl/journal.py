@@ -7,13 +7,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from routing_replay.errors import ConfigError
-from routing_replay.metrics.sinks import open_sinks
+from routing_replay.metrics.sinks import open_sinks, scalars
+from routing_replay.metrics.typed import LayerValues, Value
 
 from .config import TelemetrySettings
 
@@ -41,12 +42,7 @@ class Journal:
         self.num_steps = num_steps
         telemetry = telemetry or TelemetrySettings()
         truncate(self.path, last_step)
-        self._sinks = open_sinks(
-            ("jsonl", *telemetry.sinks),
-            run_dir,
-            heat_map_every=telemetry.heat_map_every,
-            first_step=last_step + 1,
-        )
+        self._sinks = open_sinks(("jsonl", *telemetry.sinks), run_dir, first_step=last_step + 1)
         self._bar = tqdm(
             total=num_steps,
             initial=max(last_step, 0),
@@ -60,7 +56,7 @@ class Journal:
         """Show what is being done."""
         self._bar.set_description(name)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Record a finished step in every sink, and show it."""
         for sink in self._sinks:
             sink.write(step, metrics)
@@ -132,9 +128,9 @@ def truncate(path: Path, last_step: int) -> None:
     partial.replace(path)
 
 
-def line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
     """One step in one line; a value that is not finite is not shown."""
-    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    metrics = scalars(values)
     parts = [f"step {step:3d}/{num_steps}"]
     for name, label, form in (
         ("eval/reward", "held-out reward", ".3f"),
@@ -146,7 +142,7 @@ def line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
     replayed, live = (metrics.get(f"train_infer/kl_k3{s}") for s in ("", "_live"))
     if replayed is not None:
         parts.append(f"KL {replayed:.2e}" + (f" (live {live:.2e})" if live is not None else ""))
-    worst = worst_layers(metrics)
+    worst = worst_layers(values)
     if worst:
         shown = ", ".join(f"{layer} ({overlap:.3f})" for layer, overlap in worst)
         parts.append(f"lowest overlap: layers {shown}")
@@ -155,8 +151,10 @@ def line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def worst_layers(metrics: dict[str, float]) -> list[tuple[int, float]]:
+def worst_layers(metrics: Mapping[str, Value]) -> list[tuple[int, float]]:
     """The layers whose live routes overlap least with the replayed ones."""
-    prefix = "routing_replay/overlap_layer_"
-    layers = [(int(n.removeprefix(prefix)), v) for n, v in metrics.items() if n.startswith(prefix)]
+    overlap = metrics.get("routing_replay/overlap")
+    if not isinstance(overlap, LayerValues):
+        return []
+    layers = [(layer, value) for layer, value in overlap.layers.items() if math.isfinite(value)]
     return sorted(layers, key=lambda pair: pair[1])[:WORST_LAYERS]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
-from .typed import Mean, Metric, all_reduce
+from .typed import LayerMean, Mean, Metric, all_reduce
 
 # Gates arrive as float16, rounded to nearest: at most half a unit of its 11-bit significand off.
 GATE_ROUNDING = 2.0**-11
@@ -273,25 +273,23 @@ class LayerAgreement:
         self._first_T[rows_T] = torch.minimum(self._first_T[rows_T], first_T)
 
     def metrics(self) -> dict[str, Metric]:
-        """`routing_replay/NAME` and `routing_replay/NAME_layer_{i}` of this rank; not collective.
+        """`routing_replay/NAME` of this rank, with its layers; not collective.
 
         A layer that this rank did not observe has count 0 and joins a reduction without effect.
         """
-        found: dict[str, Metric] = {}
-        for x, name in enumerate(self.statistics):
-            totals_L, counts_L = self._totals_LX[:, x], self._counts_LX[:, x]
-            found[f"routing_replay/{name}"] = Mean(total=totals_L.sum(), count=counts_L.sum())
-            for place, layer in enumerate(self.layers):
-                of_layer = Mean(total=totals_L[place], count=counts_L[place])
-                found[f"routing_replay/{name}_layer_{layer}"] = of_layer
-        return found
+        return {
+            f"routing_replay/{name}": LayerMean(
+                layers=self.layers, total_L=self._totals_LX[:, x], count_L=self._counts_LX[:, x]
+            )
+            for x, name in enumerate(self.statistics)
+        }
 
     def reduced(self, group=None, device=None, table_group=None) -> dict[str, Metric]:
         """The metrics over all ranks; collective: every rank of both groups must call it.
 
         Adds what only all stages together know, over the table rows that were observed:
         `any_layer_differs` (fraction), `first_differing_layer` (mean global index, of those that
-        differ) and `first_difference_layer_{i}` (fraction whose first difference is layer i).
+        differ) and `first_difference` (per layer: the fraction whose first difference it is).
 
         Args:
             group: Process group of the sums; the world if None.
@@ -314,10 +312,14 @@ class LayerAgreement:
         seen, differing = histogram[:NOT_SEEN].sum(), differing_L.sum()
         layers_L = torch.tensor(self.layers, dtype=torch.float64, device=first_T.device)
         index = Mean(total=(differing_L * layers_L).sum(), count=differing)
-        found: dict[str, Metric] = {
+        return {
             "routing_replay/any_layer_differs": Mean(total=differing, count=seen),
             "routing_replay/first_differing_layer": index,
+            # The layers' shares add up to any_layer_differs: their mean says nothing.
+            "routing_replay/first_difference": LayerMean(
+                layers=self.layers,
+                total_L=differing_L,
+                count_L=seen.expand(len(self.layers)),
+                has_mean=False,
+            ),
         }
-        for layer, total in zip(self.layers, differing_L, strict=True):
-            found[f"routing_replay/first_difference_layer_{layer}"] = Mean(total=total, count=seen)
-        return found

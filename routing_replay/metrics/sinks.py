@@ -1,40 +1,35 @@
 """Where metrics go: JSON lines, TensorBoard, Weights & Biases, Megatron's own writers.
 
-A sink takes the metrics of one step as floats (`metrics.to_floats`) on one rank; the reduction
-over ranks has happened before. A value that is not finite (nothing was seen) is null in JSON and
-left out elsewhere.
+A sink takes the metrics of one step (`typed.to_floats`) on one rank; the reduction over ranks has
+happened before. A value that is not finite (nothing was seen) is null in JSON and left out
+elsewhere.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-import re
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
-import numpy as np
-
+from ..config import unknown_name
 from ..errors import ConfigError, DataError
+from .typed import LayerValues, Value
 
 SINKS = ("jsonl", "tensorboard", "wandb", "megatron")
-# How a metric's name ends that belongs to one layer (global, 0-based).
-LAYER_SUFFIX = re.compile(r"_layer_(\d+)$")
-# Of metrics.jsonl and tensorboard/ in a job that names none.
+# Folder of metrics.jsonl and tensorboard/ in a job that names none.
 DEFAULT_DIRECTORY = "routing_replay_metrics"
-# Steps that a heat map shows, and pixels per cell.
-HEAT_STEPS, HEAT_PIXELS = 256, 6
-HEAT_METRICS = ("overlap", "exact_match", "router_kl", "router_kl_bound")
 
 
 class Sink(Protocol):
     """Takes one step's metrics at a time."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, Value]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -42,12 +37,17 @@ class Sink(Protocol):
 class JsonLinesSink:
     """metrics.jsonl: one object per step, readable while the run goes on and after a crash.
 
+    A metric of the layers is `{"mean": 0.9, "layers": {"0": 0.8, "3": 1.0}}`.
+
     Args:
         directory: Made if it does not exist. Lines of an earlier run stay; a line that a crash cut
             short is removed first, so that the file is always whole lines.
+
+    Raises:
+        DataError: The file cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory) / "metrics.jsonl"
         self._started = time.monotonic()
         try:
@@ -57,13 +57,13 @@ class JsonLinesSink:
         except OSError as error:
             raise DataError("metrics cannot be written", got=error, where=self.path) from error
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        row: dict[str, float | None] = {
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        row: dict[str, Any] = {
             "step": step,
             "time_s": round(time.monotonic() - self._started, 3),
         }
         self._started = time.monotonic()
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row |= {name: _as_json(value) for name, value in values.items()}
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -76,121 +76,67 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """Scalars, and a heat map of layers over steps for each per-layer metric.
+    """Scalars of a SummaryWriter: Megatron's (`get_tensorboard_writer()`) or one of ours."""
 
-    Args:
-        writer: A SummaryWriter: Megatron's (`get_tensorboard_writer()`) or one of ours.
-        heat_map_every: Steps between two heat maps; 0 writes none.
-    """
-
-    def __init__(self, writer, heat_map_every: int = 0):
+    def __init__(self, writer: Any):
         self._writer = writer
-        self._every = heat_map_every
-        self._history = LayerHistory()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in _finite(values).items():
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        for name, value in scalars(values).items():
             self._writer.add_scalar(name, value, step)
-        self._history.add(values)
-        if self._every and step % self._every == 0:
-            for name, image_HWC in self._history.images().items():
-                self._writer.add_image(name, image_HWC, step, dataformats="HWC")
-
         self._writer.flush()
 
     def close(self) -> None:
-        """The writer belongs to whoever made it."""
+        """Flush: the writer belongs to whoever made it."""
         self._writer.flush()
 
 
 class WandbSink:
-    """Scalars and heat maps of a run of Weights & Biases.
+    """Scalars of a run of Weights & Biases: `wandb.init(...)`, or Megatron's."""
 
-    Args:
-        run: `wandb.init(...)`, or Megatron's `get_wandb_writer()`.
-        make_image: Turns a uint8 [H, W, 3] array into what `run.log` shows: `wandb.Image`.
-        heat_map_every: Steps between two heat maps; 0 writes none.
-    """
-
-    def __init__(self, run, make_image=None, heat_map_every: int = 0):
+    def __init__(self, run: Any):
         self._run = run
-        self._make_image = make_image
-        self._every = heat_map_every if make_image else 0
-        self._history = LayerHistory()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        entries: dict = _finite(values)
-        self._history.add(values)
-        if self._every and step % self._every == 0:
-            images = self._history.images()
-            entries |= {name: self._make_image(image) for name, image in images.items()}
-        self._run.log(entries, step)
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        self._run.log(scalars(values), step)
 
     def close(self) -> None:
-        """The run belongs to whoever made it."""
+        """Do nothing: the run belongs to whoever made it."""
 
 
-class LayerHistory:
-    """The last steps of the per-layer metrics, as pictures: layers down, steps across."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, deque[dict[int, float]]] = {}
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Add one step."""
-        columns: dict[str, dict[int, float]] = {}
-        for name, value in values.items():
-            match = LAYER_SUFFIX.search(name)
-            if match is None:
-                continue
-            metric = name[: match.start()]
-            if metric.rpartition("/")[2] in HEAT_METRICS:
-                columns.setdefault(metric, {})[int(match.group(1))] = value
-        for metric, column in columns.items():
-            self._columns.setdefault(metric, deque(maxlen=HEAT_STEPS)).append(column)
-
-    def images(self) -> dict[str, np.ndarray]:
-        """uint8 [H, W, 3] by `{metric}_heat_map`: dark is far from agreement, grey is no value."""
-        return {f"{metric}_heat_map": _image(list(c)) for metric, c in self._columns.items()}
-
-
-def _image(columns: Sequence[Mapping[int, float]]) -> np.ndarray:
-    layers = sorted({layer for column in columns for layer in column})
-    values_LS = np.array([[column.get(i, np.nan) for column in columns] for i in layers])
-    known_LS = np.isfinite(values_LS)
-    shown = values_LS[known_LS]
-    low, high = (shown.min(), shown.max()) if shown.size else (0.0, 0.0)
-    level_LS = np.where(known_LS, (values_LS - low) / ((high - low) or 1.0), 0.0)
-    # From white to one hue; grey says "no value", which is not an end of the scale.
-    hue_C = np.array([130, 30, 20])
-    image_LSC = 255 + level_LS[..., None] * (hue_C - 255)
-    image_LSC = np.where(known_LS[..., None], image_LSC, 160).astype(np.uint8)
-    return image_LSC.repeat(HEAT_PIXELS, 0).repeat(HEAT_PIXELS, 1)
+def scalars(values: Mapping[str, Value]) -> dict[str, float]:
+    """Finite values under the names of scalar sinks: a layer's own is `NAME_layer_{i}`."""
+    expanded: dict[str, float] = {}
+    for name, value in values.items():
+        if not isinstance(value, LayerValues):
+            expanded[name] = value
+            continue
+        if value.mean is not None:
+            expanded[name] = value.mean
+        expanded |= {f"{name}_layer_{layer}": v for layer, v in value.layers.items()}
+    return {name: value for name, value in expanded.items() if math.isfinite(value)}
 
 
 def open_sinks(
-    names: Sequence[str],
-    directory: str | os.PathLike[str] = "",
+    names: Iterable[str],
+    directory: str | os.PathLike[str] = DEFAULT_DIRECTORY,
     *,
-    heat_map_every: int = 0,
-    megatron_writers: Sequence = (),
+    megatron_writers: Sequence[Any] = (),
     first_step: int | None = None,
 ) -> list[Sink]:
-    """Open the named sinks. Call it on the one rank that writes.
+    """Open sinks by name. Call it on the one rank that writes.
 
     Args:
-        names: Of `SINKS`; each is opened once.
-        directory: Of metrics.jsonl and tensorboard/; `DEFAULT_DIRECTORY` if empty.
-        heat_map_every: Steps between two heat maps of layers over steps; 0 writes none.
+        names: Of "jsonl", "tensorboard", "wandb" and "megatron"; each is opened once.
+        directory: Folder of metrics.jsonl, of tensorboard/ and of what wandb keeps.
         megatron_writers: For "megatron": what its `get_tensorboard_writer()` and
             `get_wandb_writer()` return on that rank (its last one); None entries are skipped.
-        first_step: Of a resumed run: what TensorBoard shows of later steps is dropped.
+        first_step: Of a resumed run: TensorBoard drops what it shows of this step and later ones.
 
     Raises:
-        ConfigError: A sink is unknown, its package is missing, or Megatron has no open writer.
+        ConfigError: An unknown name, a package is missing, or "megatron" without an open writer.
     """
-    directory = Path(directory or DEFAULT_DIRECTORY)
-    every = heat_map_every
+    directory = Path(directory)
     sinks: list[Sink] = []
     for name in dict.fromkeys(names):
         match name:
@@ -199,25 +145,24 @@ def open_sinks(
             case "tensorboard":
                 module = _import("torch.utils.tensorboard", "tensorboard")
                 writer = module.SummaryWriter(directory / "tensorboard", purge_step=first_step)
-                sinks.append(TensorBoardSink(writer, every))
+                sinks.append(TensorBoardSink(writer))
             case "wandb":
                 wandb = _import("wandb", "wandb")
-                run = wandb.run or wandb.init(dir=directory)
-                sinks.append(WandbSink(run, wandb.Image, every))
+                sinks.append(WandbSink(wandb.run or wandb.init(dir=directory)))
             case "megatron":
-                sinks += _megatron_sinks(megatron_writers, every)
+                sinks += _megatron_sinks(megatron_writers)
             case _:
-                raise ConfigError("unknown sink", expected=", ".join(SINKS), got=repr(name))
+                raise unknown_name("sink of metrics", name, SINKS)
     return sinks
 
 
-def _megatron_sinks(writers: Sequence, every: int) -> list[Sink]:
+def _megatron_sinks(writers: Sequence[Any]) -> list[Sink]:
     sinks: list[Sink] = []
     for writer in writers:
         if hasattr(writer, "add_scalar"):
-            sinks.append(TensorBoardSink(writer, every))
+            sinks.append(TensorBoardSink(writer))
         elif hasattr(writer, "log"):
-            sinks.append(WandbSink(writer, getattr(writer, "Image", None), every))
+            sinks.append(WandbSink(writer))
     if not sinks:
         raise ConfigError(
             "no writer of Megatron is open on this rank",
@@ -227,9 +172,7 @@ def _megatron_sinks(writers: Sequence, every: int) -> list[Sink]:
     return sinks
 
 
-def _import(module: str, package: str):
-    import importlib
-
+def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -238,8 +181,13 @@ def _import(module: str, package: str):
         ) from error
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def _as_json(value: Value) -> Any:
+    if not isinstance(value, LayerValues):
+        return value if math.isfinite(value) else None
+    layers = {str(layer): _as_json(v) for layer, v in value.layers.items()}
+    if value.mean is None:
+        return {"layers": layers}
+    return {"mean": _as_json(value.mean), "layers": layers}
 
 
 def _drop_cut_line(path: Path) -> None:

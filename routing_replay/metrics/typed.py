@@ -1,8 +1,12 @@
-"""Typed metrics: a value knows how it is reduced, so a reduction across ranks is never guessed."""
+"""Typed metrics: a value knows how it is reduced, so a reduction across ranks is never guessed.
+
+A metric of the routed layers is one object, not one name per layer: only a sink that knows nothing
+but scalars (TensorBoard, Weights & Biases) expands it, as `NAME` and `NAME_layer_{i}`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +17,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean kept as its two sums, both on the device, until it is read. `count` 0 reads as nan."""
+    """A mean, kept as two sums on the device until it is read. A `count` of 0 reads as nan."""
 
     total: torch.Tensor
     count: torch.Tensor
@@ -27,7 +31,7 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Sum:
-    """A plain sum over everything."""
+    """A sum over everything."""
 
     total: torch.Tensor
 
@@ -51,35 +55,87 @@ class Max:
         return self.maximum
 
 
-Metric = Mean | Sum | Max
+@dataclass(frozen=True, kw_only=True)
+class LayerMean:
+    """One mean per routed layer, and the mean over all of them.
+
+    Args:
+        layers: Global 0-based indices, ascending.
+        total_L: float64 sums, one per layer.
+        count_L: float64 counts; 0 for a layer that this rank does not see.
+        has_mean: False where a mean over the layers says nothing, as for shares of one whole.
+    """
+
+    layers: tuple[int, ...]
+    total_L: torch.Tensor
+    count_L: torch.Tensor
+    has_mean: bool = True
+
+    def merge(self, other: LayerMean) -> LayerMean:
+        """Add two parts; the layers may differ."""
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        sums_2L = self.cells(layers) + other.cells(layers)
+        return LayerMean(
+            layers=layers, total_L=sums_2L[0], count_L=sums_2L[1], has_mean=self.has_mean
+        )
+
+    def value_L(self) -> torch.Tensor:
+        return self.total_L / self.count_L
+
+    def value(self) -> torch.Tensor:
+        """The mean over all layers, each weighted by its count."""
+        return self.total_L.sum() / self.count_L.sum()
+
+    def cells(self, layers: tuple[int, ...]) -> torch.Tensor:
+        """Totals and counts [2, L] for these layers; 0 where this rank has none."""
+        cells_2L = self.total_L.new_zeros(2, len(layers))
+        index_L = [layers.index(layer) for layer in self.layers]
+        cells_2L[:, index_L] = torch.stack([self.total_L, self.count_L])
+        return cells_2L
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerValues:
+    """A `LayerMean` that was read: the mean over the layers (None without one) and each layer."""
+
+    mean: float | None
+    layers: Mapping[int, float]
+
+
+Metric = Mean | Sum | Max | LayerMean
+Value = float | LayerValues
 
 
 def masked_mean(values_T: torch.Tensor, mask_T: torch.Tensor) -> Mean:
     """Mean over the tokens where `mask_T` (bool or 0/1) holds; the others may even be nan."""
-    kept = torch.where(mask_T.bool(), values_T.detach().double(), 0.0)
-    return Mean(total=kept.sum(), count=mask_T.sum().double())
+    kept_T = torch.where(mask_T.bool(), values_T.detach().double(), 0.0)
+    return Mean(total=kept_T.sum(), count=mask_T.sum().double())
 
 
 def masked_max(values_T: torch.Tensor, mask_T: torch.Tensor) -> Max:
     """Maximum over the tokens where `mask_T` holds; -inf when there is none."""
-    kept = torch.where(mask_T.bool(), values_T.detach().double(), -torch.inf)
-    return Max(maximum=kept.max() if kept.numel() else kept.new_tensor(-torch.inf))
+    kept_T = torch.where(mask_T.bool(), values_T.detach().double(), -torch.inf)
+    return Max(maximum=kept_T.max() if kept_T.numel() else kept_T.new_tensor(-torch.inf))
 
 
 def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str, Metric]:
     """Union of two sets of metrics; a name in both is merged by its own rule."""
     merged = dict(first)
     for name, metric in second.items():
-        # A name is of one kind; were it of two, this would raise.
+        # Raises AttributeError if the kinds differ: a bug of ours, not of the user.
         merged[name] = merged[name].merge(metric) if name in merged else metric  # type: ignore[arg-type]
     return merged
 
 
-def all_reduce(metrics: Mapping[str, Metric], group=None, device=None) -> dict[str, Metric]:
+def all_reduce(
+    metrics: Mapping[str, Metric],
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Metric]:
     """Reduce over `group`. Every rank must take part, and may own different names.
 
-    Pipeline stages own different layers, so the union of the names is agreed on first; a rank
-    without a name contributes nothing to it. Two reductions move all the values.
+    Pipeline stages own different layers, so the ranks first agree on the union of names and layers;
+    a rank without a name contributes nothing to it. Two reductions move all the values.
 
     Args:
         metrics: This rank's metrics.
@@ -91,41 +147,95 @@ def all_reduce(metrics: Mapping[str, Metric], group=None, device=None) -> dict[s
     """
     if not (dist.is_available() and dist.is_initialized()):
         return dict(metrics)
-    kinds: list[dict[str, str]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(kinds, {n: type(m).__name__ for n, m in metrics.items()}, group=group)
-    union: dict[str, str] = {}
-    for rank, of_rank in enumerate(kinds):
-        for name, kind in of_rank.items():
-            if union.setdefault(name, kind) != kind:
-                raise ConfigError(
-                    f"metric {name!r} is of two kinds",
-                    expected=union[name],
-                    got=kind,
-                    where=f"group rank {rank}",
-                    fix="Give every rank's metric of one name the same kind",
-                )
-    device = device or "cpu"
+    kinds: list[dict[str, _Kind]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(kinds, {n: _Kind.of(m) for n, m in metrics.items()}, group=group)
+    union = _union(kinds)
     names = sorted(union)
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    maxima = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=device)
+    cells, num_cells = _cells(union)
+    device = device or "cpu"
+    sums_C2 = torch.zeros(num_cells, 2, dtype=torch.float64, device=device)
+    maximum_N = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=device)
     for i, name in enumerate(names):
         match metrics.get(name):
             case Mean(total=total, count=count):
-                sums[i, 0], sums[i, 1] = total, count
+                sums_C2[cells[name], 0], sums_C2[cells[name], 1] = total, count
             case Sum(total=total):
-                sums[i, 0] = total
+                sums_C2[cells[name], 0] = total
             case Max(maximum=maximum):
-                maxima[i] = maximum
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-    made: dict[str, Callable[[int], Metric]] = {
-        "Mean": lambda i: Mean(total=sums[i, 0], count=sums[i, 1]),
-        "Sum": lambda i: Sum(total=sums[i, 0]),
-        "Max": lambda i: Max(maximum=maxima[i]),
+                maximum_N[i] = maximum
+            case LayerMean() as by_layer:
+                sums_C2[cells[name]] = by_layer.cells(union[name].layers).T.to(sums_C2)
+    dist.all_reduce(sums_C2, group=group)
+    dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=group)
+    return {
+        name: union[name].metric(*sums_C2[cells[name]].T, maximum_N[i])
+        for i, name in enumerate(names)
     }
-    return {name: made[union[name]](i) for i, name in enumerate(names)}
 
 
-def to_floats(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Read every metric as a float: the one place where the host waits for the device."""
-    return {name: float(metric.value()) for name, metric in metrics.items()}
+def to_floats(metrics: Mapping[str, Metric]) -> dict[str, Value]:
+    """Read every metric: the one place where the host waits for the device."""
+    return {name: _read(metric) for name, metric in metrics.items()}
+
+
+def _read(metric: Metric) -> Value:
+    if not isinstance(metric, LayerMean):
+        return float(metric.value())
+    values = dict(zip(metric.layers, metric.value_L().tolist(), strict=True))
+    return LayerValues(mean=float(metric.value()) if metric.has_mean else None, layers=values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What the ranks tell each other about a metric before the values move."""
+
+    type: str
+    layers: tuple[int, ...] = ()
+    has_mean: bool = True
+
+    @classmethod
+    def of(cls, metric: Metric) -> _Kind:
+        if isinstance(metric, LayerMean):
+            return cls(type="LayerMean", layers=metric.layers, has_mean=metric.has_mean)
+        return cls(type=type(metric).__name__)
+
+    def metric(self, total_C: torch.Tensor, count_C: torch.Tensor, maximum: torch.Tensor) -> Metric:
+        match self.type:
+            case "Mean":
+                return Mean(total=total_C[0], count=count_C[0])
+            case "Sum":
+                return Sum(total=total_C[0])
+            case "Max":
+                return Max(maximum=maximum)
+        return LayerMean(
+            layers=self.layers, total_L=total_C, count_L=count_C, has_mean=self.has_mean
+        )
+
+
+def _union(kinds_by_rank: list[dict[str, _Kind]]) -> dict[str, _Kind]:
+    union: dict[str, _Kind] = {}
+    for rank, kinds in enumerate(kinds_by_rank):
+        for name, kind in kinds.items():
+            known = union.setdefault(name, kind)
+            if known.type != kind.type:
+                raise ConfigError(
+                    f"metric {name!r} is of two kinds",
+                    expected=known.type,
+                    got=kind.type,
+                    where=f"group rank {rank}",
+                    fix="Give every rank's metric of one name the same kind",
+                )
+            layers = tuple(sorted({*known.layers, *kind.layers}))
+            union[name] = _Kind(type=kind.type, layers=layers, has_mean=kind.has_mean)
+    return union
+
+
+def _cells(union: Mapping[str, _Kind]) -> tuple[dict[str, slice], int]:
+    """Where each metric's sums stand in the reduced tensor, and how long that is."""
+    cells: dict[str, slice] = {}
+    start = 0
+    for name in sorted(union):
+        stop = start + (len(union[name].layers) if union[name].type == "LayerMean" else 1)
+        cells[name] = slice(start, stop)
+        start = stop
+    return cells, start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .run import Run, first_known, flatten
@@ -114,12 +115,11 @@ def _support_findings(run: Run, k3: float | None) -> list[Finding]:
 
 
 def _layer_findings(run: Run) -> list[Finding]:
-    layers = run.layers("routing_replay/exact_match")
-    matches = {i: run.recent(f"routing_replay/exact_match_layer_{i}") for i in layers}
-    differ = {i: 1 - match for i, match in matches.items() if match is not None}
+    matches = run.recent_by_layer("routing_replay/exact_match")
+    differ = {layer: 1 - match for layer, match in matches.items()}
     if not differ:
         return []
-    median = sorted(differ.values())[(len(differ) - 1) // 2]
+    median = _median(differ)
     found = []
     standing_out = [
         i
@@ -141,7 +141,7 @@ def _layer_findings(run: Run) -> list[Finding]:
 
 
 def _is_unrelated(run: Run, layer: int, differ: float) -> bool:
-    bias = run.recent(f"routing_replay/replay_bias_layer_{layer}") or 0.0
+    bias = run.recent_by_layer("routing_replay/replay_bias").get(layer, 0.0)
     return 1 - differ < UNRELATED_EXACT_MATCH or bias / differ > NO_NEAR_MISS
 
 
@@ -151,23 +151,16 @@ def _cause(run: Run, layer: int, is_unrelated: bool) -> str:
             "its routes are of other tokens, of another layer, or number the experts otherwise: "
             "`routing-replay diff` says which"
         )
-    margin = run.recent(f"routing_replay/margin_layer_{layer}")
+    margin = run.recent_by_layer("routing_replay/margin").get(layer)
     if margin is not None and margin < SMALL_MARGIN:
         return f"its router's margin is small ({margin:.2g}), so rounding decides"
     for name, words in (("router_kl", "router KL"), ("router_kl_bound", "router KL, at least")):
-        recent = [
-            run.recent(f"routing_replay/{name}_layer_{i}")
-            for i in run.layers(f"routing_replay/{name}")
-        ]
-        kl = run.recent(f"routing_replay/{name}_layer_{layer}")
-        of_layers = sorted(value for value in recent if value is not None)
-        if kl is not None and of_layers:
-            median = of_layers[(len(of_layers) - 1) // 2]
-            if kl > OUTLIER_ROUTER_KL * median:
-                return (
-                    f"its router itself differs ({words} {kl:.2g} nats, the median layer "
-                    f"{median:.2g}): compare this layer's precision and weights"
-                )
+        kls = run.recent_by_layer(f"routing_replay/{name}")
+        if layer in kls and kls[layer] > OUTLIER_ROUTER_KL * _median(kls):
+            return (
+                f"its router itself differs ({words} {kls[layer]:.2g} nats, the median layer "
+                f"{_median(kls):.2g}): compare this layer's precision and weights"
+            )
     shown = "" if margin is None else f" ({margin:.2g})"
     return f"its router's margin is not small{shown}: compare what flows into this layer"
 
@@ -188,6 +181,11 @@ def _training_findings(run: Run) -> list[Finding]:
         text = f"The entropy fell from {before:.2g} to {after:.2g}."
         return [Finding(severity="warn", text=text)]
     return []
+
+
+def _median(by_layer: Mapping[int, float]) -> float:
+    """The lower median: a layer's value, also of an even number of layers."""
+    return sorted(by_layer.values())[(len(by_layer) - 1) // 2]
 
 
 def _percent(share: float) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
-from ..metrics.sinks import LAYER_SUFFIX
 
 # The share of a run's last steps that "now" means in the summary and in the findings.
 RECENT_SHARE = 0.25
+# How metrics.jsonl named the layers before a metric held them.
+OLD_LAYER_NAME = re.compile(r"^routing_replay/.*_layer_\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class Run:
     Args:
         name: What the report calls it.
         steps: Ascending.
-        series: Metric name to one value per step, None where it is missing or not finite.
+        series: Metric name to one value per step, None where it is missing or not finite. Of a
+            metric of the layers: their mean.
+        layers: Metric name to the same for each of its layers (global, 0-based, ascending).
         config: Content of config.json, {} if there is none.
         attribution: Content of attribution.json (tools/attribute_kl.py), or None.
         notes: What was wrong with the files, in words.
@@ -31,26 +36,34 @@ class Run:
 
     name: str
     steps: tuple[int, ...]
-    series: dict[str, list[float | None]]
+    series: Mapping[str, Sequence[float | None]]
+    layers: Mapping[str, Mapping[int, Sequence[float | None]]] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     attribution: dict | None = None
     notes: tuple[str, ...] = ()
 
-    def recent(self, name: str) -> float | None:
+    def recent(self, name: str, layer: int | None = None) -> float | None:
         """Mean of a metric over the last quarter of its values; None if there is none."""
-        values = [value for value in self.series.get(name, []) if value is not None]
-        start = len(values) - max(1, round(len(values) * RECENT_SHARE))
-        return mean(values[max(start, 0) :])
+        values = self._known(name, layer)
+        return mean(values[max(len(values) - _quarter(values), 0) :])
 
     def earliest(self, name: str) -> float | None:
         """Mean of a metric over the first quarter of its values."""
-        values = [value for value in self.series.get(name, []) if value is not None]
-        return mean(values[: max(1, round(len(values) * RECENT_SHARE))])
+        values = self._known(name)
+        return mean(values[: _quarter(values)])
 
-    def layers(self, metric: str) -> list[int]:
-        """Layers that have the metric `{metric}_layer_{i}`."""
-        found = (LAYER_SUFFIX.search(n) for n in self.series if n.startswith(f"{metric}_layer_"))
-        return sorted(int(match.group(1)) for match in found if match)
+    def recent_by_layer(self, name: str) -> dict[int, float]:
+        """`recent` of every layer that has a value."""
+        recent = {layer: self.recent(name, layer) for layer in self.layers.get(name, ())}
+        return {layer: value for layer, value in recent.items() if value is not None}
+
+    def _known(self, name: str, layer: int | None = None) -> list[float]:
+        values = self.series.get(name, ()) if layer is None else self.layers[name][layer]
+        return [value for value in values if value is not None]
+
+
+def _quarter(values: Sequence[float]) -> int:
+    return max(1, round(len(values) * RECENT_SHARE))
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -70,23 +83,23 @@ def read_run(directory: str | os.PathLike, name: str | None = None) -> Run:
     directory = Path(directory)
     rows, notes = _read_rows(directory / "metrics.jsonl")
     steps = tuple(sorted(rows))
-    names = sorted({key for row in rows.values() for key in row if key != "step"})
-    series = {key: [rows[step].get(key) for step in steps] for key in names}
+    names = sorted({name for row in rows.values() for name in row if name != "step"})
     config = _read_json(directory / "config.json")
     if config is None:
         notes.append("The run has no config.json.")
     return Run(
         name=name or directory.resolve().name,
         steps=steps,
-        series=series,
+        series={name: [_overall(rows[step].get(name)) for step in steps] for name in names},
+        layers=_layers(rows, names),
         config=config or {},
         attribution=_read_json(directory / "attribution.json"),
         notes=tuple(notes),
     )
 
 
-def _read_rows(path: Path) -> tuple[dict[int, dict], list[str]]:
-    rows: dict[int, dict] = {}
+def _read_rows(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    rows: dict[int, dict[str, Any]] = {}
     notes: list[str] = []
     repeated = 0
     try:
@@ -114,8 +127,9 @@ def _read_rows(path: Path) -> tuple[dict[int, dict], list[str]]:
                 got=line.strip()[:80],
                 where=f"{path}, line {number}",
             ) from error
+        _refuse_old_names(row, f"{path}, line {number}")
         repeated += step in rows
-        rows[step] = {key: _number(value) for key, value in row.items()}
+        rows[step] = row
     if not rows:
         raise DataError("the metrics hold no step yet", where=path, fix="Wait for the first step")
     if repeated:
@@ -123,7 +137,41 @@ def _read_rows(path: Path) -> tuple[dict[int, dict], list[str]]:
     return rows, notes
 
 
-def _number(value) -> float | None:
+def _refuse_old_names(row: Mapping[str, Any], where: str) -> None:
+    name = next((name for name in row if OLD_LAYER_NAME.search(name)), None)
+    if name is not None:
+        raise DataError(
+            "the metrics are of an older version, with one name per layer",
+            expected='one object per metric: {"mean": 0.9, "layers": {"0": 0.8}}',
+            got=name,
+            where=where,
+            fix="Read this run with the version that wrote it",
+        )
+
+
+def _overall(value: object) -> float | None:
+    """A metric's own value; of one with layers their mean."""
+    return _number(value.get("mean") if isinstance(value, dict) else value)
+
+
+def _layers(
+    rows: Mapping[int, dict[str, Any]], names: Sequence[str]
+) -> dict[str, dict[int, list[float | None]]]:
+    """Series of each layer of the metrics that have layers; rows are in the order of steps."""
+    by_metric: dict[str, dict[int, list[float | None]]] = {}
+    for name in names:
+        cells = [_cells(rows[step].get(name)) for step in sorted(rows)]
+        layers = sorted({int(layer) for cell in cells for layer in cell})
+        if layers:
+            by_metric[name] = {i: [_number(cell.get(str(i))) for cell in cells] for i in layers}
+    return by_metric
+
+
+def _cells(value: object) -> dict[str, Any]:
+    return value.get("layers", {}) if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float | None:
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 
-from ..metrics.sinks import LAYER_SUFFIX
 from .charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
 from .findings import ENTROPY_NAMES, findings_of
 from .run import Run, first_known, flatten
@@ -192,13 +191,13 @@ def layers(runs: Sequence[Run]) -> str:
         name = f"routing_replay/{metric}"
         grids = []
         for run in runs:
-            columns = [run.series[f"{name}_layer_{i}"] for i in run.layers(name)]
+            columns = run.layers.get(name, {}).values()
             grids.append([[None if v is None else shown(v) for v in row] for row in columns])
         bounds = bounds_of((v for grid in grids for row in grid for v in row), is_log)
         for run, values in zip(runs, grids, strict=True):
             grid = Grid(
                 label=title,
-                rows=run.layers(name),
+                rows=list(run.layers.get(name, ())),
                 steps=run.steps,
                 values=values,
                 bounds=bounds,
@@ -209,14 +208,12 @@ def layers(runs: Sequence[Run]) -> str:
             )
     tables = []
     for run in runs:
-        numbers = sorted({i for m, _ in LAYER_COLUMNS for i in run.layers(f"routing_replay/{m}")})
-        present = [(m, word) for m, word in LAYER_COLUMNS if run.layers(f"routing_replay/{m}")]
-        lines = [
-            [str(i)] + [_text(run.recent(f"routing_replay/{m}_layer_{i}")) for m, _ in present]
-            for i in numbers
-        ]
+        recent = {word: run.recent_by_layer(f"routing_replay/{m}") for m, word in LAYER_COLUMNS}
+        columns = {word: values for word, values in recent.items() if values}
+        numbers = sorted({layer for values in columns.values() for layer in values})
+        lines = [[str(i), *(_text(values.get(i)) for values in columns.values())] for i in numbers]
         if lines:
-            head = ["layer", *(word for _, word in present)]
+            head = ["layer", *columns]
             label = f"Every layer of {html.escape(run.name)}, mean of the last quarter"
             table = _table(head, lines)
             tables.append(f'<details class="card"><summary>{label}</summary>{table}</details>')
@@ -249,7 +246,7 @@ def receipts(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         for name, values in run.series.items():
-            if any(word in name for word in RECEIPT_WORDS) and not LAYER_SUFFIX.search(name):
+            if any(word in name for word in RECEIPT_WORDS):
                 kept = [v for v in values if v is not None]
                 if kept:
                     row = [run.name, name, *map(_text, (kept[0], kept[-1], min(kept), max(kept)))]
@@ -280,8 +277,8 @@ def configuration(runs: Sequence[Run]) -> str:
 
 
 def all_metrics(runs: Sequence[Run]) -> str:
-    """First and last quarter of every metric that is not per layer."""
-    names = sorted({n for run in runs for n in run.series if not LAYER_SUFFIX.search(n)})
+    """First and last quarter of every metric; of one with layers, of their mean."""
+    names = sorted({n for run in runs for n in run.series if run.recent(n) is not None})
     rows = []
     for name in names:
         cells = [f"{_text(r.earliest(name))} → {_text(r.recent(name))}" for r in runs]
