@@ -203,7 +203,8 @@ def _stage(rank, port, queue):
     for layer, view in enumerate(views):
         whole.observe(layer, view)
     results = scalars(to_floats(staged.reduced())), scalars(to_floats(whole.reduced()))
-    # Rank 0 names layer 3 alone, rank 1 layers 3 and 5: sums (1, 0) + (3, 4), counts (1, 0) + (1, 2)
+    # Rank 0 names layer 3 alone, rank 1 layers 3 and 5: sums (1, 0) + (3, 4), counts (1, 0) +
+    # (1, 2).
     layers, total_L = ((3,), [1.0]) if rank == 0 else ((3, 5), [3.0, 4.0])
     count_L = torch.tensor([1.0, 2.0][: len(layers)], dtype=torch.float64)
     own = LayerMean(

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from ..config import unknown_name
 from ..errors import ConfigError, DataError
 from .typed import LayerValues, Value
 
@@ -152,7 +151,7 @@ def open_sinks(
             case "megatron":
                 sinks += _megatron_sinks(megatron_writers)
             case _:
-                raise unknown_name("sink of metrics", name, SINKS)
+                raise ConfigError("unknown sink", expected=", ".join(SINKS), got=repr(name))
     return sinks
 
 
