@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, unknown_name
 
 MODES = ("disabled", "R2", "R3", "auto")
 FLAG_PREFIX = "routing_replay_"
@@ -165,11 +164,3 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             "the configuration is no mapping", expected="key: value", got=content, where=path
         )
     return content
-
-
-def unknown_name(kind: str, name: object, known: Iterable[object]) -> ConfigError:
-    """Return the error for a name that does not exist: it names the nearest one that does."""
-    nearest = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)
-    fix = f"Did you mean {nearest[0]!r}?" if nearest else None
-    known_text = ", ".join(str(k) for k in known)
-    return ConfigError(f"unknown {kind}", expected=f"one of {known_text}", got=repr(name), fix=fix)

@@ -1,4 +1,11 @@
-"""Everything that a user of routing_replay can cause, as one small family of errors."""
+"""The errors that a user of routing_replay can cause, as one small family."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RoutingReplayError(Exception):
@@ -15,7 +22,15 @@ class RoutingReplayError(Exception):
         fix: The next step for the user.
     """
 
-    def __init__(self, what: str, *, expected=None, got=None, where=None, fix=None):
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
         parts = [what]
         if expected is not None:
             parts.append(f"expected {expected}")
@@ -29,13 +44,13 @@ class RoutingReplayError(Exception):
         super().__init__(message)
         self.what, self.expected, self.got, self.where, self.fix = what, expected, got, where, fix
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         # Errors cross process borders; default pickling would pass the message as `what`.
         fields = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
         return _rebuild, (type(self), self.what, fields)
 
 
-def _rebuild(kind, what, fields):
+def _rebuild(kind: type[RoutingReplayError], what: str, fields: dict) -> RoutingReplayError:
     return kind(what, **fields)
 
 
@@ -77,3 +92,61 @@ class DataError(RoutingReplayError):
 
 class CheckpointError(RoutingReplayError):
     """A checkpoint that is incomplete, of another architecture, or cannot be written."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[object]) -> ConfigError:
+    """Return the error for a name that does not exist; it suggests the nearest known name.
+
+    Args:
+        kind: What the name is of, such as "objective".
+        name: The unknown name.
+        known: All names that exist.
+    """
+    names = [str(k) for k in known]
+    by_folded = {n.casefold(): n for n in names}
+    nearest = difflib.get_close_matches(str(name).casefold(), by_folded, n=1)
+    fix = f"Did you mean {by_folded[nearest[0]]!r}?" if nearest else None
+    return ConfigError(
+        f"unknown {kind}", expected=f"one of {', '.join(names)}", got=repr(name), fix=fix
+    )
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike,
+    what: str,
+    error_class: type[RoutingReplayError],
+    *,
+    also: tuple[type[Exception], ...] = (),
+    fix: str | None = None,
+) -> Iterator[None]:
+    """Turn a failure to read or decode a file into `error_class`.
+
+    Args:
+        path: The file; it becomes the error's `where`.
+        what: What the file is, such as "the routes file".
+        error_class: What to raise for OSError and ValueError (which bad JSON and bad UTF-8 are).
+        also: A decoder's own exceptions, such as `yaml.YAMLError`.
+        fix: The next step for the user.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *also)
+    try:
+        yield
+    except kinds as error:
+        raise error_class(f"{what} cannot be read", got=error, where=path, fix=fix) from error
+
+
+@contextmanager
+def writing(
+    path: str | os.PathLike,
+    what: str,
+    error_class: type[RoutingReplayError],
+    *,
+    fix: str | None = None,
+) -> Iterator[None]:
+    """Turn a failure to write a file into `error_class`; the arguments are those of `reading`."""
+    try:
+        yield
+    except OSError as error:
+        got = error.strerror or error
+        raise error_class(f"{what} cannot be written", got=got, where=path, fix=fix) from error

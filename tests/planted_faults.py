@@ -142,7 +142,7 @@ def truncate(log_probs_SV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def edited(table: RouteTable, edit) -> RouteTable:
     """A copy of the table whose faulty layer's ids [S, T, K] went through `edit`."""
-    shape = (NUM_SEQUENCES, NUM_TOKENS - 1, table.model.top_k)
+    shape = (NUM_SEQUENCES, NUM_TOKENS - 1, table.shape.top_k)
     sequences = []
     ids_LTK, gates_LTK = table.expert_ids_LTK.copy(), table.gate_probs_LTK.copy()
     for values_LTK in (ids_LTK, gates_LTK):
@@ -155,8 +155,8 @@ def edited(table: RouteTable, edit) -> RouteTable:
             Routes(
                 expert_ids_TLK=np.ascontiguousarray(ids_LTK[:, rows].swapaxes(0, 1)),
                 gate_probs_TLK=np.ascontiguousarray(gates_LTK[:, rows].swapaxes(0, 1)),
-                layers=table.model.layers,
-                num_experts=table.model.num_experts,
+                layers=table.shape.layers,
+                num_experts=table.shape.num_experts,
             )
         )
     return RouteTable.from_routes(sequences)
@@ -276,7 +276,7 @@ class Trainer:
             return torch.cat([scores.logp_T for _, scores in scorer.run()])
 
     def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
-        layers = rollout.table.model.layers
+        layers = rollout.table.shape.layers
         progress = Progress(None, {})
         old = None
         if rollout_chunks is not None:

@@ -71,21 +71,21 @@ def rows_of_the_wrong_type(bench):
 
 @failure
 def table_of_fewer_layers(bench):
-    model = dataclasses.replace(bench.replay.model, layers=bench.replay.model.layers[:-1])
+    model = dataclasses.replace(bench.replay.shape, layers=bench.replay.shape.layers[:-1])
     with bench.replay.replaying(random_table(bench.job, model)):
         pass
 
 
 @failure
 def table_of_more_experts(bench):
-    model = dataclasses.replace(bench.replay.model, num_experts=16)
+    model = dataclasses.replace(bench.replay.shape, num_experts=16)
     with bench.replay.replaying(random_table(bench.job, model)):
         pass
 
 
 @failure
 def table_of_another_top_k(bench):
-    model = dataclasses.replace(bench.replay.model, top_k=3)
+    model = dataclasses.replace(bench.replay.shape, top_k=3)
     with bench.replay.replaying(random_table(bench.job, model)):
         pass
 
@@ -126,7 +126,7 @@ def an_expert_beyond_the_models_in_a_table_changed_afterwards(bench):
 
 
 def _replay_once(bench):
-    batch, before = bench.batches()[0], random_table(bench.job, bench.replay.model)
+    batch, before = bench.batches()[0], random_table(bench.job, bench.replay.shape)
     try:
         with bench.replay.replaying(bench.table), bench.replay.microbatch(batch["rows"]):
             bench.forward(batch)
@@ -371,7 +371,7 @@ def provoke_all(rank):
         job = Job(case)
         stock = job.run()
         replay = attach(job.chunks, R3)
-        bench = Bench(job=job, replay=replay, table=random_table(job, replay.model))
+        bench = Bench(job=job, replay=replay, table=random_table(job, replay.shape))
         for name, provoke in FAILURES.items():
             error = None
             try:

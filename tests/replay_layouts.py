@@ -259,12 +259,12 @@ class Dispatched:
     def __init__(self, step: Step, table: RouteTable):
         self.step, self.table = step, table
         self.counts_LRE = torch.zeros(
-            len(table.model.layers), table.num_rows, table.model.num_experts, dtype=torch.int32
+            len(table.shape.layers), table.num_rows, table.shape.num_experts, dtype=torch.int32
         )
 
     def __enter__(self):
         self.rows = [self._router_order(b["rows"]) for b in self.step.microbatches(self.table.rows)]
-        self.forwards = dict.fromkeys(self.table.model.layers, 0)
+        self.forwards = dict.fromkeys(self.table.shape.layers, 0)
         self.hooks = [r.register_forward_hook(self._count) for r in self.step.routers()]
         return self
 
@@ -290,7 +290,7 @@ class Dispatched:
         rows_T = self.rows[self.forwards[layer]]
         self.forwards[layer] += 1
         kept_T = rows_T >= 0
-        place = self.table.model.layers.index(layer)
+        place = self.table.shape.layers.index(layer)
         self.counts_LRE[place].index_add_(0, rows_T[kept_T], output[1][kept_T].int())
 
     def wrong_rows(self):
@@ -343,7 +343,7 @@ def _replayed(step, table):
     with Dispatched(step, table) as seen, replay.replaying(table):
         found["trained"] = step.run(table.rows, forward_only=False)
     wrong["recorded routes, with backward"] = seen.wrong_rows()
-    drawn = random_table(replay.model)
+    drawn = random_table(replay.shape)
     with Dispatched(step, drawn) as seen, replay.replaying(drawn, record_live=True) as recorded:
         found["drawn"] = step.run(drawn.rows)
     wrong["drawn routes"] = seen.wrong_rows()

@@ -296,7 +296,7 @@ class DispatchedRows:
         with torch.no_grad():
             logits_TE = router.gating(arguments[0]).reshape(-1, EXPERTS)
         expected_TE = torch.zeros_like(output[1])
-        expected_TE.scatter_(1, logits_TE.topk(self.table.model.top_k).indices, True)
+        expected_TE.scatter_(1, logits_TE.topk(self.table.shape.top_k).indices, True)
         if not torch.equal(output[1], expected_TE):
             self.wrong.append((router.layer_number - 1, "an MTP router did not route live"))
 
@@ -307,7 +307,7 @@ class DispatchedRows:
         ids = self.table.gather([layer], rows_T[replayed_T].numpy())[0]
         expected = torch.zeros_like(routing_map_TE[replayed_T])
         expected.scatter_(1, torch.from_numpy(ids.astype(np.int64)), True)
-        all_K = (routing_map_TE.sum(1) == self.table.model.top_k).all()
+        all_K = (routing_map_TE.sum(1) == self.table.shape.top_k).all()
         return bool(all_K) and torch.equal(routing_map_TE[replayed_T], expected)
 
     def remove(self):
@@ -363,7 +363,7 @@ def _no_grad_record(job, replay, stock, lengths):
 
 
 def _random_routes(job, replay):
-    table = random_table(job, replay.model)
+    table = random_table(job, replay.shape)
     oracle = DispatchedRows(job, table)
     try:
         with replay.replaying(table):
@@ -384,7 +384,7 @@ def _random_routes(job, replay):
 
 def _evaluation_in_the_middle(job, replay, stock):
     """Within a scope, `live()` passes are stock, and the scope's receipt does not count them."""
-    table = random_table(job, replay.model)
+    table = random_table(job, replay.shape)
     live = types.SimpleNamespace(microbatch=lambda rows: replay.live())
     with replay.replaying(table):
         job.run(replay, table.rows)

@@ -57,7 +57,7 @@ def expert_bias_under_a_padding_mask():
     job = Job(Case(router="sigmoid_bias", padding_mask=True, recompute="full"))
     found = {"stock": error_of(job.run)}
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         table.covered_T[:] = True
         found["outside"] = error_of(job.run)
         with replay.replaying(table):
@@ -116,7 +116,7 @@ def which_routes_a_statistic_counts():
 
     found["stock"] = loads_of_a_run()
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         with replay.replaying(table):
             found["replayed"] = loads_of_a_run(replay, table.rows)
     return found
@@ -133,7 +133,7 @@ def as_many_tokens_as_experts():
     for is_open in (False, True):
         router.local_tokens_per_expert.zero_()
         with attach(job.chunks, R3) as replay:
-            table = random_table(job, replay.model)
+            table = random_table(job, replay.shape)
             scope = replay.replaying(table) if is_open else contextlib.nullcontext()
             with contextlib.suppress(Exception), scope:  # no microbatch: the scope complains
                 router._apply_expert_bias(routing_map, padding_mask=is_padding)
@@ -149,7 +149,7 @@ def stock_replay_object():
     job = Job(Case(), moe_enable_routing_replay=True)
     found, stock = {}, job.run()
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         oracle = DispatchedRows(job, table)
         with replay.replaying(table):
             job.run(replay, table.rows)
@@ -189,12 +189,12 @@ def wrapped_model():
         for chunk in job.chunks
     ]
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         oracle = DispatchedRows(job, table)
         with replay.replaying(table):
             job.run(replay, table.rows)
         oracle.remove()
-    return {"layers": replay.model.layers, "wrong": oracle.wrong, "calls": oracle.calls}
+    return {"layers": replay.shape.layers, "wrong": oracle.wrong, "calls": oracle.calls}
 
 
 @trap
@@ -203,7 +203,7 @@ def two_models_in_one_process():
     actor, reference = Job(Case(recompute="full")), Job(Case())
     stock = reference.run()
     with attach(actor.chunks, R3) as replay, attach(reference.chunks, R3) as other:
-        table = random_table(actor, replay.model)
+        table = random_table(actor, replay.shape)
         oracle = DispatchedRows(actor, table)
         with replay.replaying(table):
             actor.run(replay, table.rows)
@@ -221,7 +221,7 @@ def unset_router_fusion():
     found = {"stock": error_of(job.run), "refused": error_of(lambda: attach(job.chunks, R3))}
     unset = ReplayConfig(mode="R3", agreement_every=0, unset_router_fusion=True)
     with attach(job.chunks, unset) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         oracle = DispatchedRows(job, table)
         with replay.replaying(table):
             job.run(replay, table.rows)
@@ -237,7 +237,7 @@ def coverage_counts_what_the_caller_counts():
     """Padding and prompts are no missing routes: coverage is over the counted tokens."""
     job = Job(Case())
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.model)
+        table = random_table(job, replay.shape)
         batches = list(job.batch.microbatches(table.rows))
         found = {}
         for name, counts_of in (("all", None), ("response", lambda rows: response(rows))):

@@ -19,9 +19,9 @@ from tiny_models import write_tiny_qwen3_moe
 from recipes.serving.server import Server, ServerOptions, launch
 from routing_replay.rollout.client import RolloutClient
 from routing_replay.rollout.requests import GenerateRequest
-from routing_replay.routes.table import TableModel
+from routing_replay.routes.shape import MoEShape
 
-MODEL = TableModel(layers=(0, 1, 2), num_experts=16, top_k=4)
+MODEL = MoEShape(layers=(0, 1, 2), num_experts=16, top_k=4)
 VOCAB = 128
 # Chunks far shorter than prompts, and few slots: chunked prefill and eviction really happen.
 ARGUMENTS = (

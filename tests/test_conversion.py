@@ -13,11 +13,12 @@ from routing_replay.errors import DataError
 from routing_replay.routes import conversion, payload
 from routing_replay.routes.conversion import export_rollout_dump, export_sglang, import_routes
 from routing_replay.routes.routes import Routes
+from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.spool import RouteSpool
-from routing_replay.routes.table import RouteTable, TableModel
+from routing_replay.routes.table import RouteTable
 
 # Layer 0 is dense: stock engines return zeros for it.
-MODEL = TableModel(layers=(1, 2, 3), num_experts=8, top_k=2)
+MODEL = MoEShape(layers=(1, 2, 3), num_experts=8, top_k=2)
 
 
 def random_routes(num_rows, seed=0, **changes):

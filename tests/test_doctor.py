@@ -11,7 +11,8 @@ from routing_replay.cli import doctor
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
 from routing_replay.routes.routes import Routes
-from routing_replay.routes.table import RouteTable, TableModel
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 
 def save_table(path, **changes):
@@ -67,9 +68,9 @@ def test_a_plugin_list_without_us_is_an_error(monkeypatch):
 
 def test_a_whole_table_of_the_model_is_fine_and_another_model_is_not(tmp_path):
     path = save_table(tmp_path / "t.safetensors")
-    model = TableModel(layers=(0, 1), num_experts=8, top_k=2)
+    model = MoEShape(layers=(0, 1), num_experts=8, top_k=2)
     assert [f.severity for f in doctor.check_table(path, model)] == ["ok"]
-    other = TableModel(layers=(0, 1), num_experts=16, top_k=2)
+    other = MoEShape(layers=(0, 1), num_experts=16, top_k=2)
     (error,) = errors(doctor.check_table(path, other))
     assert "another model" in error and "16 experts" in error
 
@@ -125,7 +126,7 @@ def test_an_unreadable_configuration_is_a_finding_not_a_crash(tmp_path):
 def test_the_routed_layers_are_read_from_a_checkpoint(tmp_path, config, layers):
     settings = {"num_hidden_layers": 4, "num_experts_per_tok": 2, **config}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert doctor.read_model(tmp_path) == TableModel(layers=layers, num_experts=8, top_k=2)
+    assert doctor.read_model(tmp_path) == MoEShape(layers=layers, num_experts=8, top_k=2)
 
 
 def test_a_dense_checkpoint_is_refused(tmp_path):

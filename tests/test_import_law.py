@@ -18,19 +18,21 @@ CORE_LIBRARIES = {"torch", "numpy", "safetensors"}
 # but only inside functions: a verb loads what it needs.
 CORE = {
     "errors": set(),
+    "files": set(),
+    "findings": {"errors"},
     "capture": {"errors"},
     "config": {"errors"},
-    "routes": {"errors"},
-    "metrics": {"errors"},
+    "routes": {"errors", "files"},
+    "metrics": {"errors", "files"},
     "objectives": {"errors", "metrics"},
-    "analysis": {"errors", "routes", "metrics"},
-    "report": {"errors", "metrics"},
-    "cli": {"errors", "config", "routes"},
+    "analysis": {"errors", "files", "routes", "metrics"},
+    "report": {"errors", "files", "findings", "metrics"},
+    "cli": {"errors", "files", "findings", "config", "routes"},
 }
 EDGES = {
     "rollout": {"errors", "capture", "routes"},
     "sglang": {"errors", "capture", "routes"},
-    "megatron": {"errors", "config", "routes", "metrics"},
+    "megatron": {"errors", "findings", "config", "routes", "metrics"},
 }
 LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.

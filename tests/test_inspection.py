@@ -24,7 +24,7 @@ def random_table(num_rows=200, layers=3, experts=8, top_k=2, seed=0):
 
 
 def oracle_loads(table):
-    loads = [[0] * table.model.num_experts for _ in table.model.layers]
+    loads = [[0] * table.shape.num_experts for _ in table.shape.layers]
     for place, ids_TK in enumerate(table.expert_ids_LTK):
         for row, ids in enumerate(ids_TK):
             for expert in ids if table.covered_T[row] else ():

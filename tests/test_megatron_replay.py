@@ -91,7 +91,11 @@ def raised():
         ("rows_of_the_wrong_length", "ReplayError", "another number of tokens than token_rows"),
         ("rows_on_the_wrong_device", "ReplayError", "expected the CPU; got meta"),
         ("rows_of_the_wrong_type", "ReplayError", "expected an int64 tensor; got int32"),
-        ("table_of_fewer_layers", "TableError", "belong to another model; expected 4 routed"),
+        (
+            "table_of_fewer_layers",
+            "TableError",
+            "another model: layers differ; expected 4 routed",
+        ),
         ("table_of_more_experts", "TableError", "got 4 routed layers 0-3, 16 experts"),
         ("table_of_another_top_k", "TableError", "8 experts, top-3"),
         (

@@ -13,9 +13,9 @@ from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
 from routing_replay.routes import payload, payload_text
 from routing_replay.routes.payload import decode, decode_compact, decode_vllm, encode
 from routing_replay.routes.routes import Origin, RouterLogits, Routes, compact_dtype
-from routing_replay.routes.table import TableModel
+from routing_replay.routes.shape import MoEShape
 
-MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)
+MODEL = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=4)
 
 
 def random_ids(num_rows, model=MODEL, seed=0):
@@ -77,7 +77,7 @@ def assert_equal(got, expected):
 
 @pytest.mark.parametrize("num_experts", [16, 256, 257, 512])
 def test_a_payload_returns_every_field_for_one_and_two_byte_ids(num_experts):
-    model = TableModel(layers=(0, 3, 17), num_experts=num_experts, top_k=8)
+    model = MoEShape(layers=(0, 3, 17), num_experts=num_experts, top_k=8)
     routes = full_routes(model=model)
     got = decode(meta(encode(routes, start=4)), num_tokens=14, model=model, start=4)
     assert_equal(got, routes)
@@ -103,7 +103,7 @@ def test_a_sequence_without_rows_is_a_valid_payload():
 @pytest.mark.parametrize(("num_experts", "top_k"), [(32, 4), (128, 8), (256, 8)])
 def test_a_payload_has_a_quarter_of_stocks_bytes_or_less(num_rows, num_experts, top_k):
     """Also where all layers are routed: what deflate saves makes up for the header."""
-    model = TableModel(layers=tuple(range(24)), num_experts=num_experts, top_k=top_k)
+    model = MoEShape(layers=tuple(range(24)), num_experts=num_experts, top_k=top_k)
     ids_TLK = random_ids(num_rows, model)
     routes = Routes(expert_ids_TLK=ids_TLK, layers=model.layers, num_experts=num_experts)
     size, quarter = len(encode(routes)), len(stock(ids_TLK, 24, model.layers)) / 4
@@ -182,7 +182,7 @@ def test_a_wrong_payload_says_what_is_wrong(meta_info, message):
 
 def test_another_model_version_or_payload_kind_is_refused():
     data = encode(full_routes(8))
-    other = TableModel(layers=(1, 2, 5), num_experts=16, top_k=2)
+    other = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=2)
     with pytest.raises(PayloadError, match="the server runs another model.*top-2.*got.*top-4"):
         decode(meta(data), num_tokens=9, model=other)
     newer = resealed(data[:4] + b"\x03\x00" + data[6:])

@@ -15,10 +15,10 @@ from routing_replay.rollout.client import ClientOptions, RolloutClient, probe
 from routing_replay.rollout.requests import GenerateRequest, request_fields
 from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import Routes
-from routing_replay.routes.table import TableModel
+from routing_replay.routes.shape import MoEShape
 
 pytest.importorskip("httpx")
-MODEL = TableModel(layers=(1, 2, 5), num_experts=16, top_k=4)
+MODEL = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=4)
 QUICK = ClientOptions(request_timeout_s=2, control_timeout_s=2, num_retries=2, retry_wait_s=0.01)
 
 
@@ -190,7 +190,7 @@ def test_a_request_that_is_itself_wrong_is_not_repeated():
 
 
 def test_a_server_of_another_model_is_refused():
-    other = TableModel(layers=(1, 2, 5), num_experts=16, top_k=2)
+    other = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=2)
     with FakeServer() as fake, pytest.raises(PayloadError, match="the server runs another model"):
         RolloutClient([fake.url], other, QUICK).generate([asked()])
 

@@ -10,7 +10,7 @@ from tiny_models_sglang import write_tiny_olmoe
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.errors import ServerError
 from routing_replay.rollout.client import RolloutClient, probe
-from routing_replay.routes.table import TableModel
+from routing_replay.routes.shape import MoEShape
 
 pytest.importorskip("sglang")
 
@@ -40,7 +40,7 @@ def assert_gates(routes, logits_TLE, scores_TLE):
 def test_glm4_moe_on_two_processes_without_overlap(tmp_path):
     """First layer dense, sigmoid with bias and groups, scaled by 1.5, a shared expert; TP 2."""
     checkpoint = write_tiny_glm4_moe(tmp_path / "glm4")
-    model = TableModel(layers=(1, 2), num_experts=8, top_k=4)
+    model = MoEShape(layers=(1, 2), num_experts=8, top_k=4)
     server, client = served(
         checkpoint,
         model,
@@ -78,7 +78,7 @@ def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
 
 def test_olmoe_without_renormalisation(tmp_path):
     checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
-    model = TableModel(layers=(0, 1), num_experts=12, top_k=3)
+    model = MoEShape(layers=(0, 1), num_experts=12, top_k=3)
     server, client = served(checkpoint, model)
     with server:
         asked = request(random_prompt(1, length=40), capture="logits")

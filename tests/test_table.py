@@ -8,7 +8,8 @@ from safetensors.numpy import load_file
 
 from routing_replay.errors import TableError
 from routing_replay.routes.routes import Routes
-from routing_replay.routes.table import RouteTable, TableModel
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 LAYERS, EXPERTS, TOP_K = (1, 2, 4), 16, 3
 
@@ -80,13 +81,13 @@ def test_as_many_rows_as_tokens_means_they_are_shifted(path):
 
 
 def test_a_table_of_another_model_names_both(path):
-    ours = TableModel(layers=(0, 1, 2), num_experts=32, top_k=4)
+    ours = MoEShape(layers=(0, 1, 2), num_experts=32, top_k=4)
     with pytest.raises(TableError, match=r"layers 0-2, 32 experts, top-4.*1-2,4, 16 experts"):
-        RouteTable.open(path).check_model(ours)
+        RouteTable.open(path).check_shape(ours)
 
 
 def test_sequences_of_different_models_do_not_mix():
-    with pytest.raises(TableError, match="sequences of different models"):
+    with pytest.raises(TableError, match="the sequences belong to different models: layers differ"):
         RouteTable.from_routes([random_routes(2, 0), random_routes(2, 0, layers=(0, 1, 2))])
 
 

@@ -258,7 +258,7 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
     table = RouteTable.open(parsed.batch / "routes.safetensors")
     mode = {"rollout": "R3", "training": "R2"}[table.source]
     replay = attach(wrapped, ReplayConfig(mode=mode, agreement_every=0))
-    layers = replay.model.layers
+    layers = replay.shape.layers
     variants = attribution.plan(layers, parsed.families, bool(parsed.rollout_checkpoint))
     progress = open_progress(parsed, batch)
     is_first = dist.get_rank() == 0

@@ -14,7 +14,7 @@ from routing_replay.objectives import informative_groups
 from routing_replay.rollout.client import ClientOptions, RolloutClient
 from routing_replay.rollout.probe import probe
 from routing_replay.rollout.requests import Completion, GenerateRequest
-from routing_replay.routes.table import TableModel
+from routing_replay.routes.shape import MoEShape
 
 from .batch import Sample
 from .config import RecipeConfig
@@ -42,7 +42,7 @@ class Rollout:
     """
 
     def __init__(
-        self, config: RecipeConfig, urls: Sequence[str], checkpoint: Path, model: TableModel
+        self, config: RecipeConfig, urls: Sequence[str], checkpoint: Path, model: MoEShape
     ):
         from transformers import AutoTokenizer
 

@@ -78,7 +78,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     first_rank = FirstRank(run_dir / "scratch")
     rollout = journal = None
     if first_rank.is_me:
-        rollout = Rollout(config, urls, inputs.base, policy.replay.model)
+        rollout = Rollout(config, urls, inputs.base, policy.replay.shape)
         # Without a checkpoint even the record of step 0 is written anew.
         last_step = progress.step if checkpoint else -1
         journal = Journal(run_dir, last_step, config.run.steps, config.telemetry)

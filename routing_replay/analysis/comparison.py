@@ -57,7 +57,7 @@ def compare_tables(
     Raises:
         TableError: Other models, or sequences of other lengths.
     """
-    second.check_model(first.model, of=first.where)
+    second.check_shape(first.shape)
     if not np.array_equal(first.offsets_S1, second.offsets_S1):
         lengths = [np.diff(t.offsets_S1)[:6].tolist() for t in (first, second)]
         raise TableError(
@@ -67,7 +67,7 @@ def compare_tables(
             where=second.where,
             fix="Compare the routes of one batch",
         )
-    num_layers = len(first.model.layers)
+    num_layers = len(first.shape.layers)
     zeros = np.zeros(num_layers, np.int64)
     tally = _Tally(matches_L=zeros.copy(), exact_L=zeros.copy(), first_L=zeros.copy())
     for start in range(0, first.num_rows, BLOCK_ROWS):
@@ -80,12 +80,12 @@ def _add_block(tally: _Tally, first: RouteTable, second: RouteTable, start: int,
     both_B = first.covered_T[start:stop] & second.covered_T[start:stop]
     if not both_B.any():
         return
-    top_k = first.model.top_k
+    top_k = first.shape.top_k
     # int32: layers x slots of one token; small enough to stay in the cache.
     shared_B = np.zeros(stop - start, np.int32)
     num_differing_B = np.zeros(stop - start, np.uint8)
     first_B = np.full(stop - start, NO_LAYER, np.uint8)
-    for place in range(len(first.model.layers)):
+    for place in range(len(first.shape.layers)):
         matches_B = shared_experts(
             first.expert_ids_LTK[place, start:stop], second.expert_ids_LTK[place, start:stop]
         )
@@ -152,7 +152,7 @@ def _keep_worst(tally: _Tally, start: int, num_differing_B, first_B, num_worst: 
 
 
 def _finish(tally: _Tally, first: RouteTable, second: RouteTable, decode) -> Comparison:
-    model, num_rows = first.model, max(1, tally.num_rows)
+    model, num_rows = first.shape, max(1, tally.num_rows)
     kl_L = _exact_kl(first, second)
     layers = tuple(
         LayerDifference(
@@ -204,7 +204,7 @@ def _named(worst: list[tuple], table: RouteTable, decode) -> tuple[TokenDifferen
                 sequence=sequence,
                 position=position,
                 num_layers=num_layers,
-                first_layer=table.model.layers[place],
+                first_layer=table.shape.layers[place],
                 text=decode(sequence, position) if decode else "",
             )
         )
@@ -222,7 +222,7 @@ def _exact_kl(first: RouteTable, second: RouteTable) -> np.ndarray | None:
     )
     if not len(ours):
         return None
-    sums_L = np.zeros(len(first.model.layers))
+    sums_L = np.zeros(len(first.shape.layers))
     for mine, other in zip(ours, theirs, strict=True):
         log_mu_LE, log_pi_LE = (
             log_router_probs(torch.from_numpy(np.array(logits_LE)))

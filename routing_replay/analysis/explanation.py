@@ -29,7 +29,7 @@ def explain_layer(first: RouteTable, second: RouteTable, place: int) -> str:
         return ""
     ids_RK = np.asarray(first.expert_ids_LTK[place])[rows_R]
     other_RK = np.asarray(second.expert_ids_LTK[place])[rows_R]
-    num_experts = first.model.num_experts
+    num_experts = first.shape.num_experts
     found = _overlap(ids_RK, other_RK)
     if found >= HEALTHY_OVERLAP:
         return ""
@@ -51,7 +51,7 @@ def _candidates(
             side = "later" if shift > 0 else "earlier"
             text = f"shifted: its rows stand {abs(shift)} token(s) {side} in the second file"
             yield np.asarray(layer_TK)[shifted_R], text
-    for other, layer in enumerate(second.model.layers):
+    for other, layer in enumerate(second.shape.layers):
         if other != place:
             other_RK = np.asarray(second.expert_ids_LTK[other])[rows_R]
             yield other_RK, f"swapped: the second file holds them under layer {layer}"

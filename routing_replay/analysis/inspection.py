@@ -100,7 +100,7 @@ def inspect_table(table: RouteTable) -> Inspection:
     lengths_S = np.diff(table.offsets_S1)
     versions, counts = np.unique(table.weight_version_T, return_counts=True)
     origin_counts = np.bincount(table.origin_T, minlength=len(Origin))
-    model = table.model
+    model = table.shape
     columns = [table.expert_ids_LTK, table.covered_T, table.origin_T, table.weight_version_T]
     columns += [c for c in (table.gate_probs_LTK, table.logits_NLE) if c is not None]
     size_bytes = sum(column.nbytes for column in columns)
@@ -132,7 +132,7 @@ def inspect_table(table: RouteTable) -> Inspection:
 def expert_loads(table: RouteTable) -> Iterator[np.ndarray]:
     """Rows per expert of each layer in turn, int64 [E]; uncovered rows do not count."""
     for ids_TK in table.expert_ids_LTK:
-        counts_E = np.zeros(table.model.num_experts, np.int64)
+        counts_E = np.zeros(table.shape.num_experts, np.int64)
         for start in range(0, table.num_rows, BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             covered_B = table.covered_T[block]

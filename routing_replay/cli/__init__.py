@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, RoutingReplayError
-from ..routes.table import RouteTable, TableModel
+from ..routes.shape import MoEShape
+from ..routes.table import RouteTable
 
 KINDS = ("rollout", "routers", "trace", "sglang", "vllm")
 EXPORTS = ("rollout", "sglang")
@@ -263,7 +264,7 @@ def _add_model(verb: argparse.ArgumentParser, purpose: str) -> None:
     group.add_argument("--layers", metavar="0-47", help="routed layers, as 0-3,5,7")
 
 
-def _model(parsed) -> TableModel | None:
+def _model(parsed) -> MoEShape | None:
     if parsed.model:
         from .doctor import read_model
 
@@ -274,7 +275,7 @@ def _model(parsed) -> TableModel | None:
     if None in given:
         raise ConfigError("a model needs all of", expected="--experts, --top-k and --layers")
     layers = parse_layers(parsed.layers)
-    return TableModel(layers=layers, num_experts=parsed.experts, top_k=parsed.top_k)
+    return MoEShape(layers=layers, num_experts=parsed.experts, top_k=parsed.top_k)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 from ..config import ReplayConfig, read_yaml
 from ..errors import ConfigError, RoutingReplayError
-from ..routes.table import RouteTable, TableModel
+from ..routes.shape import MoEShape
+from ..routes.table import RouteTable
 
 # name: oldest supported, first unsupported; setup.py holds the same bounds
 BOUNDS = {
@@ -125,7 +126,7 @@ def check_megatron(path: str | os.PathLike, replay: ReplayConfig) -> Iterator[Fi
 
 
 def check_server(
-    url: str, model: TableModel | None = None, capture: str = "ids"
+    url: str, model: MoEShape | None = None, capture: str = "ids"
 ) -> Iterator[Finding]:
     """Tiny requests that prove routes come back, through everything that stands before the server.
 
@@ -152,12 +153,12 @@ def check_server(
     yield _ok("server", f"{found}")
 
 
-def check_table(path: str | os.PathLike, model: TableModel | None = None) -> Iterator[Finding]:
+def check_table(path: str | os.PathLike, model: MoEShape | None = None) -> Iterator[Finding]:
     """A routes file: whole, of the model, covered, captured by one version of the weights."""
     try:
         table = RouteTable.open(path)
         if model is not None:
-            table.check_model(model)
+            table.check_shape(model)
     except RoutingReplayError as error:
         yield _error("table", str(error))
         return
@@ -184,10 +185,10 @@ def check_table(path: str | os.PathLike, model: TableModel | None = None) -> Ite
             cause="Partial rollouts, or a prefix cache that outlived a weight update",
             fix="Flush the cache with each update, or drop old rows (without_versions_before)",
         )
-    yield _ok("table", f"{path}: {table.num_rows} rows of {table.model}")
+    yield _ok("table", f"{path}: {table.num_rows} rows of {table.shape}")
 
 
-def read_model(path: str | os.PathLike) -> TableModel:
+def read_model(path: str | os.PathLike) -> MoEShape:
     """Layers, experts and top-k from a Hugging Face checkpoint's config.json.
 
     Raises:
@@ -209,7 +210,7 @@ def read_model(path: str | os.PathLike) -> TableModel:
             where=path,
         )
     layers = tuple(layer for layer in range(num_layers) if _is_routed(settings, layer))
-    return TableModel(layers=layers, num_experts=int(num_experts), top_k=int(top_k))
+    return MoEShape(layers=layers, num_experts=int(num_experts), top_k=int(top_k))
 
 
 def _is_routed(settings: dict, layer: int) -> bool:

@@ -89,7 +89,7 @@ class AgreementSample:
         at_T = np.searchsorted(table.logit_rows_N, rows_T).clip(max=len(table.logit_rows_N) - 1)
         tokens_N = np.flatnonzero(is_candidate_T & (table.logit_rows_N[at_T] == rows_T))
         if len(tokens_N):
-            places = [table.model.layers.index(layer) for layer in self._layers]
+            places = [table.shape.layers.index(layer) for layer in self._layers]
             logits_LNE = table.logits_NLE[at_T[tokens_N]][:, places].swapaxes(0, 1)
             self._logits_LNE = to_device(torch.from_numpy(np.ascontiguousarray(logits_LNE)), device)
             self._logit_tokens_N = to_device(torch.from_numpy(tokens_N), device)

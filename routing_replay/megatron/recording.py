@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from ..errors import ReplayError
 from ..routes.routes import Origin
-from ..routes.table import RouteTable, TableModel
+from ..routes.shape import MoEShape
+from ..routes.table import RouteTable
 from .passes import Pass, RecordingPass, ReplayingPass
 
 
@@ -27,7 +28,7 @@ class Recording:
 
     def __init__(
         self,
-        model: TableModel,
+        model: MoEShape,
         lengths: Sequence[int],
         is_writer: bool = True,
         is_partial: bool = False,
@@ -86,7 +87,7 @@ class Recording:
     def _merge(self) -> RouteTable:
         table = self._empty
         covered_T = np.ones(table.num_rows, np.bool_)
-        for place, layer in enumerate(table.model.layers):
+        for place, layer in enumerate(table.shape.layers):
             ids_TK, times_T = self._of_layer(layer)
             if _world() > 1:
                 _reduce(ids_TK.view(np.uint8), dist.ReduceOp.MAX)
@@ -121,7 +122,7 @@ class Recording:
 
     def _of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """What this rank recorded of a layer: ids [T, K], zero elsewhere, and how often [T]."""
-        shape = (self._empty.num_rows, self._empty.model.top_k)
+        shape = (self._empty.num_rows, self._empty.shape.top_k)
         ids_TK = np.zeros(shape, self._empty.expert_ids_LTK.dtype)
         times_T = np.zeros(self._empty.num_rows, np.uint8)
         for p in self._passes:

@@ -90,7 +90,7 @@ class Replay:
             )
         self._model_config = _config_of(model_chunks, found)
         preflight.require(self._model_config, config)
-        self.model = describe_model(found, self._model_config, model_chunks)
+        self.shape = describe_model(found, self._model_config, model_chunks)
         self._install(found)
 
     def __enter__(self) -> Replay:
@@ -128,7 +128,7 @@ class Replay:
             is_partial: Rows that no microbatch names stay uncovered. Otherwise the table of a
                 recording that missed some is an error: a dropped sequence would go unnoticed.
         """
-        recorded = Recording(self.model, lengths, self.is_writer, is_partial)
+        recorded = Recording(self.shape, lengths, self.is_writer, is_partial)
         with self._open(Scope(num_rows=recorded.num_rows, recorded=recorded)):
             yield recorded
 
@@ -146,15 +146,15 @@ class Replay:
             TableError: The table belongs to another model.
         """
         self._check_source(table)
-        table.check_model(self.model, of="the attached model")
+        table.check_shape(self.shape)
         lengths = np.diff(table.offsets_S1)
         recorded = None
         if record_live:  # rows that the table does not cover are announced as -1
-            recorded = Recording(self.model, lengths, self.is_writer, is_partial=True)
+            recorded = Recording(self.shape, lengths, self.is_writer, is_partial=True)
         agreement = None
         if self.config.agreement_every:
             agreement = LayerAgreement(
-                self.model.layers,
+                self.shape.layers,
                 num_rows=table.num_rows,
                 has_gates=table.gate_probs_LTK is not None,
                 has_logits=table.logit_rows_N is not None,
@@ -333,7 +333,7 @@ class Replay:
         common["rows_T"] = self._router_order(seams, microbatch.rows_BS)
         if microbatch.counts_BS is not None:
             common["counts_T"] = self._router_order(seams, microbatch.counts_BS)
-        num_experts = self.model.num_experts
+        num_experts = self.shape.num_experts
         if scope.table is None:
             return RecordingPass(**common, num_experts=num_experts)
         return ReplayingPass(

@@ -72,7 +72,7 @@ class RouterShift:
         if dist.is_initialized():
             dist.all_reduce(both)
         sums_R, counts_R = both
-        num_layers = len(self._replay.model.layers)
+        num_layers = len(self._replay.shape.layers)
         gamma_R = (-sums_R / num_layers).exp()
         return torch.where(counts_R == num_layers, gamma_R, torch.nan)
 

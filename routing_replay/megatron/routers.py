@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 from ..errors import PreflightError, ReplayError
-from ..routes.table import TableModel
+from ..routes.shape import MoEShape
 from .selection import LiveTopK, Selection
 
 
@@ -148,7 +148,7 @@ def _has_other_stages() -> bool:
 
 def describe_model(
     found: Sequence[FoundRouter], config, model_chunks: Sequence[torch.nn.Module]
-) -> TableModel:
+) -> MoEShape:
     """Layers of all pipeline stages, experts and top-k: what a table must agree with.
 
     Collective over the pipeline group.
@@ -173,7 +173,7 @@ def describe_model(
             where=f"pipeline stages hold {stages}",
             fix="Pass all model chunks of this rank to attach, and only those",
         )
-    return TableModel(
+    return MoEShape(
         layers=tuple(layers), num_experts=config.num_moe_experts, top_k=config.moe_router_topk
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from ..errors import ServerError
-from ..routes.payload import ModelShape
+from ..routes.shape import MoEShape
 from .probe import ProbeReport, probe
 from .requests import Completion, GenerateRequest, completion_of
 
@@ -46,7 +46,7 @@ class RolloutClient:
 
     Args:
         urls: Base URLs, as `Server.url`.
-        model: Layers, experts and top-k of the model in training (`TableModel`); compared with
+        model: Layers, experts and top-k of the model in training (`MoEShape`); compared with
             every answer. Needed for stock payloads.
         options: See `ClientOptions`.
 
@@ -57,7 +57,7 @@ class RolloutClient:
     def __init__(
         self,
         urls: Sequence[str],
-        model: ModelShape | None = None,
+        model: MoEShape | None = None,
         options: ClientOptions | None = None,
     ):
         if not urls:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..capture import OURS
 from ..errors import PayloadError, ServerError
-from ..routes.payload import FIELD, MAGIC, ModelShape, from_base64
+from ..routes.payload import FIELD, MAGIC, from_base64
 from ..routes.routes import Routes
+from ..routes.shape import MoEShape
 from .requests import Completion, GenerateRequest, completion_of
 
 # Ids that exist in every vocabulary, and enough of them that a shift by one row would show.
@@ -44,7 +45,7 @@ class ProbeReport:
 
 def probe(
     url: str,
-    model: ModelShape | None = None,
+    model: MoEShape | None = None,
     capture: str = "ids",
     timeout_s: float = TIMEOUT_S,
 ) -> ProbeReport:

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..capture import CAPTURES, OURS, REQUEST_KEY
 from ..errors import ServerError
-from ..routes.payload import FIELD, ModelShape, decode
+from ..routes.payload import FIELD, decode
 from ..routes.routes import Routes
+from ..routes.shape import MoEShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def request_fields(capture: str = "ids", start: int = 0) -> dict:
 
 
 def completion_of(
-    answer: Mapping, request: GenerateRequest, url: str, model: ModelShape | None
+    answer: Mapping, request: GenerateRequest, url: str, model: MoEShape | None
 ) -> Completion:
     """The completion in one answer of `/generate`.
 

@@ -26,8 +26,9 @@ import torch
 from ..errors import DataError, PayloadError, RoutesError
 from . import payload
 from .routes import Routes, compact_dtype, concatenate
+from .shape import MoEShape
 from .spool import RouteSpool
-from .table import RouteTable, TableModel
+from .table import RouteTable
 
 # What a pickle may construct beyond tensors and plain values: numpy's arrays, without objects.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 and 1.26
@@ -45,7 +46,7 @@ def import_routes(
     kind: str,
     source: str | os.PathLike,
     target: str | os.PathLike,
-    model: TableModel,
+    model: MoEShape,
     *,
     step: int | None = None,
     first_layer: int = 0,
@@ -112,7 +113,7 @@ def load_restricted(path: str | os.PathLike):
         ) from error
 
 
-def read_rollout_dump(path: str | os.PathLike, model: TableModel) -> Iterator[Routes]:
+def read_rollout_dump(path: str | os.PathLike, model: MoEShape) -> Iterator[Routes]:
     """The samples of a slime or miles rollout dump; samples without routes become uncovered."""
     content = load_restricted(path)
     samples = content.get("samples") if isinstance(content, Mapping) else None
@@ -134,7 +135,7 @@ def read_rollout_dump(path: str | os.PathLike, model: TableModel) -> Iterator[Ro
         yield _from_array(np.asarray(ids), model)
 
 
-def read_router_lists(path: str | os.PathLike, model: TableModel) -> Iterator[Routes]:
+def read_router_lists(path: str | os.PathLike, model: MoEShape) -> Iterator[Routes]:
     """miles' routing dump; each microbatch becomes one sequence."""
     routers = load_restricted(path)
     if not isinstance(routers, list) or not all(isinstance(r, list) for r in routers):
@@ -151,7 +152,7 @@ def read_router_lists(path: str | os.PathLike, model: TableModel) -> Iterator[Ro
 
 
 def read_router_trace(
-    path: str | os.PathLike, model: TableModel, step: int | None = None, first_layer: int = 0
+    path: str | os.PathLike, model: MoEShape, step: int | None = None, first_layer: int = 0
 ) -> Iterator[Routes]:
     """One step of a RouterTracer file; each microbatch becomes one sequence.
 
@@ -188,7 +189,7 @@ def read_router_trace(
         )
 
 
-def read_sglang_responses(path: str | os.PathLike, model: TableModel) -> Iterator[Routes]:
+def read_sglang_responses(path: str | os.PathLike, model: MoEShape) -> Iterator[Routes]:
     """Responses of SGLang's `/generate`: stock or compact payloads."""
     for number, response in _json_objects(path):
         meta = response.get("meta_info") or {}
@@ -201,7 +202,7 @@ def read_sglang_responses(path: str | os.PathLike, model: TableModel) -> Iterato
         yield _sglang_routes(meta, num_tokens, model)
 
 
-def read_vllm_responses(path: str | os.PathLike, model: TableModel) -> Iterator[Routes]:
+def read_vllm_responses(path: str | os.PathLike, model: MoEShape) -> Iterator[Routes]:
     """vLLM's responses; the prompt's length comes from `prompt_token_ids` or `usage`."""
     for number, response in _json_objects(path):
         usage, choices = response.get("usage") or {}, response.get("choices")
@@ -282,7 +283,7 @@ def _wide(routes: Routes) -> np.ndarray:
     return wide_TLK
 
 
-def _sglang_routes(meta: Mapping, num_tokens: int, model: TableModel) -> Routes:
+def _sglang_routes(meta: Mapping, num_tokens: int, model: MoEShape) -> Routes:
     data = payload.from_base64(meta.get(payload.FIELD))
     is_compact = data[: len(payload.MAGIC)] == payload.MAGIC
     start = payload.decode_compact(data)[1] if is_compact else 0
@@ -291,12 +292,12 @@ def _sglang_routes(meta: Mapping, num_tokens: int, model: TableModel) -> Routes:
     return concatenate([_uncovered(model, start), routes]) if start else routes
 
 
-def _from_array(ids_TLK: np.ndarray, model: TableModel) -> Routes:
+def _from_array(ids_TLK: np.ndarray, model: MoEShape) -> Routes:
     # The decoder of plain arrays drops the dense layers, checks ids, and marks missing rows.
     return payload.decode_vllm({payload.FIELD: ids_TLK}, num_tokens=len(ids_TLK) + 1, model=model)
 
 
-def _uncovered(model: TableModel, num_rows: int) -> Routes:
+def _uncovered(model: MoEShape, num_rows: int) -> Routes:
     shape = (num_rows, len(model.layers), model.top_k)
     return Routes(
         expert_ids_TLK=np.zeros(shape, compact_dtype(model.num_experts)),

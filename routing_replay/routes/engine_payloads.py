@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import PayloadError
-from .payload_text import FIELD, ModelShape, absent, damaged, from_base64, size_bytes
+from .payload_text import FIELD, absent, damaged, from_base64, size_bytes
 from .routes import Origin, Routes, compact_dtype
+from .shape import MoEShape
 
 # Version 1.0 of the format, as numpy writes it for arrays of integers in C order.
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -22,9 +23,7 @@ NPY_HEADER = re.compile(
 )
 
 
-def decode_stock(
-    data: bytes, meta_info: Mapping, num_rows: int, model: ModelShape | None
-) -> Routes:
+def decode_stock(data: bytes, meta_info: Mapping, num_rows: int, model: MoEShape | None) -> Routes:
     """The routes of SGLang's own payload: int32 [num_rows, L, K] and no header.
 
     Raises:
@@ -36,7 +35,7 @@ def decode_stock(
             "a stock payload does not describe itself",
             expected="the model's layers, number of experts and top-k",
             got="none",
-            fix="Pass model=TableModel(...), or use the compact payload",
+            fix="Pass model=MoEShape(...), or use the compact payload",
         )
     row_bytes = 4 * model.top_k * num_rows
     num_layers = len(data) // row_bytes if row_bytes > 0 else 0
@@ -52,7 +51,7 @@ def decode_stock(
 
 
 def decode_vllm(
-    choice: Mapping, *, num_tokens: int, model: ModelShape, num_prompt_tokens: int | None = None
+    choice: Mapping, *, num_tokens: int, model: MoEShape, num_prompt_tokens: int | None = None
 ) -> Routes:
     """The routes of one choice of vLLM: written from its documented formats, not run against it.
 
@@ -85,7 +84,7 @@ def decode_vllm(
     return _from_wide(ids_TLK, model, origin_T=origin_T)
 
 
-def _from_wide(ids_TLK, model: ModelShape, *, is_retracted: bool = False, origin_T=None) -> Routes:
+def _from_wide(ids_TLK, model: MoEShape, *, is_retracted: bool = False, origin_T=None) -> Routes:
     """Routes of an array that may hold dense layers too and says nothing of its rows."""
     num_layers = ids_TLK.shape[1]
     layers = list(model.layers)

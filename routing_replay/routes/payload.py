@@ -25,12 +25,12 @@ import numpy as np
 
 from ..errors import PayloadError
 from .engine_payloads import decode_stock, decode_vllm
-from .payload_text import FIELD, ModelShape, damaged, from_base64, size_bytes
+from .payload_text import FIELD, damaged, from_base64, size_bytes
 from .routes import Origin, RouterLogits, Routes, compact_dtype
+from .shape import MoEShape
 
 __all__ = [
     "FIELD",
-    "ModelShape",
     "decode",
     "decode_compact",
     "decode_vllm",
@@ -82,7 +82,7 @@ def decode(
     meta_info: Mapping,
     *,
     num_tokens: int,
-    model: ModelShape | None = None,
+    model: MoEShape | None = None,
     start: int = 0,
     accept_stock: bool = True,
 ) -> Routes:
@@ -106,7 +106,13 @@ def decode(
     data = from_base64(meta_info.get(FIELD))
     if data[: len(MAGIC)] == MAGIC:
         routes, got_start = decode_compact(data)
-        _check_model(model, routes)
+        if model is not None:
+            model.require_equal(
+                routes.shape,
+                "the server runs another model",
+                PayloadError,
+                fix="Roll out and train the same checkpoint",
+            )
     elif not accept_stock:
         raise PayloadError(
             "the server answered with SGLang's own payload",
@@ -273,17 +279,3 @@ def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
         origin_T=origin_T,
         weight_version_T=np.repeat(runs["weight_version"], runs["num_rows"]).astype(np.int64),
     )
-
-
-def _check_model(model: ModelShape | None, routes: Routes) -> None:
-    if model is None:
-        return
-    ours = (tuple(model.layers), model.num_experts, model.top_k)
-    theirs = (routes.layers, routes.num_experts, routes.top_k)
-    if ours != theirs:
-        raise PayloadError(
-            "the server runs another model",
-            expected="layers {}, {} experts, top-{}".format(*ours),
-            got="layers {}, {} experts, top-{}".format(*theirs),
-            fix="Roll out and train the same checkpoint",
-        )

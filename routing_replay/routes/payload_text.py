@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import binascii
 import functools
-from typing import Protocol
 
 import numpy as np
 
 from ..errors import PayloadError
 
 FIELD = "routed_experts"
-
-
-class ModelShape(Protocol):
-    """What must agree between a payload and the model; `TableModel` is one."""
-
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def num_experts(self) -> int: ...
-
-    @property
-    def top_k(self) -> int: ...
 
 
 def from_base64(text) -> bytes:

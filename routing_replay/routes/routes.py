@@ -9,9 +9,8 @@ from enum import IntEnum
 import numpy as np
 
 from ..errors import RoutesError
+from .shape import MoEShape
 
-# numpy, torch.gather and Megatron index with signed integers; 16-bit ids stay positive below this.
-MAX_EXPERTS = 1 << 15
 ONE_BITS, MINUS_ZERO_BITS = 0x3C00, 0x8000  # as float16
 # Rows that are searched for doubled experts at a time: with 8 slots of one byte, half of a
 # processor's first or second cache.
@@ -86,6 +85,11 @@ class Routes:
         _fill_defaults(self)
         _check_rows(self)
         _check_gates(self)
+
+    @property
+    def shape(self) -> MoEShape:
+        """Layers, number of experts and top-k."""
+        return MoEShape(layers=self.layers, num_experts=self.num_experts, top_k=self.top_k)
 
     @property
     def num_rows(self) -> int:
@@ -171,7 +175,7 @@ def concatenate(parts: Sequence[Routes]) -> Routes:
     """Routes one after another; gates and logits survive only where every part has them."""
     first = parts[0]
     for part in parts[1:]:
-        check_same_model(first, part)
+        first.shape.require_equal(part.shape, "the routes belong to different models")
     rows = np.cumsum([0] + [part.num_rows for part in parts])
     gates = [part.gate_probs_TLK for part in parts if part.gate_probs_TLK is not None]
     return Routes(
@@ -197,18 +201,6 @@ def concatenate_logits(parts: Sequence[Routes], starts: np.ndarray) -> RouterLog
     )
 
 
-def check_same_model(first: Routes, other: Routes) -> None:
-    """Raise RoutesError unless both describe the same layers, experts and top-k."""
-    ours = (first.layers, first.num_experts, first.top_k)
-    theirs = (other.layers, other.num_experts, other.top_k)
-    if ours != theirs:
-        raise RoutesError(
-            "routes of two different models",
-            expected="layers {}, {} experts, top-{}".format(*ours),
-            got="layers {}, {} experts, top-{}".format(*theirs),
-        )
-
-
 def _select(routes: Routes, rows: slice, logits: RouterLogits | None) -> Routes:
     gates = routes.gate_probs_TLK
     return replace(
@@ -224,27 +216,19 @@ def _select(routes: Routes, rows: slice, logits: RouterLogits | None) -> Routes:
 
 def _check_shape(routes: Routes) -> None:
     ids = routes.expert_ids_TLK
-    if not 1 <= routes.num_experts <= MAX_EXPERTS:
+    if not isinstance(ids, np.ndarray) or ids.ndim != 3 or ids.shape[1] != len(routes.layers):
         raise RoutesError(
-            "number of experts", expected=f"1..{MAX_EXPERTS}", got=repr(routes.num_experts)
+            "expert ids have another shape",
+            expected=f"a numpy array with the axes [T, L = {len(routes.layers)}, K]",
+            got=getattr(ids, "shape", type(ids).__name__),
         )
-    dtype = compact_dtype(routes.num_experts)
-    if not isinstance(ids, np.ndarray) or ids.dtype != dtype or ids.ndim != 3:
+    dtype = compact_dtype(routes.shape.num_experts)
+    if ids.dtype != dtype:
         raise RoutesError(
-            f"expert ids of a model with {routes.num_experts} experts",
-            expected=f"a numpy array of {dtype} with the axes [T, L, K]",
-            got=f"{getattr(ids, 'dtype', type(ids).__name__)} {getattr(ids, 'shape', '')}",
+            f"expert ids of a model with {routes.num_experts} experts have another type",
+            expected=dtype,
+            got=ids.dtype,
         )
-    if ids.shape[1] != len(routes.layers) or any(
-        a >= b for a, b in zip(routes.layers, routes.layers[1:], strict=False)
-    ):
-        raise RoutesError(
-            "layer indices of the routes",
-            expected=f"{ids.shape[1]} ascending global layer indices, one per routed layer",
-            got=routes.layers,
-        )
-    if not 1 <= ids.shape[2] <= routes.num_experts:
-        raise RoutesError("top-k", expected=f"1..{routes.num_experts}", got=ids.shape[2])
 
 
 def _fill_defaults(routes: Routes) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..errors import DataError
 from .routes import Routes, compact_dtype
-from .table import RouteTable, TableModel
+from .shape import MoEShape
+from .table import RouteTable
 
 # Rows that are turned from token-first to layer-first at a time.
 BLOCK_ROWS = 1 << 16
@@ -27,8 +28,8 @@ class RouteSpool:
         target: The routes file; the spool needs about its size again in the same folder.
     """
 
-    def __init__(self, model: TableModel, target: Path):
-        self.model = model
+    def __init__(self, model: MoEShape, target: Path):
+        self.shape = model
         self._target = target
         self._columns: dict[str, list[np.ndarray]] = {
             "covered_T": [],
@@ -87,15 +88,15 @@ class RouteSpool:
             file.close()
         tensors = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         tensors["offsets_S1"] = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
-        dtype = compact_dtype(self.model.num_experts)
+        dtype = compact_dtype(self.shape.num_experts)
         tensors["expert_ids_LTK"] = self._layer_first("ids", dtype)
         if self._has_gates:
             tensors["gate_probs_LTK"] = self._layer_first("gates", np.dtype(np.float16))
-        return RouteTable(self.model, tensors, source).save(self._target)
+        return RouteTable(self.shape, tensors, source).save(self._target)
 
     def _layer_first(self, name: str, dtype: np.dtype) -> np.ndarray:
-        num_rows, num_layers = sum(self._lengths), len(self.model.layers)
-        top_k = self.model.top_k
+        num_rows, num_layers = sum(self._lengths), len(self.shape.layers)
+        top_k = self.shape.top_k
         if not num_rows:
             return np.empty((num_layers, 0, top_k), dtype)
         shape = (num_rows, num_layers, top_k)

@@ -26,14 +26,15 @@ import numpy as np
 
 from ..errors import TableError
 from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
-from .table_file import FORMAT, SOURCES, VERSION, TableModel, checksums, damaged, header, read
+from .shape import MoEShape
+from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, header, read
 
 
 class RouteTable:
     """The rows of a step's sequences one after another.
 
     Args:
-        model: Layers, number of experts and top-k.
+        shape: Layers, number of experts and top-k.
         tensors: The columns by their names in the file; numpy arrays or memory maps.
         source: "rollout" (the inference engine's routes) or "training" (recorded in Megatron).
         where: What error messages call this table.
@@ -41,14 +42,14 @@ class RouteTable:
 
     def __init__(
         self,
-        model: TableModel,
+        shape: MoEShape,
         tensors: dict[str, np.ndarray],
         source: str = "rollout",
         where: str = "memory",
     ):
         if source not in SOURCES:
             raise TableError("source of a table", expected=f"one of {SOURCES}", got=repr(source))
-        self.model = model
+        self.shape = shape
         self.source = source
         self.where = where
         self.expert_ids_LTK = tensors["expert_ids_LTK"]
@@ -78,42 +79,37 @@ class RouteTable:
         """
         if not sequences:
             raise TableError("a table needs at least one sequence", expected="routes", got="none")
-        first = sequences[0]
-        model = TableModel(layers=first.layers, num_experts=first.num_experts, top_k=first.top_k)
+        shape = sequences[0].shape
         for number, routes in enumerate(sequences):
-            other = TableModel(
-                layers=routes.layers, num_experts=routes.num_experts, top_k=routes.top_k
+            shape.require_equal(
+                routes.shape,
+                "the sequences belong to different models",
+                TableError,
+                where=f"sequence {number}",
             )
-            if other != model:
-                raise TableError(
-                    "sequences of different models", expected=model, got=other, where=f"#{number}"
-                )
-        tensors = _columns_of(sequences)
-        return cls(model, tensors, source)
+        return cls(shape, _columns_of(sequences), source)
 
     @classmethod
-    def empty(
-        cls, model: TableModel, lengths: Sequence[int], source: str = "training"
-    ) -> RouteTable:
+    def empty(cls, shape: MoEShape, lengths: Sequence[int], source: str = "training") -> RouteTable:
         """A table with room for the given numbers of rows, none covered yet (R2 fills it).
 
         Args:
-            model: Layers, number of experts and top-k.
+            shape: Layers, number of experts and top-k.
             lengths: Rows of each sequence. R2 records every token, the last one too, but `rows`
                 grants no row to it: give `num_tokens - 1`.
             source: As for the constructor.
         """
         offsets_S1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         num_rows = int(offsets_S1[-1])
-        shape = (len(model.layers), num_rows, model.top_k)
+        shape_LTK = (len(shape.layers), num_rows, shape.top_k)
         tensors = {
-            "expert_ids_LTK": np.zeros(shape, compact_dtype(model.num_experts)),
+            "expert_ids_LTK": np.zeros(shape_LTK, compact_dtype(shape.num_experts)),
             "covered_T": np.zeros(num_rows, np.bool_),
             "origin_T": np.zeros(num_rows, np.uint8),
             "weight_version_T": np.full(num_rows, -1, np.int64),
             "offsets_S1": offsets_S1,
         }
-        return cls(model, tensors, source)
+        return cls(shape, tensors, source)
 
     def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
         """`token_rows` of a sequence: for each of its tokens the row in this table, or -1.
@@ -163,7 +159,7 @@ class RouteTable:
         return _take_rows(self.gate_probs_LTK, self._places(layers), rows_T)
 
     def _places(self, layers: Sequence[int]) -> list[int]:
-        place = {layer: i for i, layer in enumerate(self.model.layers)}
+        place = {layer: i for i, layer in enumerate(self.shape.layers)}
         return [place[layer] for layer in layers]
 
     def sequence(self, number: int) -> Routes:
@@ -173,8 +169,8 @@ class RouteTable:
         return Routes(
             expert_ids_TLK=np.ascontiguousarray(self.expert_ids_LTK[:, rows].swapaxes(0, 1)),
             covered_T=np.array(self.covered_T[rows]),
-            layers=self.model.layers,
-            num_experts=self.model.num_experts,
+            layers=self.shape.layers,
+            num_experts=self.shape.num_experts,
             gate_probs_TLK=None
             if gates is None
             else np.ascontiguousarray(gates[:, rows].swapaxes(0, 1)),
@@ -187,16 +183,15 @@ class RouteTable:
         """The routes of all sequences, one at a time."""
         return (self.sequence(number) for number in range(self.num_sequences))
 
-    def check_model(self, model: TableModel, of: str = "the model") -> None:
-        """Raise TableError unless the table was made by a model of this description."""
-        if self.model != model:
-            raise TableError(
-                "the routes belong to another model",
-                expected=f"{model} ({of})",
-                got=self.model,
-                where=self.where,
-                fix="Roll out and train the same checkpoint; name the routed layers the same way",
-            )
+    def check_shape(self, shape: MoEShape) -> None:
+        """Raise TableError unless the table was made by a model of this shape."""
+        shape.require_equal(
+            self.shape,
+            "the routes belong to another model",
+            TableError,
+            where=self.where,
+            fix="Roll out and train the same checkpoint; name the routed layers the same way",
+        )
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the file: under a temporary name, checksummed, synchronised, then renamed.
@@ -238,9 +233,9 @@ class RouteTable:
             TableError: Not a routes file, of another version, damaged, or cut short.
         """
         path = Path(path)
-        model, source, tensors = read(path)
+        shape, source, tensors = read(path)
         saved = tensors.pop("checksums")
-        table = cls(model, tensors, source, where=str(path))
+        table = cls(shape, tensors, source, where=str(path))
         if verify and not np.array_equal(saved, checksums(table._description(), tensors)):
             raise damaged(path, "matching checksums", "others")
         return table
@@ -250,9 +245,9 @@ class RouteTable:
             "format": FORMAT,
             "version": VERSION,
             "source": self.source,
-            "layers": json.dumps(list(self.model.layers)),
-            "num_experts": str(self.model.num_experts),
-            "top_k": str(self.model.top_k),
+            "layers": json.dumps(list(self.shape.layers)),
+            "num_experts": str(self.shape.num_experts),
+            "top_k": str(self.shape.top_k),
         }
 
     def _logits_of(self, rows: slice) -> RouterLogits | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import TableError
+from ..errors import RoutesError, TableError
 from .routes import compact_dtype
+from .shape import MoEShape
 
 FORMAT, VERSION = "routing_replay.table", "1"
 # Who selected the experts: the inference engine (R3 replays these) or the training engine (R2).
@@ -29,20 +28,6 @@ NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.i
 # A safetensors header is a few hundred bytes here; anything huge is another file or damage.
 MAX_HEADER_BYTES = 1 << 24
 SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableModel:
-    """What a table says of the model: it must agree with the model that replays it."""
-
-    layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
-
-    def __str__(self):
-        return f"{len(self.layers)} routed layers {_ranges(self.layers)}, " + (
-            f"{self.num_experts} experts, top-{self.top_k}"
-        )
 
 
 def crc(array: np.ndarray) -> int:
@@ -76,7 +61,7 @@ def header(description: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def read(path: Path) -> tuple[TableModel, str, dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[MoEShape, str, dict[str, np.ndarray]]:
     """Model, source and memory-mapped tensors of a file, checksums not compared.
 
     Raises:
@@ -101,14 +86,14 @@ def read(path: Path) -> tuple[TableModel, str, dict[str, np.ndarray]]:
             fix="Read it with the routing_replay that wrote it",
         )
     try:
-        model = TableModel(
+        model = MoEShape(
             layers=tuple(json.loads(description["layers"])),
             num_experts=int(description["num_experts"]),
             top_k=int(description["top_k"]),
         )
         source = SOURCES[SOURCES.index(description["source"])]
         tensors = {name: _map_tensor(path, data, entry) for name, entry in header.items()}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RoutesError) as error:
         raise damaged(path, "a complete header", error) from error
     _check_columns(path, model, tensors)
     return model, source, tensors
@@ -146,7 +131,7 @@ def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
     return np.memmap(path, dtype, "r", data + start, shape)
 
 
-def _check_columns(path: Path, model: TableModel, tensors: dict[str, np.ndarray]) -> None:
+def _check_columns(path: Path, model: MoEShape, tensors: dict[str, np.ndarray]) -> None:
     missing = [n for n in ("expert_ids_LTK", "checksums", *SMALL_COLUMNS) if n not in tensors]
     if missing:
         raise damaged(path, "all columns", f"no {', '.join(missing)}")
@@ -176,14 +161,3 @@ def damaged(path: Path, expected, got) -> TableError:
         where=path,
         fix="Write it again; a file under its final name is always complete, so look at the copy",
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """(0, 1, 2, 5) as '0-2,5'."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)

@@ -32,7 +32,8 @@ from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
 from routing_replay.config import ReplayConfig
 from routing_replay.megatron.replay import attach
-from routing_replay.routes.table import RouteTable, TableModel
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 # isort: split
 from megatron.core import tensor_parallel
@@ -127,7 +128,7 @@ def build(setting: Setting, has_stock_replay: bool) -> Chunk:
 
 def random_routes(setting: Setting) -> RouteTable:
     layers = tuple(range(setting.layers))
-    model = TableModel(layers=layers, num_experts=setting.experts, top_k=setting.top_k)
+    model = MoEShape(layers=layers, num_experts=setting.experts, top_k=setting.top_k)
     table = RouteTable.empty(model, [setting.tokens], source="rollout")
     scores = np.random.default_rng(1).random((setting.layers, setting.tokens, setting.experts))
     table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : setting.top_k]

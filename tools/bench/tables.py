@@ -20,13 +20,14 @@ import numpy as np
 
 from routing_replay.analysis.comparison import compare_tables
 from routing_replay.analysis.inspection import inspect_table
-from routing_replay.routes.table import RouteTable, TableModel
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 BLOCK_ROWS = 1 << 18
 SEQUENCE_ROWS = 4096
 
 
-def write_table(path: Path, model: TableModel, num_rows: int, flip_share: float) -> None:
+def write_table(path: Path, model: MoEShape, num_rows: int, flip_share: float) -> None:
     """Random distinct experts; the share `flip_share` of rows differs from the seed's routes."""
     generator = np.random.default_rng(0)
     lengths = [SEQUENCE_ROWS] * (num_rows // SEQUENCE_ROWS)
@@ -110,7 +111,7 @@ def main() -> None:
         name, *paths = parsed.measure
         print(json.dumps(measure(name, [Path(path) for path in paths])))
         return
-    model = TableModel(
+    model = MoEShape(
         layers=tuple(range(parsed.layers)), num_experts=parsed.experts, top_k=parsed.top_k
     )
     with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
