@@ -3,7 +3,7 @@
 VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
-EXTRAS  := sglang,megatron,recipe,test
+EXTRAS  := sglang,megatron,rollout,recipe,test,docs
 SOURCES := routing_replay recipes tools tests
 # Options: PYTHON=path names the Python 3.12 to build from; `make recipe RECIPE_ARGS="--seed 1"`;
 # `make test PYTEST_ARGS="-k table"`.
@@ -30,7 +30,7 @@ test-matrix: env  ## the tests of `make test` and the long matrix of layouts and
 test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 7 minutes, the first time more
 	$(PY) .ci/test_versions
 
-check: env  ## lint, format and types of the core, without changing a file
+check: env  ## lint, format and types, without changing a file
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(PY) -m mypy
@@ -45,7 +45,7 @@ clean:  ## remove the environments and all caches; the runs in runs/ stay
 
 # Rebuilt when the metadata or the pins change. The stamp is written last, so that an interrupted
 # installation is taken up again by the next `make`.
-$(STAMP): setup.py constraints.txt .ci/find_python
+$(STAMP): pyproject.toml constraints.txt .ci/find_python
 	@if [ ! -x $(PY) ]; then \
 	  python=$$(.ci/find_python) || exit 1; \
 	  echo "Creating $(VENV) with $$python"; \
