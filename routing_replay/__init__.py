@@ -1,3 +1,85 @@
-"""routing_replay: the expert path that was sampled is the expert path that is trained."""
+"""Routing replay for MoE reinforcement learning: train the expert path that was sampled.
+
+Importing this package loads nothing else. Each name is loaded when it is first touched: `attach`
+loads Megatron-Core, the other names need numpy only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import ReplayConfig
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ObjectiveError,
+        PayloadError,
+        PreflightError,
+        ReplayError,
+        RoutesError,
+        RoutingReplayError,
+        ServerError,
+        TableError,
+    )
+    from .megatron.replay import attach
+    from .routes.routes import Routes
+    from .routes.shape import MoEShape
+    from .routes.table import RouteTable
+
+_MODULES = {
+    "ReplayConfig": "config",
+    "MoEShape": "routes.shape",
+    "RouteTable": "routes.table",
+    "Routes": "routes.routes",
+    "attach": "megatron.replay",
+}
+_SUBPACKAGES = (
+    "analysis",
+    "megatron",
+    "metrics",
+    "objectives",
+    "report",
+    "rollout",
+    "routes",
+    "sglang",
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MoEShape",
+    "ObjectiveError",
+    "PayloadError",
+    "PreflightError",
+    "ReplayConfig",
+    "ReplayError",
+    "RouteTable",
+    "Routes",
+    "RoutesError",
+    "RoutingReplayError",
+    "ServerError",
+    "TableError",
+    "__version__",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name or a subpackage on its first use (PEP 562)."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value  # the next use skips this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})
