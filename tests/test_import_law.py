@@ -36,7 +36,7 @@ EDGES = {
 }
 LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.
-EDGE_LIBRARIES = {"rollout": {"httpx"}, "sglang": {"sglang"}, "megatron": {"megatron"}}
+EDGE_LIBRARIES = {"rollout": {"httpx"}, "sglang": {"sglang", "packaging"}, "megatron": {"megatron"}}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

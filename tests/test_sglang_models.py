@@ -1,12 +1,16 @@
 """Two more families, and two processes: sigmoid routers with bias and groups; plain softmax."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 from sglang_checks import Reference, assert_ids_follow, softmax
 from sglang_servers import ARGUMENTS, random_prompt, request
 from tiny_models import write_tiny_glm4_moe
-from tiny_models_sglang import write_tiny_olmoe
+from tiny_models_sglang import write_tiny_dots1, write_tiny_olmoe
 
+from recipes.serving import cpu
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.errors import ServerError
 from routing_replay.rollout.client import RolloutClient, probe
@@ -86,3 +90,33 @@ def test_olmoe_without_renormalisation(tmp_path):
     logits_TLE, _, _ = Reference(checkpoint)([*asked.input_ids, *completion.output_ids][:-1])
     assert_ids_follow(completion.routes, logits_TLE)
     assert_gates(completion.routes, logits_TLE, softmax(logits_TLE))
+
+
+def test_a_model_of_the_transformers_backend_is_refused_at_the_first_forward(tmp_path):
+    """SGLang has no dots1 of its own; transformers' routers never reach its TopK module."""
+    checkpoint = write_tiny_dots1(tmp_path / "dots1")
+    message = "no router of this model reports its experts.*got Dots1ForCausalLM.*--model-impl"
+    with pytest.raises(ServerError, match=f"(?s){message}"):
+        served(checkpoint, None)
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_a_server_of_an_unknown_version_starts_unless_it_shall_return_routes(tmp_path, is_wanted):
+    checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
+    metadata = tmp_path / "newer" / "sglang-0.7.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.7.0\n")
+    path = os.pathsep.join([str(metadata.parent.parent), str(cpu.STUBS), *sys.path[1:]])
+    options = ServerOptions(
+        # Whoever does not ask for routes has no setting of ours either: the level is then ids.
+        capture="ids" if is_wanted else "off",
+        arguments=ARGUMENTS,
+        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ROUTING_REPLAY_CAPTURE": "ids"},
+        log_path=tmp_path / "log",
+    )
+    if is_wanted:
+        with pytest.raises(ServerError, match="does not know this SGLang.*got 0.7.0"):
+            launch(checkpoint, options)
+    else:
+        with launch(checkpoint, options) as server:
+            server.check()

@@ -250,7 +250,23 @@ def test_the_hooks_of_each_version_generation():
     assert old.output is not None and new.output is None
     assert versions.targets_of((0, 5, 18)).rename is None
     assert versions.targets_of((0, 5, 19)).rename is not None
-    assert versions.parse("0.5.10.post1+cu130") == (0, 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.5.10.post1+cu130", (0, 5, 10)),
+        ("0.5.12rc1", (0, 5, 12)),
+        ("0.5.24.dev7+g0123abc", (0, 5, 24)),
+    ],
+)
+def test_a_version_counts_as_its_release(text, numbers):
+    assert versions.parse(text) == numbers
+
+
+def test_what_is_no_version_is_an_error():
+    with pytest.raises(ServerError, match="version of SGLang is not a version; got 'main'"):
+        versions.parse("main")
 
 
 def test_the_installed_sglang_has_everything_that_is_hooked():
@@ -273,3 +289,33 @@ def test_a_source_without_a_hooked_name_is_reported(tmp_path):
 
     problems = check_sources(tmp_path, (0, 5, 23))
     assert "layers.moe.topk._post_process_topk_ids does not exist" in problems
+
+
+def test_a_call_site_that_hides_the_logits_is_reported(tmp_path):
+    from routing_replay.sglang.sources import check_sources
+
+    router = tmp_path / "sglang/srt/layers/moe/topk.py"
+    router.parent.mkdir(parents=True)
+    function = "def _post_process_topk_ids(topk_ids, topk_config, router_logits, layer_id): ..."
+    good = "_post_process_topk_ids(ids, config, logits, 0)"
+    router.write_text(f"{function}\n{good}\n_post_process_topk_ids(*arguments)\n")
+    (tmp_path / "sglang/srt/model.py").write_text("_post_process_topk_ids(ids, topk_config=c)")
+    problems = [p for p in check_sources(tmp_path, (0, 5, 23)) if " calls " in p]
+    name = "calls _post_process_topk_ids without"
+    assert problems == [
+        f"layers/moe/topk.py:3 {name} router_logits, topk_config",
+        f"model.py:1 {name} router_logits",
+    ]
+
+
+def test_rows_of_which_a_router_told_no_logits_are_left_out_of_the_sample():
+    engine, req = FakeEngine(), FakeRequest(3, level="logits")
+    shape = (64, NUM_LAYERS, NUM_EXPERTS)
+    engine.capturer.slots.sampler = LogitSampler(shape, 64, 1.0, "cpu")
+    engine.prefill(req, [0, 1, 2], 1)
+    req.output_ids.append(0)
+    values_NLE = np.ones((3, NUM_LAYERS, NUM_EXPERTS), np.float32)
+    values_NLE[1, 0] = np.nan
+    slots, rows_N = np.array([0, 1, 2]), np.arange(3)
+    engine.capturer.slots.sampler.keep(slots, rows_N, values_NLE)
+    assert engine.routes(req).router_logits.rows_N.tolist() == [0, 2]

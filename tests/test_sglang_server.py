@@ -1,5 +1,6 @@
 """Server processes begin and end as promised; the commands here are not SGLang."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,12 @@ from routing_replay.errors import ConfigError, ServerError
 from routing_replay.sglang.cpu import enable_cpu
 from routing_replay.sglang.refusals import refuse_unsupported
 
+# What matters of a server's arguments, as SGLang sets them.
+DEFAULTS = {"disaggregation_mode": "null", "chunked_prefill_size": 8192, "pp_size": 1}
+TORCH_COMPILE, BREAKABLE = (
+    SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+    for backend in ("tc_piecewise", "breakable")
+)
 # Serves /health with a grandchild beside it, as SGLang does with its scheduler.
 SERVING = """
     import http.server, subprocess, sys
@@ -171,15 +178,38 @@ def test_capture_settings_are_checked():
         ({"attn_cp_size": 2}, "attn_cp_size=2"),
         ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1"),
         ({"enable_unified_cache_external_linker": True}, "enable_unified_cache_external_linker"),
-        ({"enable_dp_attention": True}, "enable_dp_attention=True and the capture level logits"),
+        ({"enable_pdmux": True}, "enable_pdmux=True"),
+        ({"enable_dp_attention": True}, "enable_dp_attention=True"),
+        ({"moe_a2a_backend": "mooncake"}, "moe_a2a_backend=mooncake"),
         ({"moe_a2a_backend": "deepep"}, "moe_a2a_backend=deepep and the capture level logits"),
         ({"backend": "triton_kernel"}, "moe_runner_backend=triton_kernel"),
+        # Prefill graphs of SGLang 0.5.12, and of some versions since 0.5.14.
+        ({"disable_piecewise_cuda_graph": False}, "prefill graphs of torch.compile and"),
+        ({"cuda_graph_config": TORCH_COMPILE}, "prefill graphs of torch.compile and"),
     ],
 )
 def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message):
     settings = CaptureSettings(level="logits")
-    defaults = {"disaggregation_mode": "null", "chunked_prefill_size": 8192, "pp_size": 1}
-    refuse_unsupported(SimpleNamespace(**defaults), "triton", settings)
-    backend = arguments.pop("backend", "triton")
+    refuse_unsupported(SimpleNamespace(**DEFAULTS), "triton", settings)
+    backend = arguments.get("backend", "triton")
     with pytest.raises(ServerError, match=f"no true routes with {message}.*Reason: "):
-        refuse_unsupported(SimpleNamespace(**defaults | arguments), backend, settings)
+        refuse_unsupported(SimpleNamespace(**DEFAULTS | arguments), backend, settings)
+
+
+@pytest.mark.parametrize(
+    ("level", "arguments", "is_refused"),
+    [
+        ("ids", {"enable_dp_attention": True}, True),
+        ("ids", {"moe_a2a_backend": "flashinfer"}, True),
+        ("ids", {"moe_a2a_backend": "deepep"}, False),
+        ("gates", {"moe_a2a_backend": "deepep_v2"}, False),
+        ("ids", {"cuda_graph_config": TORCH_COMPILE}, False),
+        ("gates", {"cuda_graph_config": TORCH_COMPILE}, True),
+        ("gates", {"cuda_graph_config": BREAKABLE}, False),
+        ("gates", {"disable_piecewise_cuda_graph": True}, False),
+    ],
+)
+def test_what_is_refused_depends_on_the_level(level, arguments, is_refused):
+    server_args, settings = SimpleNamespace(**DEFAULTS | arguments), CaptureSettings(level=level)
+    with pytest.raises(ServerError) if is_refused else contextlib.nullcontext():
+        refuse_unsupported(server_args, "triton", settings)

@@ -1,4 +1,7 @@
-"""A tiny checkpoint of a third family: OLMoE, a softmax router without renormalisation."""
+"""Tiny checkpoints of further families.
+
+OLMoE has a softmax router without renormalisation; SGLang has no dots1 of its own.
+"""
 
 from pathlib import Path
 
@@ -27,4 +30,27 @@ def write_tiny_olmoe(path, *, layers=2, experts=12, top_k=3, vocab=128, seed=1) 
     )
     torch.manual_seed(seed)
     OlmoeForCausalLM(config).float().save_pretrained(path)
+    return Path(path)
+
+
+def write_tiny_dots1(path, *, layers=2, experts=8, top_k=2, vocab=128, seed=1) -> Path:
+    """Write a random dots1 checkpoint and return its folder."""
+    from transformers import Dots1Config, Dots1ForCausalLM
+
+    config = Dots1Config(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+        n_shared_experts=1,
+        max_position_embeddings=512,
+        initializer_range=0.12,
+    )
+    torch.manual_seed(seed)
+    Dots1ForCausalLM(config).float().save_pretrained(path)
     return Path(path)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +15,7 @@ from sglang.srt.state_capturer.base import TopkCaptureOutput
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
 from ..capture import CaptureSettings
+from ..errors import ServerError
 from ..routes.routes import Origin
 from . import versions
 from .gates import gate_probs, pack, parse_version, score_function, unpack
@@ -30,7 +35,7 @@ class CaptureOutput(TopkCaptureOutput):
         forward_batch: The step, at its launch.
     """
 
-    def __init__(self, stock: TopkCaptureOutput, capturer: Capturer, forward_batch):
+    def __init__(self, stock: TopkCaptureOutput, capturer: Capturer, forward_batch: Any):
         ids_TLK, self.gates_TLK = stock.topk, None
         if capturer.settings.has_gates:
             ids_TLK, gates_TLK = unpack(stock.topk)
@@ -52,28 +57,28 @@ class CaptureOutput(TopkCaptureOutput):
         if capturer.sampler is not None:
             self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(ids_TLK))
 
-    def map_device_tensors(self, copy):
+    def map_device_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """SGLang >= 0.5.15 passes the function that copies to the host."""
         super().map_device_tensors(copy)
         self._copy_ours(copy)
 
-    def copy_to_cpu(self):
+    def copy_to_cpu(self) -> None:
         """SGLang <= 0.5.14 copies so."""
         super().copy_to_cpu()
         self._copy_ours(lambda tensor: tensor.to("cpu", non_blocking=True))
 
-    def copy_now(self):
+    def copy_now(self) -> None:
         """Without overlap nobody else copies."""
         self.out_cache_loc, self.topk = self.out_cache_loc.cpu(), self.topk.cpu()
         self._copy_ours(torch.Tensor.cpu)
 
-    def _copy_ours(self, copy):
+    def _copy_ours(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.gates_TLK is not None:
             self.gates_TLK = copy(self.gates_TLK)
         if self.logits_NLE is not None:
             self.logits_NLE = copy(self.logits_NLE)
 
-    def finalize(self):
+    def finalize(self) -> None:
         """Put the rows at their slots. Called once the copies are done."""
         self.capturer.slots.put(self.out_cache_loc.numpy(), self.rows())
 
@@ -102,35 +107,37 @@ class Capturer(RoutedExpertsCapturer):
         ServerError: A feature under which rows could be wrong, or a hook that is missing.
     """
 
-    def __init__(self, model_config, *, num_tokens: int, **named):
-        from .plugin import targets
-
+    def __init__(self, model_config: Any, *, num_tokens: int, **named: Any):
         self.settings = CaptureSettings.from_environment()
         server_args = versions.server_args()
         refuse_unsupported(server_args, get_moe_runner_backend().value, self.settings)
-        versions.check_hooks(targets())
+        targets = versions.targets_of(versions.installed())
+        versions.check_hooks(targets.required(self.settings.has_gates))
+        self.num_experts = num_experts_of(model_config.hf_text_config)
         # SGLang's own host buffer is not used: it gets one slot.
         super().__init__(model_config, num_tokens=1, **named)
         self.weight_version = parse_version(getattr(server_args, "weight_version", None))
         # Learnt from the routers that report: dense and hash-routed layers never do.
         self.layers: set[int] = set()
-        self.num_experts = num_experts_of(model_config.hf_text_config)
         self.sampler = self._sampler(num_tokens) if self.settings.has_logits else None
         shape = (num_tokens, self.num_layers, self.topk_size)
         self.slots = SlotRows(shape, self.num_experts, self.settings.has_gates, self.sampler)
-        self._router = None
+        self.architecture = ", ".join(model_config.hf_config.architectures or ())
+        self._router: tuple[torch.Tensor, Any] | None = None
         self._report_memory()
 
-    def route(self, stock, *arguments, **named):
-        """SGLang's post-processing of a layer's choice; within it `capture` knows the logits."""
-        # SGLang names its arguments here in every version; their order is not the same in all.
-        self._router = (named["router_logits"], named["topk_config"])
+    def route(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Run SGLang's post-processing of a selection; `capture` within it knows the logits."""
+        self._router = (
+            argument_of(stock, "router_logits", arguments, named),
+            argument_of(stock, "topk_config", arguments, named),
+        )
         try:
             return stock(*arguments, **named)
         finally:
             self._router = None
 
-    def capture(self, layer_id: int, topk_indices: torch.Tensor):
+    def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
         """Write one layer's rows; runs inside CUDA graphs, so static shapes and no sync."""
         self.layers.add(layer_id)
         if self.settings.has_gates:
@@ -138,9 +145,19 @@ class Capturer(RoutedExpertsCapturer):
         super().capture(layer_id, topk_indices)
 
     def on_forward_end(
-        self, forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu: bool = False
+        self,
+        forward_batch: Any,
+        can_run_graph: bool,
+        cuda_graph_batch: int | None,
+        no_copy_to_cpu: bool = False,
     ) -> CaptureOutput:
-        """The step's rows; they reach the host with the other results, in order."""
+        """Return the step's rows; they reach the host with the other results, in order.
+
+        Raises:
+            ServerError: No router of the model reports its selections.
+        """
+        if not self.layers and len(forward_batch.out_cache_loc):
+            raise no_router_reports(self.architecture)
         stock = super().on_forward_end(
             forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu=True
         )
@@ -151,18 +168,26 @@ class Capturer(RoutedExpertsCapturer):
 
     def _with_gates(self, layer_id: int, ids_TX: torch.Tensor) -> torch.Tensor:
         ids_TK = ids_TX[:, : self.topk_size]
+        logits_TE, function = self._scores(len(ids_TK))
         gates_TK = None
-        if self._router is not None:
-            logits_TE, topk_config = self._router
-            function = score_function(topk_config)
-            if function is not None:
-                gates_TK = gate_probs(logits_TE, ids_TK, function)
-            if self.sampler is not None:
-                self.sampler.write(layer_id, logits_TE)
+        if logits_TE is not None and function is not None:
+            gates_TK = gate_probs(logits_TE, ids_TK, function)
+        if self.sampler is not None:
+            self.sampler.write(layer_id, len(ids_TK), logits_TE)
         packed_TK = pack(ids_TK, gates_TK)
         num_shared = ids_TX.shape[1] - self.topk_size
         # Columns of fused shared experts never reach the host; they only keep the width.
         return torch.nn.functional.pad(packed_TK, (0, num_shared)) if num_shared else packed_TK
+
+    def _scores(self, num_tokens: int) -> tuple[torch.Tensor | None, str | None]:
+        """Return the logits of the selection at hand, and how the router scores them."""
+        if self._router is None:
+            return None, None
+        logits_TE, topk_config = self._router
+        # A kernel that scores and selects at once has no logits: SGLang passes none, [0, E].
+        if len(logits_TE) != num_tokens:
+            return None, None
+        return logits_TE, score_function(topk_config)
 
     def _sampler(self, num_slots: int) -> LogitSampler:
         buffer = self.device_cache.buffer
@@ -173,7 +198,7 @@ class Capturer(RoutedExpertsCapturer):
             buffer.device,
         )
 
-    def _report_memory(self):
+    def _report_memory(self) -> None:
         host, device = self.slots.host_bytes, self.device_cache.get_buffer_size_bytes()
         if self.sampler is not None:
             device += self.sampler.device_bytes
@@ -185,7 +210,42 @@ class Capturer(RoutedExpertsCapturer):
         )
 
 
-def num_experts_of(config) -> int:
-    """Routed experts per layer; the families name them differently."""
+def argument_of(
+    function: Callable[..., Any], name: str, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> Any:
+    """Return an argument of a call, whether it was passed by name or by position."""
+    return named[name] if name in named else arguments[_parameters(function).index(name)]
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def num_experts_of(config: Any) -> int:
+    """Return the routed experts per layer; the families name them differently.
+
+    Raises:
+        ServerError: The configuration names no number of experts.
+    """
     names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-    return next(int(getattr(config, name)) for name in names if getattr(config, name, None))
+    for name in names:
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    raise ServerError(
+        "the model's configuration names no number of experts",
+        expected=" or ".join(names),
+        got=type(config).__name__,
+        fix="Start a dense model without --enable-return-routed-experts",
+    )
+
+
+def no_router_reports(architecture: str) -> ServerError:
+    """Return the error of a model whose routers never call the capture."""
+    return ServerError(
+        "no router of this model reports its experts",
+        expected="a model of SGLang's own whose MoE layers select with its TopK module",
+        got=architecture,
+        fix="SGLang serves it through its transformers backend, or selects inside a kernel. Use "
+        "--model-impl sglang if SGLang has the model; otherwise its routes cannot be captured",
+    )

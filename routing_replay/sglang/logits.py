@@ -61,16 +61,22 @@ class LogitSampler:
     def host_bytes(self) -> int:
         return self.ring_RLE.nbytes + self.entry_of_slot.nbytes + self.slot_of_entry.nbytes
 
-    def write(self, layer: int, logits_TE: torch.Tensor) -> None:
-        """One layer's logits of the step; inside graphs, so static shapes and no sync."""
-        self.step_TLE[: logits_TE.shape[0], layer] = logits_TE
+    def write(self, layer: int, num_tokens: int, logits_TE: torch.Tensor | None) -> None:
+        """Write one layer's logits of the step, nan where the router told none.
+
+        Runs inside CUDA graphs: static shapes and no sync.
+        """
+        self.step_TLE[:num_tokens, layer] = torch.nan if logits_TE is None else logits_TE
 
     def sample(self, num_rows: int) -> tuple[np.ndarray, torch.Tensor]:
-        """A fresh choice of a step's rows, made on the host, and their logits on the device."""
+        """Draw rows of a step on the host; return them with their logits on the device."""
         rows_N = np.flatnonzero(self._random.random(num_rows) < self.fraction)
         rows_N = rows_N[: len(self.ring_RLE)]
-        index_N = torch.from_numpy(rows_N).to(self.step_TLE.device, non_blocking=True)
-        return rows_N, self.step_TLE[index_N]
+        index_N = torch.from_numpy(rows_N)
+        if self.step_TLE.is_cuda:
+            # From pageable memory the copy would wait for the forward stream.
+            index_N = index_N.pin_memory()
+        return rows_N, self.step_TLE[index_N.to(self.step_TLE.device, non_blocking=True)]
 
     def keep(self, slots_T: np.ndarray, rows_N: np.ndarray, values_NLE: np.ndarray) -> None:
         """Note that a step wrote these slots, and keep the logits of some of its rows."""

@@ -2,75 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..capture import OURS, CaptureSettings
+from ..errors import RoutingReplayError
 from . import cpu, versions
 
-CAPTURER = "state_capturer.routed_experts.RoutedExpertsCapturer"
-ROUTER = "layers.moe.topk._post_process_topk_ids"
+Hook = Callable[..., Any]
 
 
 def register() -> None:
     """Hook the capture into this process of a server; nothing is patched on disk.
 
-    A server that was not started with `--enable-return-routed-experts` creates no capturer, and
-    every hook is then a plain call of what it hooks.
-
-    Raises:
-        ConfigError: Settings in the environment that cannot be.
-        ServerError: An SGLang of an unknown version.
+    Never raises: SGLang only logs what a plugin raises, and would go on with its own capture. A
+    broken setting or an unknown SGLang stops a server when it creates a capturer; one that was not
+    started with `--enable-return-routed-experts` creates none, and starts.
     """
+    try:
+        settings = CaptureSettings.from_environment()
+        if settings.level in OURS:
+            _replace_capturer(versions.targets_of(versions.installed()), settings)
+    except RoutingReplayError as error:
+        target = f"{versions.PREFIX}{versions.Targets.capturer}.create"
+        _around(target, _refuse(error))
     cpu.enable_cpu()
-    if CaptureSettings.from_environment().level not in OURS:
-        return
-    versions.installed()
+
+
+def _replace_capturer(targets: versions.Targets, settings: CaptureSettings) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from .capturer import Capturer
 
-    HookRegistry.register(_full(CAPTURER), Capturer, HookType.REPLACE)
-    for target, hook in _hooks().items():
-        HookRegistry.register(target, hook, HookType.AROUND)
-
-
-def targets() -> list[str]:
-    """Everything that must be hooked for the rows to be true."""
-    return [_full(CAPTURER), *_hooks()]
-
-
-def _hooks() -> dict:
-    found = versions.targets_of(versions.installed())
-    # Ids alone are what stock captures: the model's forward then stays as it is.
-    has_gates = CaptureSettings.from_environment().has_gates
-    hooks = {
-        ROUTER if has_gates else None: _route,
-        found.collect: _collect,
-        found.prefill_result: _process_prefill,
-        found.release: _release,
-        found.rename: _rename_weights,
-        found.output: _output,
-        **dict.fromkeys(found.updates, _update_weights),
+    HookRegistry.register(versions.PREFIX + targets.capturer, Capturer, HookType.REPLACE)
+    hooks: dict[str | None, Hook] = {
+        targets.router: _route,
+        targets.collect: _collect,
+        targets.prefill_result: _process_prefill,
+        targets.release: _release,
+        targets.rename: _rename_weights,
+        targets.output: _output,
+        **dict.fromkeys(targets.updates, _update_weights),
     }
-    return {_full(target): hook for target, hook in hooks.items() if target is not None}
+    # Ids alone are what stock captures: the model's forward then stays as it is.
+    required = targets.required(settings.has_gates)
+    for name, hook in hooks.items():
+        if name is not None and versions.PREFIX + name in required:
+            _around(versions.PREFIX + name, hook)
 
 
-def _full(target: str) -> str:
-    return f"sglang.srt.{target}"
+def _around(target: str, hook: Hook) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, hook, HookType.AROUND)
 
 
-def _capturer():
+def _refuse(error: RoutingReplayError) -> Hook:
+    def create(stock: Hook, *arguments: Any, **named: Any) -> None:
+        # SGLang itself knows best whether routes are wanted; each version asks elsewhere.
+        if stock(*arguments, **named) is not None:
+            raise error
+
+    return create
+
+
+def _capturer() -> Any:
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     return get_global_experts_capturer()
 
 
-def _route(stock, *arguments, **named):
+def _route(stock: Hook, *arguments: Any, **named: Any) -> Any:
     capturer = _capturer()
     if capturer is None:
         return stock(*arguments, **named)
     return capturer.route(stock, *arguments, **named)
 
 
-def _collect(stock, scheduler, req):
+def _collect(stock: Hook, scheduler: Any, req: Any) -> None:
     from .rows import collect
 
     capturer = _capturer()
@@ -78,7 +87,9 @@ def _collect(stock, scheduler, req):
         req.routed_experts = collect(capturer, req, scheduler.req_to_token_pool)
 
 
-def _process_prefill(stock, scheduler, batch, result, *arguments, **named):
+def _process_prefill(
+    stock: Hook, scheduler: Any, batch: Any, result: Any, *arguments: Any, **named: Any
+) -> Any:
     from .rows import keep_prefill
 
     if _capturer() is not None:
@@ -86,7 +97,7 @@ def _process_prefill(stock, scheduler, batch, result, *arguments, **named):
     return stock(scheduler, batch, result, *arguments, **named)
 
 
-def _release(stock, *arguments, **named):
+def _release(stock: Hook, *arguments: Any, **named: Any) -> Any:
     from .rows import keep_retracted
 
     capturer = _capturer()
@@ -95,7 +106,7 @@ def _release(stock, *arguments, **named):
     return stock(*arguments, **named)
 
 
-def _update_weights(stock, owner, recv_req, *arguments, **named):
+def _update_weights(stock: Hook, owner: Any, recv_req: Any, *arguments: Any, **named: Any) -> Any:
     from .gates import parse_version
 
     capturer = _capturer()
@@ -108,7 +119,7 @@ def _update_weights(stock, owner, recv_req, *arguments, **named):
     return result
 
 
-def _rename_weights(stock, scheduler, recv_req):
+def _rename_weights(stock: Hook, scheduler: Any, recv_req: Any) -> Any:
     from .gates import parse_version
 
     capturer = _capturer()
@@ -117,15 +128,15 @@ def _rename_weights(stock, scheduler, recv_req):
     return stock(scheduler, recv_req)
 
 
-def _output(stock, scheduler, reqs, *arguments, **named):
-    """SGLang 0.5.12: let every request of a mixed batch take its place in the list of routes."""
-    others = [req for req in reqs if not req.return_routed_experts]
-    if len(others) == len(reqs):
+def _output(stock: Hook, scheduler: Any, reqs: Any, *arguments: Any, **named: Any) -> Any:
+    """SGLang 0.5.12: give every request of a mixed batch its place in the list of routes."""
+    without_routes = [req for req in reqs if not req.return_routed_experts]
+    if len(without_routes) == len(reqs):
         return stock(scheduler, reqs, *arguments, **named)
     try:
-        for req in others:
+        for req in without_routes:
             req.return_routed_experts = True
         return stock(scheduler, reqs, *arguments, **named)
     finally:
-        for req in others:
+        for req in without_routes:
             req.return_routed_experts = False

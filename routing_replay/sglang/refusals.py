@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from ..capture import CaptureSettings
 from ..errors import ServerError
+from . import versions
 
 # Their kernels choose the experts themselves and never report them: every row would be zero.
 IN_KERNEL_BACKENDS = (
@@ -26,7 +29,7 @@ class Feature:
     """
 
     names: tuple[str, ...]
-    harmless: tuple
+    harmless: tuple[object, ...]
     why: str
 
 
@@ -47,9 +50,9 @@ FEATURES = (
         "the decoding server never saw the prompt's rows. Use undivided servers",
     ),
     Feature(
-        ("enable_two_batch_overlap",),
+        ("enable_two_batch_overlap", "enable_pdmux"),
         OFF,
-        "both halves of a batch write the same rows of one buffer. Turn it off",
+        "two batches at a time write the same rows of one buffer. Turn it off",
     ),
     Feature(
         ("speculative_algorithm",),
@@ -62,25 +65,41 @@ FEATURES = (
     Feature(
         ("attn_cp_size", "dcp_size"), (None, 1), "a rank sees a part of the tokens. Use --tp-size"
     ),
+    Feature(
+        ("enable_dp_attention",),
+        OFF,
+        "SGLang cuts a rank's rows at another offset than it wrote them (sglang issue 30712). "
+        "Use --tp-size, or several servers",
+    ),
+    Feature(
+        ("moe_a2a_backend",),
+        (None, "none", "deepep", "deepep_v2"),
+        "SGLang gathers the rows of scattered tokens for DeepEP only. Use deepep or none",
+    ),
+)
+LOGITS_FEATURES = (
+    Feature(
+        ("moe_a2a_backend",),
+        (None, "none"),
+        "a rank sees the logits of a part of the tokens, and nothing gathers them",
+    ),
 )
 
 
-def refuse_unsupported(server_args, moe_backend: str, settings) -> None:
+def refuse_unsupported(server_args: Any, moe_backend: str, settings: CaptureSettings) -> None:
     """Raise for the first unsupported feature that the server was started with.
 
     Args:
         server_args: SGLang's arguments.
         moe_backend: The MoE runner that SGLang chose, by its name.
-        settings: The `CaptureSettings`.
+        settings: The server's capture level.
 
     Raises:
         ServerError: What is on, why the rows would be wrong, and what to use instead.
     """
-    for feature in FEATURES:
-        for name in feature.names:
-            value = getattr(server_args, name, None)
-            if value not in feature.harmless:
-                raise _refusal(f"{name}={value}", feature.why)
+    _refuse(server_args, FEATURES)
+    if settings.has_logits:
+        _refuse(server_args, LOGITS_FEATURES, " and the capture level logits")
     if moe_backend in IN_KERNEL_BACKENDS:
         raise _refusal(
             f"moe_runner_backend={moe_backend}",
@@ -92,15 +111,21 @@ def refuse_unsupported(server_args, moe_backend: str, settings) -> None:
             f"chunked_prefill_size={server_args.chunked_prefill_size}",
             "the capture's buffer has the size of a chunk. Name a size",
         )
-    # Ids and gates are gathered and cut by SGLang's own capture; the logits are not.
-    for name, harmless in (("enable_dp_attention", OFF), ("moe_a2a_backend", (None, "none"))):
-        value = getattr(server_args, name, None)
-        if settings.has_logits and value not in harmless:
-            raise _refusal(
-                f"{name}={value} and the capture level logits",
-                "a rank sees the logits of other tokens. Capture gates, or turn it off",
-            )
+    if settings.has_gates and versions.has_compiled_prefill(server_args):
+        raise _refusal(
+            f"prefill graphs of torch.compile and the capture level {settings.level}",
+            "it would trace the capture. Turn them off (--disable-piecewise-cuda-graph, or "
+            "--cuda-graph-backend-prefill breakable), or capture ids",
+        )
+
+
+def _refuse(server_args: Any, features: tuple[Feature, ...], suffix: str = "") -> None:
+    for feature in features:
+        for name in feature.names:
+            value = getattr(server_args, name, None)
+            if value not in feature.harmless:
+                raise _refusal(f"{name}={value}{suffix}", feature.why)
 
 
 def _refusal(what: str, why: str) -> ServerError:
-    return ServerError(f"no true routes with {what}", fix=f"Reason: {why}")
+    return ServerError(f"the capture returns no true routes with {what}", fix=f"Reason: {why}")

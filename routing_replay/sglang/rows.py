@@ -195,8 +195,7 @@ def _collected(capturer, rows: KeptRows, level: str) -> CollectedRows:
 def _logits_of(rows: KeptRows, layers: list[int], covered_T) -> SampledLogits | None:
     if rows.logits is None:
         return None
-    rows_N = rows.logits.rows_N - rows.start
-    known_N = covered_T[rows_N]
-    return SampledLogits(
-        rows_N=rows_N[known_N], values_NLE=rows.logits.values_NLE[known_N][:, layers]
-    )
+    rows_N, values_NLE = rows.logits.rows_N - rows.start, rows.logits.values_NLE[:, layers]
+    # nan: a router of that row told no logits.
+    known_N = covered_T[rows_N] & ~np.isnan(values_NLE).any((1, 2))
+    return SampledLogits(rows_N=rows_N[known_N], values_NLE=values_NLE[known_N])

@@ -1,17 +1,22 @@
 """Where SGLang's versions differ, each difference with the version that made it.
 
-Everything else the plugin touches is the same from 0.5.12 to 0.5.23 (`sources` checks it).
+Everything else that the plugin touches is the same from 0.5.12 to 0.5.23 (`sources` checks it).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from ..errors import ServerError
 
 OLDEST, UNKNOWN = (0, 5, 12), (0, 6)
+PREFIX = "sglang.srt."
 PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 OLD_PROCESSOR = "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
 UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -20,9 +25,11 @@ OLD_UPDATER = "managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMix
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Dotted names below `sglang.srt` of what is hooked.
+    """Dotted names below `sglang.srt` of everything that is hooked.
 
     Args:
+        capturer: The class that our capturer replaces.
+        router: Post-processes a layer's selection; hooked only where gates are captured.
         collect: Fills a finished request's routes.
         prefill_result: Processes the result of a prefill.
         release: Takes a retracted request's slots away.
@@ -31,6 +38,8 @@ class Targets:
         output: Lists the routes of a batch; None where it needs no repair.
     """
 
+    capturer: str = "state_capturer.routed_experts.RoutedExpertsCapturer"
+    router: str = "layers.moe.topk._post_process_topk_ids"
     collect: str
     prefill_result: str
     release: str
@@ -38,9 +47,15 @@ class Targets:
     rename: str | None
     output: str | None
 
+    def required(self, has_gates: bool) -> list[str]:
+        """Return the full names without which rows would be wrong."""
+        names = (self.capturer, self.collect, self.prefill_result, self.release, *self.updates)
+        optional = (self.router if has_gates else None, self.rename, self.output)
+        return [PREFIX + name for name in (*names, *optional) if name is not None]
+
 
 def targets_of(version: tuple[int, ...]) -> Targets:
-    """What is hooked in a version of SGLang."""
+    """Return what is hooked in a version of SGLang."""
     # 0.5.13 made classes of the scheduler's mixins, and a function of the release.
     is_old = version < (0, 5, 13)
     processor, updater = (OLD_PROCESSOR, OLD_UPDATER) if is_old else (PROCESSOR, UPDATER)
@@ -62,31 +77,44 @@ def targets_of(version: tuple[int, ...]) -> Targets:
 
 
 def parse(text: str) -> tuple[int, ...]:
-    """The three numbers of a version; suffixes (rc1, post1, +cu130) count for nothing here."""
-    parts = text.split("+")[0].split(".")[:3]
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+    """Return the release numbers of a version.
+
+    A candidate (0.5.12rc1) has the code of its release, so suffixes are left out instead of
+    ordered before it.
+    """
+    try:
+        return Version(text).release
+    except InvalidVersion as error:
+        raise ServerError("the version of SGLang is not a version", got=repr(text)) from error
 
 
 @functools.cache
 def installed() -> tuple[int, ...]:
-    """The version of the installed SGLang.
+    """Return the release numbers of the installed SGLang.
 
     Raises:
-        ServerError: One whose seams are unknown or absent.
+        ServerError: SGLang has no metadata, or its hook targets are unknown.
     """
-    version = parse(metadata.version("sglang"))
+    try:
+        text = metadata.version("sglang")
+    except metadata.PackageNotFoundError as error:
+        raise ServerError(
+            "SGLang has no package metadata", fix="Install it with pip, not by PYTHONPATH alone"
+        ) from error
+    version = parse(text)
     if not OLDEST <= version < UNKNOWN:
         raise ServerError(
-            "an SGLang that the capture does not know",
+            "the capture does not know this SGLang",
             expected="0.5.12 to 0.5.x",
-            got=metadata.version("sglang"),
-            fix="See the supported versions in docs/capture.md",
+            got=text,
+            fix="See the supported versions in docs/capture.md, or start the server with "
+            "ROUTING_REPLAY_CAPTURE=stock for SGLang's own capture",
         )
     return version
 
 
-def released(*arguments, **named):
-    """The request and the pool in the arguments of `Targets.release`, function or method."""
+def released(*arguments: Any, **named: Any) -> tuple[Any, Any]:
+    """Return the request and the pool in the arguments of `Targets.release`."""
     if "req" in named:
         return named["req"], named["req_to_token_pool"]
     batch = arguments[0]
@@ -94,8 +122,8 @@ def released(*arguments, **named):
     return batch.reqs[index], batch.req_to_token_pool
 
 
-def server_args():
-    """The server's arguments. Their accessor moved in 0.5.15."""
+def server_args() -> Any:
+    """Return the server's arguments. Their accessor moved in 0.5.15."""
     if installed() < (0, 5, 15):
         from sglang.srt.server_args import get_global_server_args
 
@@ -105,26 +133,37 @@ def server_args():
     return get_server_args()
 
 
-def req_pool_index(req) -> int | None:
-    """Row of the request in `req_to_token`, None without slots. In `req.kv` since 0.5.19."""
+def has_compiled_prefill(server_args: Any) -> bool:
+    """Return whether prefill graphs are made by torch.compile, which would trace our hooks.
+
+    Some versions since 0.5.14 name it as the backend "tc_piecewise"; before, it was the default.
+    """
+    config = getattr(server_args, "cuda_graph_config", None)
+    if config is not None:
+        return config.prefill.backend == "tc_piecewise"
+    return not getattr(server_args, "disable_piecewise_cuda_graph", True)
+
+
+def req_pool_index(req: Any) -> int | None:
+    """Return the request's row of `req_to_token`, None without slots. In `req.kv` since 0.5.19."""
     if installed() < (0, 5, 19):
         return req.req_pool_idx
     return req.kv.req_pool_idx
 
 
-def with_own_rows(output):
-    """A step's output whose rows the next step cannot overwrite. Copies by itself since 0.5.18.
+def with_own_rows(output: Any) -> Any:
+    """Return a step's output whose rows the next step cannot overwrite.
 
-    Before, they were views of the buffers; a GPU copies them to the host in order, on a CPU the
-    "copy" to the host is the buffer itself.
+    SGLang copies them by itself since 0.5.18. Before, they were views of the buffers; a GPU copies
+    them to the host in order, on a CPU the "copy" to the host is the buffer itself.
     """
     if installed() < (0, 5, 18) and output.topk.device.type == "cpu":
         output.topk, output.out_cache_loc = output.topk.clone(), output.out_cache_loc.clone()
     return output
 
 
-def check_hooks(targets) -> None:
-    """SGLang logs a hook that it could not apply, and serves without it; we do not.
+def check_hooks(targets: Iterable[str]) -> None:
+    """Raise for a hook that SGLang could not apply: it logs that, and would serve without it.
 
     Raises:
         ServerError: A hook is missing.

@@ -1,0 +1,91 @@
+"""The capturer inside SGLang's own router functions, without a server."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.serving import cpu
+from routing_replay.capture import CaptureSettings
+from routing_replay.errors import ServerError
+from routing_replay.sglang.gates import unpack
+from routing_replay.sglang.logits import LogitSampler
+
+pytest.importorskip("sglang")
+# SGLang and what it imports warn of their own code.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 4, 2
+IDS_TK = torch.tensor([[1, 2], [0, 3], [3, 2]], dtype=torch.int32)
+LOGITS_TE = torch.tensor([[0.0, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """SGLang's modules import their CUDA kernels by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.syspath_prepend(cpu.STUBS)
+        yield
+
+
+@pytest.fixture
+def capturer():
+    """A capturer with SGLang's own device buffer; what a server's start would add is left out."""
+    from sglang.srt.state_capturer.base import BaseDeviceCache
+    from sglang.srt.state_capturer.routed_experts import set_global_experts_capturer
+
+    from routing_replay.sglang.capturer import Capturer
+
+    capturer = Capturer.__new__(Capturer)
+    capturer.settings = CaptureSettings(level="logits")
+    capturer.layers, capturer.architecture = set(), "TinyForCausalLM"
+    capturer.num_fused_shared_experts, capturer.topk_size = 0, TOP_K
+    capturer.device_cache = BaseDeviceCache(8, NUM_LAYERS, TOP_K, "cpu", "test")
+    capturer.sampler = LogitSampler((8, NUM_LAYERS, NUM_EXPERTS), 16, 1.0, "cpu")
+    capturer._router = None
+    set_global_experts_capturer(capturer)
+    yield capturer
+    set_global_experts_capturer(None)
+
+
+def route(capturer, *arguments, **named):
+    """A layer's selection through our hook and SGLang's own post-processing."""
+    from sglang.srt.layers.moe.topk import TopKConfig, _post_process_topk_ids
+
+    weights_TK, config = torch.ones(IDS_TK.shape), TopKConfig(top_k=TOP_K)
+    if named:
+        named |= {"topk_ids": IDS_TK.clone(), "topk_weights": weights_TK, "topk_config": config}
+        return capturer.route(_post_process_topk_ids, **named)
+    return capturer.route(_post_process_topk_ids, IDS_TK.clone(), weights_TK, config, *arguments)
+
+
+def captured(capturer, layer):
+    ids_TLK, gates_TLK = unpack(capturer.device_cache.buffer[: len(IDS_TK)])
+    return ids_TLK[:, layer].tolist(), gates_TLK[:, layer].numpy()
+
+
+def test_gates_are_the_same_whether_logits_are_passed_by_name_or_by_position(capturer):
+    route(capturer, router_logits=LOGITS_TE, layer_id=0)
+    route(capturer, LOGITS_TE, 1)
+    expected_TK = LOGITS_TE.softmax(-1).gather(1, IDS_TK.long()).half().numpy()
+    for layer in (0, 1):
+        ids, gates_TK = captured(capturer, layer)
+        assert ids == IDS_TK.tolist()
+        np.testing.assert_array_equal(gates_TK, expected_TK)
+    assert capturer.layers == {0, 1}
+
+
+def test_a_placeholder_of_no_logits_leaves_ids_without_gates(capturer):
+    capturer.sampler.step_TLE.fill_(7.0)  # of an earlier step
+    route(capturer, LOGITS_TE.new_empty((0, NUM_EXPERTS)), 0)
+    ids, gates_TK = captured(capturer, 0)
+    assert ids == IDS_TK.tolist()
+    assert np.isnan(gates_TK).all()
+    assert capturer.sampler.step_TLE[: len(IDS_TK), 0].isnan().all()
+
+
+def test_a_model_whose_routers_never_report_is_named_at_its_first_forward(capturer):
+    step = SimpleNamespace(out_cache_loc=torch.arange(3))
+    with pytest.raises(ServerError, match="no router of this model.*TopK.*got TinyForCausalLM"):
+        capturer.on_forward_end(step, can_run_graph=False, cuda_graph_batch=None)
