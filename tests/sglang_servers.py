@@ -17,8 +17,7 @@ from sglang_checks import Reference
 from tiny_models import write_tiny_qwen3_moe
 
 from recipes.serving.server import Server, ServerOptions, launch
-from routing_replay.rollout.client import RolloutClient
-from routing_replay.rollout.requests import GenerateRequest
+from routing_replay.rollout import GenerateRequest, RolloutClient
 from routing_replay.routes.shape import MoEShape
 
 MODEL = MoEShape(layers=(0, 1, 2), num_experts=16, top_k=4)

@@ -8,8 +8,7 @@ import pytest
 from sglang_checks import assert_true, tokens_of
 from sglang_servers import MODEL, random_prompt, request
 
-from routing_replay.rollout.client import probe
-from routing_replay.rollout.requests import completion_of
+from routing_replay.rollout import completion_of, probe
 from routing_replay.routes.payload import from_base64
 from routing_replay.routes.routes import Origin
 from routing_replay.sglang import versions

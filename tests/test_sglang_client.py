@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from test_payload import meta, random_ids, stock
 
-from routing_replay.errors import PayloadError, ServerError
-from routing_replay.rollout.client import ClientOptions, RolloutClient, probe
-from routing_replay.rollout.requests import GenerateRequest, request_fields
+from routing_replay.errors import ConfigError, PayloadError, ServerError
+from routing_replay.rollout import (
+    ClientOptions,
+    GenerateRequest,
+    RolloutClient,
+    probe,
+    request_fields,
+)
 from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
@@ -38,6 +43,7 @@ class FakeServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+                fake.calls.append((self.path, body))
                 self.reply(*fake.answer(self.path, body, misbehave))
 
             def do_GET(self):
@@ -66,7 +72,6 @@ class FakeServer:
         self.http.server_close()
 
     def answer(self, route, body, misbehave):
-        self.calls.append((route, body))
         good = {
             "/model_info": {"weight_version": self.weight_version},
             "/server_info": {"enable_return_routed_experts": True},
@@ -127,6 +132,24 @@ def test_requests_go_to_the_least_loaded_server():
     # The long prompt occupies one server; both short ones go to the other.
     assert [len(body["input_ids"]) for _, body in one.calls] == [100]
     assert [len(body["input_ids"]) for _, body in other.calls] == [5, 5]
+
+
+def test_each_data_parallel_replica_of_a_server_has_a_limit_of_its_own():
+    running, most = set(), []
+
+    def note(route, body, answer):
+        if route == "/server_info":
+            return 200, {"dp_size": 2}
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.2)
+        running.discard(threading.get_ident())
+        return 200, answer
+
+    with FakeServer(note) as fake:
+        client = RolloutClient([fake.url], MODEL, ClientOptions(max_in_flight=1))
+        client.generate([asked() for _ in range(6)])
+    assert max(most) == 2
 
 
 @pytest.mark.parametrize("trouble", ["500", "hang", "dead"])
@@ -292,8 +315,8 @@ def test_request_fields_of_each_level():
     assert request_fields("stock", 4) == stock_fields
     ours = {**stock_fields, "custom_params": {"routing_replay": "gates"}}
     assert request_fields("gates", 4) == ours
-    with pytest.raises(ServerError, match="capture; expected off, stock, ids, gates, logits"):
-        request_fields("routes")
+    with pytest.raises(ConfigError, match="unknown capture level.*'gates'"):
+        request_fields("gate")
 
 
 def test_an_answer_without_the_most_likely_tokens_that_were_asked_for_is_refused():

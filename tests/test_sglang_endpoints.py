@@ -7,7 +7,7 @@ import pytest
 from sglang_checks import assert_ids_follow, assert_true
 from sglang_servers import MODEL, random_prompt, request
 
-from routing_replay.rollout.requests import completion_of, request_fields
+from routing_replay.rollout import completion_of, request_fields
 from routing_replay.routes.payload import FIELD, decode
 
 

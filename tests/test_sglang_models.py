@@ -13,7 +13,7 @@ from tiny_models_sglang import write_tiny_dots1, write_tiny_olmoe
 from recipes.serving import cpu
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.errors import ServerError
-from routing_replay.rollout.client import RolloutClient, probe
+from routing_replay.rollout import RolloutClient, probe
 from routing_replay.routes.shape import MoEShape
 
 pytest.importorskip("sglang")

@@ -11,7 +11,7 @@ import pytest
 from sglang_checks import assert_ids_follow, tokens_of
 from sglang_servers import MODEL, random_prompt, request, running, wait_for_decoding
 
-from routing_replay.rollout.requests import completion_of
+from routing_replay.rollout import completion_of
 from routing_replay.routes.payload import FIELD, decode
 from routing_replay.sglang import versions
 

@@ -11,9 +11,13 @@ import torch
 
 from routing_replay.errors import ConfigError, DataError, ServerError
 from routing_replay.objectives import informative_groups
-from routing_replay.rollout.client import ClientOptions, RolloutClient
-from routing_replay.rollout.probe import probe
-from routing_replay.rollout.requests import Completion, GenerateRequest
+from routing_replay.rollout import (
+    ClientOptions,
+    Completion,
+    GenerateRequest,
+    RolloutClient,
+    probe,
+)
 from routing_replay.routes.shape import MoEShape
 
 from .batch import Sample

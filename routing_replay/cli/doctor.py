@@ -136,7 +136,7 @@ def check_server(
         capture: The level that the job will ask for.
     """
     try:
-        from ..rollout.probe import probe
+        from ..rollout import probe
     except ImportError as error:
         yield _error(
             "server",

@@ -1,0 +1,55 @@
+"""Talk to SGLang servers: sample with routes, check a server, load new weights.
+
+Needs httpx, not SGLang. Importing this package loads neither; the first use of a name loads what
+it needs. Its names:
+
+- `RolloutClient`, `ClientOptions`: send batches of requests to one or several servers.
+- `GenerateRequest`, `Completion`: a request and its answer, with routes and log-probs.
+- `request_fields`, `completion_of`, `decode`: the same for an HTTP client of your own.
+- `probe`, `ProbeReport`: prove, before a job starts, that a server returns true routes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..routes.payload import decode
+    from .client import ClientOptions, RolloutClient
+    from .probing import ProbeReport, probe
+    from .requests import Completion, GenerateRequest, completion_of, request_fields
+
+__all__ = [
+    "ClientOptions",
+    "Completion",
+    "GenerateRequest",
+    "ProbeReport",
+    "RolloutClient",
+    "completion_of",
+    "decode",
+    "probe",
+    "request_fields",
+]
+
+_MODULES = {
+    "ClientOptions": ".client",
+    "Completion": ".requests",
+    "GenerateRequest": ".requests",
+    "ProbeReport": ".probing",
+    "RolloutClient": ".client",
+    "completion_of": ".requests",
+    "decode": "..routes.payload",
+    "probe": ".probing",
+    "request_fields": ".requests",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

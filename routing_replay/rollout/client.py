@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from ..errors import ServerError
 from ..routes.shape import MoEShape
-from .probe import ProbeReport, probe
 from .requests import Completion, GenerateRequest, completion_of
-
-__all__ = ["ClientOptions", "ProbeReport", "RolloutClient", "probe"]
 
 # Statuses that another try, or another server, may cure; the rest is the request's own fault.
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
+# An idle or busy server answers this in milliseconds; a gateway may not know it at all.
+INFO_TIMEOUT_S = 5.0
+T = TypeVar("T")
+# One limit on the requests in flight for each server.
+Limits = Mapping[str, asyncio.Semaphore]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """How patient a client is.
+    """Timeouts, retries and limits of a client.
 
     Args:
         request_timeout_s: For one generation, from its dispatch to its answer.
@@ -30,7 +32,8 @@ class ClientOptions:
         connect_timeout_s: For the connection alone: a dead machine should not cost a generation.
         num_retries: Further tries of a request that met a dead, full or hanging server.
         retry_wait_s: Before the first retry; doubled for each further one.
-        max_in_flight: Requests at one server at a time; it queues what it cannot run.
+        max_in_flight: Requests at a time at each data-parallel replica of a server (`--dp-size`,
+            which the server reports). The server queues what it cannot run.
     """
 
     request_timeout_s: float = 1800.0
@@ -45,9 +48,9 @@ class RolloutClient:
     """Sends a batch of requests to the least loaded of several servers.
 
     Args:
-        urls: Base URLs, as `Server.url`.
-        model: Layers, experts and top-k of the model in training (`MoEShape`); compared with
-            every answer. Needed for stock payloads.
+        urls: Base URLs of the servers, "http://host:port".
+        model: Layers, experts and top-k of the model in training; compared with every answer.
+            Needed for stock payloads.
         options: See `ClientOptions`.
 
     Raises:
@@ -66,7 +69,8 @@ class RolloutClient:
         self.model = model
         self.options = options or ClientOptions()
         self._load = dict.fromkeys(self.urls, 0)
-        self._weight_version: int | None = None  # what all servers were last given
+        self._num_replicas: dict[str, int] = {}
+        self._weight_version: int | None = None  # that `update_weights` loaded last
 
     def generate(
         self,
@@ -95,8 +99,8 @@ class RolloutClient:
 
         Args:
             path: A Hugging Face checkpoint.
-            weight_version: Rows that these weights compute carry it.
-            flush_cache: Forget all cached prefixes, which the old weights computed. Needs idle
+            weight_version: The version that rows computed by these weights carry.
+            flush_cache: Drop all cached prefixes, which the old weights computed. Needs idle
                 servers. Without it their rows stay, and keep their old version.
 
         Raises:
@@ -120,21 +124,25 @@ class RolloutClient:
         self._weight_version = int(weight_version)
 
     def weight_versions(self) -> dict[str, str]:
-        """The weight version that each server reports."""
+        """Return the weight version that each server reports."""
         answers = asyncio.run(self._at_all("GET", "/model_info"))
         return {url: str(answer.get("weight_version")) for url, answer in answers.items()}
 
     def health(self) -> dict[str, str]:
-        """ "ok", or what is wrong, for each server; never raises."""
+        """Return "ok", or what is wrong, for each server; never raise."""
         return asyncio.run(self._health())
 
     def pause(self, mode: str = "in_place") -> None:
-        """Stop sampling: "in_place" keeps running requests where they are, "retract" takes their
-        slots away (their rows so far stay true), "abort" ends them with what they have."""
+        """Stop sampling.
+
+        Args:
+            mode: "in_place" keeps running requests where they are; "retract" takes their slots
+                away (their rows so far stay true); "abort" ends them with what they have.
+        """
         asyncio.run(self._at_all("POST", "/pause_generation", {"mode": mode}))
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue sampling after `pause`."""
         asyncio.run(self._at_all("POST", "/continue_generation", {}))
 
     def abort(self) -> None:
@@ -142,19 +150,22 @@ class RolloutClient:
         asyncio.run(self._at_all("POST", "/abort_request", {"abort_all": True}))
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
+        """Drop all cached prefixes."""
         asyncio.run(self._at_all("POST", "/flush_cache", {}))
 
-    async def _generate(self, requests, on_completion) -> list[Completion]:
-        slots = {url: asyncio.Semaphore(self.options.max_in_flight) for url in self.urls}
-
-        async def one(http, number: int, request: GenerateRequest) -> Completion:
-            completion = await self._with_retries(http, slots, request)
+    async def _generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        on_completion: Callable[[int, Completion], None] | None,
+    ) -> list[Completion]:
+        async def one(http: httpx.AsyncClient, number: int, request: GenerateRequest) -> Completion:
+            completion = await self._with_retries(http, limits, request)
             if on_completion is not None:
                 on_completion(number, completion)
             return completion
 
         async with self._http(self.options.request_timeout_s) as http:
+            limits = await self._limits(http)
             tasks = [asyncio.ensure_future(one(http, n, r)) for n, r in enumerate(requests)]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -163,7 +174,27 @@ class RolloutClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _with_retries(self, http, slots, request: GenerateRequest) -> Completion:
+    async def _limits(self, http: httpx.AsyncClient) -> Limits:
+        """Return each server's limit; a server that does not tell its replicas counts as one."""
+
+        async def ask(url: str) -> None:
+            try:
+                call = _call(http, "GET", url, "/server_info")
+                info = await asyncio.wait_for(call, INFO_TIMEOUT_S)
+                self._num_replicas[url] = max(1, int(info.get("dp_size") or 1))
+            except (TimeoutError, ServerError):
+                return
+
+        await _all(ask(url) for url in self.urls if url not in self._num_replicas)
+        per_replica = self.options.max_in_flight
+        return {
+            url: asyncio.Semaphore(per_replica * self._num_replicas.get(url, 1))
+            for url in self.urls
+        }
+
+    async def _with_retries(
+        self, http: httpx.AsyncClient, limits: Limits, request: GenerateRequest
+    ) -> Completion:
         failures: list[ServerError] = []
         weight_version = self._weight_version
         for attempt in range(self.options.num_retries + 1):
@@ -173,9 +204,9 @@ class RolloutClient:
             url = min(self.urls, key=lambda u: (tried.count(u), self._load[u]))
             self._load[url] += len(request.input_ids)
             try:
-                async with slots[url]:
+                async with limits[url]:
                     answer = await _call(http, "POST", url, "/generate", request.to_json())
-                # Base64, checksum and validation of a long rollout take a while; others go on.
+                # Base64, checksum and validation of a long rollout block for milliseconds.
                 completion = await asyncio.to_thread(
                     completion_of, answer, request, url, self.model
                 )
@@ -188,12 +219,12 @@ class RolloutClient:
         raise ServerError(
             f"a request failed {len(failures)} times",
             got=failures[-1].got,
-            where=", ".join(dict.fromkeys(failure.where for failure in failures)),
+            where=", ".join(dict.fromkeys(str(failure.where) for failure in failures)),
             fix="See the servers' logs; a server that hangs answers neither health() nor us",
         )
 
     async def _health(self) -> dict[str, str]:
-        async def one(http, url: str) -> str:
+        async def one(http: httpx.AsyncClient, url: str) -> str:
             try:
                 await _call(http, "GET", url, "/health_generate")
             except ServerError as error:
@@ -203,7 +234,9 @@ class RolloutClient:
         async with self._http(self.options.connect_timeout_s) as http:
             return dict(zip(self.urls, await _all(one(http, u) for u in self.urls), strict=True))
 
-    async def _at_all(self, method: str, route: str, body: Mapping | None = None) -> dict:
+    async def _at_all(
+        self, method: str, route: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any]]:
         async with self._http(self.options.control_timeout_s) as http:
             calls = (_call(http, method, url, route, body) for url in self.urls)
             return dict(zip(self.urls, await _all(calls), strict=True))
@@ -224,20 +257,24 @@ def _check_weights(completion: Completion, weight_version: int | None) -> None:
     got = completion.weight_version
     if weight_version is not None and got.isdigit() and int(got) < weight_version:
         raise _TransientError(
-            "the server runs older weights than it was given",
+            "the server runs older weights than `update_weights` loaded",
             got=f"weight version {got} instead of {weight_version}: it was restarted, "
             "call update_weights again",
             where=completion.url,
         )
 
 
-async def _all(calls) -> list[Any]:
+async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*calls))
 
 
 async def _call(
-    http: httpx.AsyncClient, method: str, url: str, route: str, body: Mapping | None = None
-) -> dict:
+    http: httpx.AsyncClient,
+    method: str,
+    url: str,
+    route: str,
+    body: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     try:
         response = await http.request(method, url + route, json=body)
     except httpx.HTTPError as error:

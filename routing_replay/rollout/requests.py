@@ -1,14 +1,15 @@
-"""One rollout request and its answer, as SGLang's `/generate` speaks them."""
+"""One rollout request and its answer, in the form of SGLang's `/generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..capture import CAPTURES, OURS, REQUEST_KEY
-from ..errors import ServerError
+from ..errors import ServerError, unknown_name
 from ..routes.payload import FIELD, decode
 from ..routes.routes import Routes
 from ..routes.shape import MoEShape
@@ -20,7 +21,8 @@ class GenerateRequest:
 
     Args:
         input_ids: Prompt tokens (and, when a partial rollout is resumed, those sampled so far).
-        sampling: SGLang's sampling parameters: temperature, top_p, max_new_tokens, ...
+        sampling: SGLang's sampling parameters: temperature, top_p, max_new_tokens, ... (its
+            `SamplingParams`).
         capture: "off", "stock", "ids", "gates" or "logits"; the server's level bounds it.
         start: First row of the routes to return: a later turn needs only what is new.
         wants_sampling_mask: Also return the tokens that top-p and top-k left to choose from
@@ -30,18 +32,20 @@ class GenerateRequest:
     """
 
     input_ids: Sequence[int]
-    sampling: Mapping = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     capture: str = "ids"
     start: int = 0
     wants_sampling_mask: bool = False
     num_top_logprobs: int = 0
 
-    def to_json(self) -> dict:
-        """The body of the request."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the body of the request."""
         fields = request_fields(self.capture, self.start)
         custom = fields.pop("custom_params", None)
         sampling = dict(self.sampling) | ({"custom_params": custom} if custom else {})
-        extra = {"return_sampling_mask": True} if self.wants_sampling_mask else {}
+        extra: dict[str, Any] = {}
+        if self.wants_sampling_mask:
+            extra["return_sampling_mask"] = True
         if self.num_top_logprobs:
             extra["top_logprobs_num"] = self.num_top_logprobs
         return {
@@ -91,21 +95,21 @@ class Completion:
     url: str = ""
 
 
-def request_fields(capture: str = "ids", start: int = 0) -> dict:
-    """The fields that ask for routes.
+def request_fields(capture: str = "ids", start: int = 0) -> dict[str, Any]:
+    """Return the fields that ask for routes.
 
-    In the body of an OpenAI request they stand as they are; in `/generate` "custom_params" moves
-    into "sampling_params" (`GenerateRequest.to_json`).
+    Add them to the body of an OpenAI request as they are. In a body for `/generate`, move
+    "custom_params" into "sampling_params" (`GenerateRequest.to_json` does).
 
     Args:
         capture: "off", "stock" (SGLang's payload), or "ids", "gates", "logits" (ours).
         start: The first row to return.
 
     Raises:
-        ServerError: An unknown level.
+        ConfigError: An unknown level.
     """
     if capture not in CAPTURES:
-        raise ServerError("capture", expected=", ".join(CAPTURES), got=repr(capture))
+        raise unknown_name("capture level", capture, CAPTURES)
     if capture == "off":
         return {}
     fields = {"return_routed_experts": True, "routed_experts_start_len": start}
@@ -115,9 +119,15 @@ def request_fields(capture: str = "ids", start: int = 0) -> dict:
 
 
 def completion_of(
-    answer: Mapping, request: GenerateRequest, url: str, model: MoEShape | None
+    answer: Mapping[str, Any], request: GenerateRequest, url: str, model: MoEShape | None
 ) -> Completion:
-    """The completion in one answer of `/generate`.
+    """Return the completion in one answer of `/generate`.
+
+    Args:
+        answer: The JSON of the answer.
+        request: What was asked for.
+        url: The server, for errors.
+        model: As for `RolloutClient`.
 
     Raises:
         ServerError: The answer lacks what was asked for.
@@ -131,7 +141,7 @@ def completion_of(
             expected="meta_info.output_token_logprobs",
             got=_keys(meta_info if meta_info is not None else answer),
             where=url,
-            fix="Something between here and the server drops fields: probe() tells",
+            fix="A gateway before the server may drop fields: probe() tells",
         )
     output_ids = [int(token) for _, token, *_ in logprobs]
     num_tokens = len(request.input_ids) + len(output_ids)
@@ -153,15 +163,17 @@ def completion_of(
     )
 
 
-def _top_of(meta_info, request: GenerateRequest, url: str):
-    """Ids and log-probs [n, K] of the most likely tokens, if asked for."""
+def _top_of(
+    meta_info: Mapping[str, Any], request: GenerateRequest, url: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return ids and log-probs [n, K] of the most likely tokens, if asked for."""
     if not request.num_top_logprobs:
         return None, None
     rows = meta_info.get("output_top_logprobs")
     shape = (len(meta_info["output_token_logprobs"]), request.num_top_logprobs)
     if rows is None or len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
         raise ServerError(
-            "the answer has not the most likely tokens that were asked for",
+            "the answer lacks the most likely tokens",
             expected=f"meta_info.output_top_logprobs, {shape[1]} of each of {shape[0]} positions",
             got=_keys(meta_info) if rows is None else [len(row) for row in rows][:8],
             where=url,
@@ -172,7 +184,12 @@ def _top_of(meta_info, request: GenerateRequest, url: str):
     return ids.reshape(shape), values.reshape(shape)
 
 
-def _routes_of(meta_info, request: GenerateRequest, num_tokens: int, model) -> Routes | None:
+def _routes_of(
+    meta_info: Mapping[str, Any],
+    request: GenerateRequest,
+    num_tokens: int,
+    model: MoEShape | None,
+) -> Routes | None:
     # An aborted request that never ran has sampled nothing; there is nothing to replay either.
     has_none = meta_info.get(FIELD) is None and not meta_info.get("output_token_logprobs")
     if request.capture == "off" or has_none:
@@ -186,5 +203,5 @@ def _routes_of(meta_info, request: GenerateRequest, num_tokens: int, model) -> R
     )
 
 
-def _keys(answer) -> str:
+def _keys(answer: object) -> str:
     return ", ".join(sorted(answer)) if isinstance(answer, Mapping) else type(answer).__name__

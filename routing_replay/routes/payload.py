@@ -203,11 +203,15 @@ def _unpack(data: bytes) -> tuple[Routes, int]:
     bits = np.unpackbits(np.frombuffer(data, np.uint8, layer_bytes, HEADER.size), bitorder="little")
     layers = tuple(np.flatnonzero(bits).tolist())
     runs = np.frombuffer(data, RUN, num_runs, runs_at)
-    if (
-        not num_layers
-        or len(layers) != num_layers
-        or int(runs["num_rows"].sum(dtype=np.int64)) != num_rows
-    ):
+    if not num_layers and not layers:
+        raise PayloadError(
+            "no router of the server's model reports its experts",
+            expected="at least one routed layer",
+            got="none",
+            fix="SGLang reports routes for MoE layers of its own that select with its TopK module, "
+            "not for models that it serves through its transformers backend",
+        )
+    if len(layers) != num_layers or int(runs["num_rows"].sum(dtype=np.int64)) != num_rows:
         raise damaged("layers and runs that add up", f"{len(layers)} layers, {num_runs} runs")
     if not 1 <= num_experts <= 1 << 15 or not 1 <= top_k <= num_experts:
         raise damaged("a top-k of 1..experts", f"top-{top_k} of {num_experts}")

@@ -26,7 +26,7 @@ import psutil
 from tqdm import tqdm
 
 from recipes.serving.server import ServerOptions, launch
-from routing_replay.rollout.client import RolloutClient, probe
+from routing_replay.rollout import RolloutClient, probe
 from routing_replay.rollout.requests import GenerateRequest
 from routing_replay.routes.payload import FIELD
 

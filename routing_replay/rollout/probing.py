@@ -1,9 +1,10 @@
-"""`probe(url)`: two tiny requests that prove, before a job starts, that routes come back."""
+"""Prove with two tiny requests, before a job starts, that a server returns true routes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
@@ -27,11 +28,11 @@ GATE_SLACK = 2.0**-11
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """What a server proved.
+    """What a probe found.
 
     Args:
         url: The server, or the gateway in front of it.
-        checks: One line for each thing that was proved.
+        checks: One line for each property that was proved.
         routes: The routes of the probe's prompt.
     """
 
@@ -39,7 +40,7 @@ class ProbeReport:
     checks: tuple[str, ...]
     routes: Routes
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "; ".join(self.checks)
 
 
@@ -49,7 +50,7 @@ def probe(
     capture: str = "ids",
     timeout_s: float = TIMEOUT_S,
 ) -> ProbeReport:
-    """Prove that routes come back whole, honour their start, and match their gates.
+    """Prove that routes come back whole, from the right row, and match their gates.
 
     Args:
         url: A server, or whatever stands between it and the trainer.
@@ -67,16 +68,16 @@ def probe(
         def ask(start: int) -> Completion:
             return _ask(http, url, capture, start, model)
 
-        return ProbeReport(url=url, **_checked(ask, capture, url))
+        return _report(ask, capture, url)
 
 
-def _checked(ask: Callable[[int], Completion], capture: str, url: str) -> dict:
+def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeReport:
     whole = ask(0)
     routes = whole.routes
     num_rows = len(PROMPT) + len(whole.output_ids) - 1
     if routes is None:
         raise ServerError(
-            "a probe must ask for routes", expected="a capture level", got=repr(capture), where=url
+            "the probe asks for no routes", expected="a capture level", got=repr(capture), where=url
         )
     checks = [
         f"answers, with log-probs, from weight version {whole.weight_version or 'unknown'}",
@@ -98,7 +99,7 @@ def _checked(ask: Callable[[int], Completion], capture: str, url: str) -> dict:
         raise ServerError(
             "the server does not honour routed_experts_start_len",
             expected=f"rows from {start} on",
-            got="others",
+            got="different rows",
             where=url,
             fix="Use SGLang 0.5.12 or newer on the server, and a gateway that passes the field",
         )
@@ -107,10 +108,12 @@ def _checked(ask: Callable[[int], Completion], capture: str, url: str) -> dict:
         checks.append(_check_gates(routes, url))
     if capture == "logits":
         checks.append(_check_logits(routes, url))
-    return {"checks": tuple(checks), "routes": routes}
+    return ProbeReport(url=url, checks=tuple(checks), routes=routes)
 
 
-def _ask(http: httpx.Client, url: str, capture: str, start: int, model) -> Completion:
+def _ask(
+    http: httpx.Client, url: str, capture: str, start: int, model: MoEShape | None
+) -> Completion:
     sampling = {"temperature": 0.0, "max_new_tokens": NUM_NEW, "ignore_eos": True}
     request = GenerateRequest(input_ids=PROMPT, sampling=sampling, capture=capture, start=start)
     answer = _post(http, url, request.to_json())
@@ -123,7 +126,7 @@ def _ask(http: httpx.Client, url: str, capture: str, start: int, model) -> Compl
         raise ServerError(str(error), where=url, fix=error.fix) from error
 
 
-def _post(http: httpx.Client, url: str, body: dict):
+def _post(http: httpx.Client, url: str, body: dict[str, Any]) -> Any:
     try:
         response = http.post(f"{url}/generate", json=body)
     except httpx.HTTPError as error:
@@ -152,8 +155,8 @@ def _post(http: httpx.Client, url: str, body: dict):
         ) from error
 
 
-def _check_field(http: httpx.Client, url: str, meta_info: dict, capture: str) -> None:
-    """Name who lost the routes: the server's start, the plugin, or somebody in between."""
+def _check_field(http: httpx.Client, url: str, meta_info: dict[str, Any], capture: str) -> None:
+    """Name who lost the routes: the server's start, the plugin, or a gateway."""
     text = meta_info.get(FIELD)
     if text is None:
         flag = _server_flag(http, url, "enable_return_routed_experts")
@@ -178,7 +181,7 @@ def _check_field(http: httpx.Client, url: str, meta_info: dict, capture: str) ->
         )
 
 
-def _server_flag(http: httpx.Client, url: str, name: str):
+def _server_flag(http: httpx.Client, url: str, name: str) -> Any:
     try:
         return http.get(f"{url}/server_info").json().get(name)
     except (httpx.HTTPError, ValueError, AttributeError):
@@ -203,7 +206,7 @@ def _check_gates(routes: Routes, url: str) -> str:
             expected="positive, at most 1 in sum",
             got=f"sums of {mass_TL.min()} to {mass_TL.max()}",
             where=url,
-            fix="Report it with the model's name: its router is none that we know",
+            fix="Report it with the model's name: its router is unknown to the capture",
         )
     return f"gates match: the selected experts hold {mass_TL.mean():.0%} of the probability"
 
@@ -231,12 +234,12 @@ def _check_logits(routes: Routes, url: str) -> str:
             expected=f"at most {GATE_SLACK:.1e} apart",
             got=f"{worst:.1e}",
             where=url,
-            fix="Report it with the model's name: its router is none that we know",
+            fix="Report it with the model's name: its router is unknown to the capture",
         )
     return f"router logits of {len(rows_N)} of {routes.num_rows} tokens, gates equal to theirs"
 
 
-def _distributions(logits_NLE: np.ndarray):
+def _distributions(logits_NLE: np.ndarray) -> list[np.ndarray]:
     """What a router may make of its logits: softmax, sigmoid, square root of softplus."""
     exp_NLE = np.exp(logits_NLE - logits_NLE.max(-1, keepdims=True))
     scores = (exp_NLE, 1 / (1 + np.exp(-logits_NLE)), np.sqrt(np.logaddexp(0, logits_NLE)))
