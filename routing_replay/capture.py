@@ -1,4 +1,4 @@
-"""What the capture inside a server is told when the server starts.
+"""The capture levels, and how a server learns its level when it starts.
 
 SGLang's plugins can be configured by environment variables only; these are read once, when the
 plugin registers.
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import ConfigError
+from .errors import ConfigError, unknown_name
 
 CAPTURES = ("off", "stock", "ids", "gates", "logits")
 OURS = ("ids", "gates", "logits")
@@ -35,11 +35,15 @@ class CaptureSettings:
     level: str = "ids"
     logit_fraction: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.level not in CAPTURES:
-            raise ConfigError("capture", expected=", ".join(CAPTURES), got=repr(self.level))
+            raise unknown_name("capture level", self.level, CAPTURES)
         if not 0 < self.logit_fraction <= 1:
-            raise ConfigError("logit fraction", expected="in (0, 1]", got=self.logit_fraction)
+            raise ConfigError(
+                "the fraction of tokens with logits is out of range",
+                expected="above 0, at most 1",
+                got=self.logit_fraction,
+            )
 
     @property
     def has_gates(self) -> bool:
@@ -57,5 +61,7 @@ class CaptureSettings:
         try:
             fraction = float(environment.get(FRACTION_VARIABLE, cls.logit_fraction))
         except ValueError as error:
-            raise ConfigError(FRACTION_VARIABLE, expected="a number", got=error) from error
+            raise ConfigError(
+                f"the environment variable {FRACTION_VARIABLE} is not a number", got=error
+            ) from error
         return cls(level=environment.get(LEVEL_VARIABLE, cls.level), logit_fraction=fraction)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from test_payload import meta, random_ids, stock
 
+from routing_replay import rollout
 from routing_replay.errors import ConfigError, PayloadError, ServerError
 from routing_replay.rollout import (
     ClientOptions,
@@ -307,6 +310,15 @@ def test_probe_does_not_wait_for_a_server_that_hangs_or_is_not_there():
         probe(fake.url, MODEL, timeout_s=0.2)
     with pytest.raises(ServerError, match="does not answer"):
         probe("http://127.0.0.1:9", MODEL)
+
+
+def test_every_public_name_loads_and_the_package_itself_loads_no_http_library():
+    code = "import sys, routing_replay.rollout as r; print('httpx' in sys.modules);"
+    code += "print([getattr(r, name).__doc__ is not None for name in r.__all__])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False", str([True] * len(rollout.__all__))]
+    with pytest.raises(AttributeError, match="no attribute 'Client'"):
+        _ = rollout.Client
 
 
 def test_request_fields_of_each_level():

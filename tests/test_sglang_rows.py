@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from routing_replay.capture import CaptureSettings
-from routing_replay.errors import ServerError
+from routing_replay.errors import PayloadError, ServerError
 from routing_replay.routes.payload import decode_compact
 from routing_replay.routes.routes import Origin
 from routing_replay.sglang import rows, versions
@@ -180,6 +180,15 @@ def test_levels_below_the_servers_and_stock_clients_get_what_they_asked_for():
     stock = rows.collect(engine.capturer, req, engine.pool)
     assert stock.dtype == torch.int32
     assert stock.tolist() == [[[1, 2, 3], [1, 2, 3]]] * 2
+
+
+def test_a_payload_without_a_layer_says_that_no_router_reports():
+    engine, req = FakeEngine(), FakeRequest(2)
+    engine.prefill(req, [0, 1], 1)
+    req.output_ids.append(0)
+    engine.capturer.layers = set()
+    with pytest.raises(PayloadError, match="no router of the server's model.*transformers backend"):
+        engine.routes(req)
 
 
 def test_ids_and_gates_share_a_slot_without_loss():
