@@ -23,7 +23,7 @@ CORE = {
     "capture": {"errors"},
     "config": {"errors"},
     "routes": {"errors", "files"},
-    "metrics": {"errors", "files"},
+    "metrics": {"errors", "files", "routes"},
     "objectives": {"errors", "metrics"},
     "analysis": {"errors", "files", "routes", "metrics"},
     "report": {"errors", "files", "findings", "metrics"},

@@ -154,6 +154,21 @@ def test_a_healthy_run_has_no_findings(healthy):
             "bad: Up to 3 tokens of a step have no finite log-prob.",
         ),
         (
+            {
+                "routing_replay/dead_experts": of_layers(0.0, layer_3=0.5),
+                "routing_replay/max_load": of_layers(0.05, layer_3=0.39),
+            },
+            "warn: The busiest expert of layer 3 takes 39 % of its load; 50 % of the layer's "
+            "experts receive no token.",
+        ),
+        (
+            {
+                "routing_replay/dead_experts": of_layers(0.0),
+                "routing_replay/max_load": of_layers(0.05, layer_6=0.3),
+            },
+            "warn: The busiest expert of layer 6 takes 30 % of its load.",
+        ),
+        (
             {"train_infer/ess": 0.3},
             "warn: The weights of the discrepancy m leave 30 % of the samples effective.",
         ),
@@ -166,6 +181,14 @@ def test_a_symptom_is_said_in_words_and_nothing_else_is(tmp_path, changes, expec
 def test_an_entropy_collapse_is_said(tmp_path):
     rows = [{**healthy_row(s), "entropy": 1.0 if s < 20 else 0.05} for s in range(40)]
     assert texts(write_run(tmp_path / "run", rows)) == ["warn: The entropy fell from 1 to 0.05."]
+
+
+def test_a_gradient_norm_far_above_the_others_is_named_by_its_step(tmp_path):
+    rows = [healthy_row(s) | {"grad_norm": 9000.0 if s == 1 else 1 + s / 40} for s in range(40)]
+    # The lower median of the 40 values: 1 + s / 40 without s = 1; the 20th is that of s = 20.
+    assert texts(write_run(tmp_path / "run", rows)) == [
+        "warn: The gradient norm of step 1 is 9e+03, the median 1.5."
+    ]
 
 
 def test_a_run_without_replay_is_not_blamed_for_it(tmp_path):
@@ -235,6 +258,17 @@ def test_a_line_is_drawn_where_its_values_are():
     # Scale 0..1 (ticks each 0.25), steps 0..4: (0, 100), (25, 0), a gap, and (100, 50).
     assert 'd="M0.00 100.00h0L25.00 0.00M100.00 50.00h0"' in text
     assert line_chart("t", "c", [Line(label="a", steps=[0], values=[None])]) == ""
+
+
+def test_values_that_span_decades_are_drawn_on_a_logarithmic_scale():
+    # A zero norm (no informative group) stands at the bottom; 1 to 9,000 take four decades.
+    line = Line(label="a", steps=[0, 1, 2, 3], values=[9000.0, 1.0, 100.0, 0.0])
+    text = line_chart("t", "c", [line], "auto")
+    assert "L33.33 100.00L66.67 50.00L100.00 100.00" in text and "Logarithmic scale" in text
+    assert set(re.findall(r"%\">([\d.]+)<", text)) == {"1", "10", "100", "1000", "10000"}
+    narrow = line_chart("t", "c", [Line(label="a", steps=[0, 1], values=[1.0, 3.0])], "auto")
+    below = line_chart("t", "c", [Line(label="a", steps=[0, 1], values=[-1.0, 1e4])], "auto")
+    assert "Logarithmic" not in narrow + below
 
 
 def test_ticks_are_told_apart_and_a_constant_zero_stays_at_the_bottom():

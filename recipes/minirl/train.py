@@ -20,6 +20,7 @@ import torch
 from recipes.model import parallel
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron.recording import Recording
+from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, merge, to_floats
 from routing_replay.objectives import Objective
 from routing_replay.routes.table import RouteTable
@@ -121,6 +122,9 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         metrics = policy.reduce(policy.discrepancy(batch, old))
         if table is not None:
             metrics |= policy.replay.metrics()
+        routes = table if replayed is None else replayed
+        if routes is not None:
+            metrics |= expert_load(routes)
     is_measured_live = is_due(step, config.run.measure_live_every, config.run.steps)
     if is_measured_live:
         with clock("live log-probs"):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
+from ..metrics.load import count_experts
 from ..routes.routes import Origin
 from ..routes.table import RouteTable
 
@@ -137,16 +137,9 @@ def expert_loads(table: RouteTable) -> Iterator[np.ndarray]:
             block = slice(start, start + BLOCK_ROWS)
             covered_B = table.covered_T[block]
             ids_BK = np.asarray(ids_TK[block])
-            counts_E += _count(ids_BK if covered_B.all() else ids_BK[covered_B], len(counts_E))
+            ids_BK = ids_BK if covered_B.all() else ids_BK[covered_B]
+            counts_E += count_experts(ids_BK, len(counts_E))
         yield counts_E
-
-
-def _count(ids_BK: np.ndarray, num_experts: int) -> np.ndarray:
-    if ids_BK.dtype == np.uint8 and ids_BK.size:
-        # torch counts bytes as they are, at about 1 GB/s; numpy widens them to int64 first.
-        flat = torch.from_numpy(np.array(ids_BK.reshape(-1)))
-        return torch.bincount(flat, minlength=num_experts).numpy()
-    return np.bincount(ids_BK.reshape(-1), minlength=num_experts)
 
 
 def _load(layer: int, counts_E: np.ndarray) -> LayerLoad:

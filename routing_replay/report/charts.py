@@ -16,6 +16,8 @@ from .run import mean
 # A chart is at most about this many points wide on any screen; longer runs are averaged.
 MAX_POINTS = 400
 NUM_TICKS = 4
+# An automatic scale is logarithmic from two decades on: on a linear one the rest is a flat line.
+AUTO_LOG_SPAN = 100.0
 # So few points are marked, so that a lone one is seen.
 MAX_DOTS = 12
 
@@ -53,19 +55,25 @@ def bounds_of(values, is_log: bool) -> tuple[float, float]:
     return min([high / 10, *(v for v in kept if v > 0)]), high
 
 
-def line_chart(title: str, caption: str, lines: Sequence[Line], is_log: bool = False) -> str:
-    """A figure of one or several curves over the steps; "" if no curve has a value."""
+def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "linear") -> str:
+    """Return a figure of one or several curves over the steps; "" if no curve has a value.
+
+    Args:
+        title: Heading of the figure.
+        caption: One or two sentences below it.
+        lines: The curves.
+        scale: "linear", "log", or "auto": log where the values span `AUTO_LOG_SPAN`. Values below 0
+            have no logarithm: with one of them the scale is linear.
+    """
     lines = [_shortened(line) for line in lines if mean(line.values) is not None]
     if not lines:
         return ""
-    values = [v for line in lines for v in line.values if v is not None]
-    is_log = is_log and min(values) > 0
-    scale = _Scale.over(values, is_log)
+    axis = _Scale.over([v for line in lines for v in line.values if v is not None], scale)
     first = min(line.steps[0] for line in lines)
     last = max(max(line.steps[-1] for line in lines), first + 1)
-    paths = "".join(_path(line, scale, first, last) for line in lines)
+    paths = "".join(_path(line, axis, first, last) for line in lines)
     grid = "".join(
-        f'<path class="grid" d="M0 {100 - scale.place(tick):.2f}H100"/>' for tick in scale.ticks
+        f'<path class="grid" d="M0 {100 - axis.place(tick):.2f}H100"/>' for tick in axis.ticks
     )
     svg = (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
@@ -79,8 +87,8 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], is_log: bool = F
         "first": first,
         "last": last,
     }
-    caption += " Logarithmic scale." if is_log else ""
-    ticks = [(scale.label(tick), scale.place(tick)) for tick in scale.ticks]
+    caption += " Logarithmic scale." if axis.is_log else ""
+    ticks = [(axis.label(tick), axis.place(tick)) for tick in axis.ticks]
     plot = _plot(svg, ticks, first, last)
     return _figure(title, caption, _legend(lines), plot, data)
 
@@ -148,9 +156,12 @@ class _Scale:
     ticks: tuple[float, ...]
 
     @classmethod
-    def over(cls, values: Sequence[float], is_log: bool) -> _Scale:
+    def over(cls, values: Sequence[float], kind: str) -> _Scale:
         low, high = min(values), max(values)
-        if is_log:
+        positive = [value for value in values if value > 0]
+        is_wide = bool(positive) and high >= AUTO_LOG_SPAN * min(positive)
+        if low >= 0 and positive and (kind == "log" or kind == "auto" and is_wide):
+            low = min(positive)  # a value of 0 is drawn at the bottom
             low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
             high = high if high > low else 10 * low
             decades = round(math.log10(high / low))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .run import Run, first_known, flatten
 
+GRADIENT_NAMES = ("grad_norm", "train/grad_norm", "actor/grad_norm")
 ENTROPY_NAMES = ("entropy", "train/entropy", "policy/entropy", "actor/entropy")
 
 # The R3 paper (2510.11370) and its follow-up report k3 = 1e-3 for live bf16 engines, up to 4e-3.
@@ -37,6 +38,12 @@ TRUNCATED_MASS = 5e-3
 # Effective share of the samples under which most of a batch's gradient is lost to few tokens.
 LOW_ESS = 0.5
 ENTROPY_COLLAPSE = 0.2
+# Norms of one run stay within a factor of a few; a spike of 20 times the median is another regime.
+OUTLIER_GRADIENT = 20.0
+# Balanced training leaves hardly any expert without a token in 16,384; ours, from two healthy runs.
+MANY_DEAD = 0.1
+# One expert of 8 gets an eighth when the load is even: a quarter of all is twice that or more.
+HIGH_LOAD = 0.25
 SHOWN_LAYERS = 4
 MODE = re.compile(r"(^|\.|routing_replay_)mode$")
 
@@ -54,6 +61,7 @@ def findings_of(run: Run) -> list[Finding]:
     found = [
         *_policy_findings(run),
         *_layer_findings(run),
+        *_load_findings(run),
         *_coverage_findings(run),
         *_training_findings(run),
         *(Finding(severity="note", text=note) for note in run.notes),
@@ -174,7 +182,47 @@ def _coverage_findings(run: Run) -> list[Finding]:
     return found
 
 
+def _load_findings(run: Run) -> list[Finding]:
+    dead = run.recent_by_layer("routing_replay/dead_experts")
+    loads = run.recent_by_layer("routing_replay/max_load")
+    uneven = [i for i in dead if dead[i] > MANY_DEAD or loads.get(i, 0.0) > HIGH_LOAD]
+    uneven.sort(key=lambda i: (-dead[i], -loads.get(i, 0.0)))
+    findings = []
+    for i in uneven[:SHOWN_LAYERS]:
+        text = f"The busiest expert of layer {i} takes {_percent(loads.get(i, 0.0))} of its load"
+        if dead[i] > MANY_DEAD:
+            text += f"; {_percent(dead[i])} of the layer's experts receive no token"
+        findings.append(Finding(severity="warn", text=text + "."))
+    if len(uneven) > SHOWN_LAYERS:
+        text = f"{len(uneven) - SHOWN_LAYERS} further layers use their experts unevenly."
+        findings.append(Finding(severity="warn", text=text))
+    return findings
+
+
 def _training_findings(run: Run) -> list[Finding]:
+    return [*_gradient_findings(run), *_entropy_findings(run)]
+
+
+def _gradient_findings(run: Run) -> list[Finding]:
+    name = first_known(run, GRADIENT_NAMES)
+    norms = {
+        step: norm
+        for step, norm in zip(run.steps, run.series.get(name or "", ()), strict=False)
+        if norm is not None
+    }
+    outliers = [i for i in norms if norms[i] > OUTLIER_GRADIENT * _median(norms) > 0]
+    if not outliers:
+        return []
+    worst = max(outliers, key=lambda i: norms[i])
+    text = (
+        f"The gradient norm of step {worst} is {norms[worst]:.3g}, the median {_median(norms):.2g}"
+    )
+    if len(outliers) > 1:
+        text += f"; {len(outliers)} steps are outliers"
+    return [Finding(severity="warn", text=text + ".")]
+
+
+def _entropy_findings(run: Run) -> list[Finding]:
     name = first_known(run, ENTROPY_NAMES)
     before, after = (run.earliest(name), run.recent(name)) if name else (None, None)
     if before and after is not None and after < ENTROPY_COLLAPSE * before:

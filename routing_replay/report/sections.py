@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 
 from .charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
-from .findings import ENTROPY_NAMES, findings_of
+from .findings import ENTROPY_NAMES, GRADIENT_NAMES, findings_of
 from .run import Run, first_known, flatten
 
 REWARD_NAMES = ("reward", "reward/mean", "train/reward", "rollout/reward", "reward_mean")
@@ -15,44 +15,44 @@ LENGTH_NAMES = ("response_length", "response/length", "rollout/response_length",
 TIME_NAMES = ("time_s", "step_time_s", "time/step_s")
 LIVE_SUFFIX = "_live"
 
-# title, caption, metrics (name, what the legend adds), logarithmic
+# title, caption, metrics (name, what the legend adds), scale
 POLICY_CHARTS = (
     (
         "Train-inference KL (k3)",
         "Between the engine that sampled and the trainer, per response token, in nats. "
         "Dashed: the trainer's own live routes.",
         (("train_infer/kl_k3", ""), ("train_infer/kl_k3_live", "live")),
-        True,
+        "log",
     ),
     (
         "Train-inference KL (k1)",
         "The plain estimator of the same quantity: unbiased, may be negative.",
         (("train_infer/kl_k1", ""), ("train_infer/kl_k1_live", "live")),
-        False,
+        "linear",
     ),
     (
         "Discrepancy m and staleness r",
         "k3 of pi_old against mu (engines) and of pi_theta against pi_old (updates; dashed).",
         (("train_infer/kl_k3", "m"), ("staleness/kl_k3", "r, staleness")),
-        True,
+        "log",
     ),
     (
         "Extreme tokens",
         "Share of tokens whose probabilities differ by more than a factor of 2.",
         (("train_infer/extreme_tau2", ""), ("train_infer/extreme_tau2_live", "live")),
-        False,
+        "linear",
     ),
     (
         "Largest |dlogp|",
         "The worst token of each step: max |log pi_old - log mu|.",
         (("train_infer/logp_abs_diff_max", ""), ("train_infer/logp_abs_diff_max_live", "live")),
-        True,
+        "log",
     ),
     (
         "Effective sample share",
         "Of the importance weights m; 1 where the engines agree.",
         (("train_infer/ess", ""), ("train_infer/ess_live", "live")),
-        False,
+        "linear",
     ),
 )
 
@@ -86,6 +86,20 @@ LAYER_MAPS: tuple[tuple[str, str, str, Callable[[float], float], bool], ...] = (
         float,
         True,
     ),
+    (
+        "Experts without a token",
+        "Share of the layer's experts that no route of the step selects.",
+        "dead_experts",
+        float,
+        False,
+    ),
+    (
+        "Largest load of one expert",
+        "Share of the layer's selections that its busiest expert takes.",
+        "max_load",
+        float,
+        False,
+    ),
 )
 LAYER_COLUMNS = (
     ("overlap", "overlap@K"),
@@ -96,6 +110,8 @@ LAYER_COLUMNS = (
     ("live_mass", "live mass"),
     ("replay_bias", "replay bias (nats)"),
     ("first_difference", "first difference here"),
+    ("dead_experts", "experts without a token"),
+    ("max_load", "largest load"),
 )
 RECEIPT_WORDS = ("coverage", "fallback_fraction", "receipt", "expected", "replayed_rows")
 
@@ -151,28 +167,28 @@ def findings(runs: Sequence[Run]) -> str:
 def training(runs: Sequence[Run]) -> str:
     """Reward, held-out reward, entropy, loss and time."""
     groups = (
-        ("Reward", "Mean over the step's responses.", REWARD_NAMES),
-        ("Reward on held-out prompts", "Where it was evaluated.", EVALUATION_NAMES),
-        ("Entropy", "Of the policy over the vocabulary, per response token, nats.", ENTROPY_NAMES),
-        ("Gradient norm", "Before clipping.", ("grad_norm", "train/grad_norm")),
-        ("Response length", "Mean number of tokens.", LENGTH_NAMES),
-        ("Time per step", "Seconds, rollouts included.", TIME_NAMES),
+        ("Reward", "Mean over the step's responses.", REWARD_NAMES, "linear"),
+        ("Reward on held-out prompts", "Where it was evaluated.", EVALUATION_NAMES, "linear"),
+        ("Entropy", "Of the policy, per response token, in nats.", ENTROPY_NAMES, "auto"),
+        ("Gradient norm", "Before clipping.", GRADIENT_NAMES, "auto"),
+        ("Response length", "Mean number of tokens.", LENGTH_NAMES, "linear"),
+        ("Time per step", "Seconds, rollouts included.", TIME_NAMES, "auto"),
     )
     figures = []
-    for title, caption, names in groups:
+    for title, caption, names, scale in groups:
         lines = []
         for number, run in enumerate(runs):
             name = first_known(run, names)
             if name:
                 lines.append(_line(run, name, run.name, number))
-        figures.append(line_chart(title, caption, lines))
+        figures.append(line_chart(title, caption, lines, scale))
     return _cards(figures)
 
 
 def policy(runs: Sequence[Run]) -> str:
     """The gap between the policies; every second curve of a run is dashed."""
     figures = []
-    for title, caption, metrics, is_log in POLICY_CHARTS:
+    for title, caption, metrics, scale in POLICY_CHARTS:
         lines = []
         for number, run in enumerate(runs):
             for place, (name, adds) in enumerate(metrics):
@@ -180,7 +196,7 @@ def policy(runs: Sequence[Run]) -> str:
                 label = ", ".join([*parts, *([adds] if adds else [])]) or "replayed"
                 if name in run.series:
                     lines.append(_line(run, name, label, number, dashed=place > 0))
-        figures.append(line_chart(title, caption, lines, is_log))
+        figures.append(line_chart(title, caption, lines, scale))
     return _cards(figures)
 
 
