@@ -296,12 +296,12 @@ class Trainer:
 def findings(metrics: dict, run_dir: Path) -> list[str]:
     """What `routing-replay report` would say."""
     from routing_replay.metrics.sinks import JsonLinesSink
-    from routing_replay.report.findings import findings_of
+    from routing_replay.report.findings import diagnose, sentence
     from routing_replay.report.run import read_run
 
     JsonLinesSink(run_dir).write(0, metrics)
     (run_dir / "config.json").write_text(json.dumps({"mode": "R3"}))
-    return [f"{found.severity}: {found.text}" for found in findings_of(read_run(run_dir))]
+    return [f"{finding.level}: {sentence(finding)}" for finding in diagnose(read_run(run_dir))]
 
 
 def load_tool():

@@ -84,9 +84,9 @@ def test_report_writes_the_page_and_repeats_the_warnings(capsys, tmp_path):
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (run / "config.json").write_text("{}")
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
-    assert "bad  " in capsys.readouterr().out and (tmp_path / "r.html").exists()
+    assert "error  " in capsys.readouterr().out and (tmp_path / "r.html").exists()
     code, found = run_json(capsys, "report", run, "-o", tmp_path / "r.html")
-    assert code == 0 and found["findings"][str(run)][0]["severity"] == "bad"
+    assert code == 0 and found["findings"][str(run)][0]["level"] == "error"
 
 
 def test_convert_imports_and_exports(capsys, tmp_path, table):

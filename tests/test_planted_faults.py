@@ -26,7 +26,7 @@ def test_a_clean_pair_of_engines_stays_quiet(found):
 
 def test_a_router_in_lower_precision_is_named_by_its_router_kl(found):
     (finding,) = found["coarse router"]["findings"]
-    assert finding.startswith(f"warn: Layer {FAULTY_LAYER} differs on")
+    assert finding.startswith(f"warning: Layer {FAULTY_LAYER} differs on")
     assert "its router itself differs (router KL, at least" in finding
     metrics = found["coarse router"]["metrics"]
     bounds = metrics["routing_replay/router_kl_bound"].layers
@@ -39,8 +39,8 @@ def test_a_router_in_lower_precision_is_named_by_its_router_kl(found):
 @pytest.mark.parametrize("fault", ["shifted", "renumbered"])
 def test_routes_that_are_not_the_rollouts_are_named_by_layer_and_cause(found, fault):
     findings = found[fault]["findings"]
-    assert findings[0].startswith("bad: Replay raises the KL")
-    assert findings[1].startswith(f"bad: Layer {FAULTY_LAYER} differs on")
+    assert findings[0].startswith("error: Replay raises the KL")
+    assert findings[1].startswith(f"error: Layer {FAULTY_LAYER} differs on")
     assert len(findings) == 2
     ((layer, explanation),) = found[fault]["explanations"].items()
     assert layer == FAULTY_LAYER and explanation.startswith(fault)
@@ -65,7 +65,7 @@ def test_truncated_sampling_is_named_by_the_mean_ratio_and_no_layer_is_blamed(fo
     assert "truncated distribution (top-p" in findings[0]
     # Tokens come from the kept mass, 0.9 to 1 of it: the mean of pi / mu is that mass.
     assert 0.88 < float(findings[0].split("mu is ")[1].split()[0]) < 0.95
-    assert "most of the gap is not routing" in findings[1]
+    assert "Most of the gap is not routing" in findings[1]
 
 
 def test_truncation_that_the_log_probs_hide_is_named_by_the_excess(found):

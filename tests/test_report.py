@@ -11,7 +11,7 @@ import pytest
 
 from routing_replay.errors import DataError
 from routing_replay.report.charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
-from routing_replay.report.findings import findings_of
+from routing_replay.report.findings import diagnose, sentence
 from routing_replay.report.page import write_report
 from routing_replay.report.run import read_run
 
@@ -78,11 +78,11 @@ def sick(tmp_path, name="sick", **changes):
 
 
 def texts(path):
-    return [f"{finding.severity}: {finding.text}" for finding in findings_of(read_run(path))]
+    return [f"{finding.level}: {sentence(finding)}" for finding in diagnose(read_run(path))]
 
 
 def test_a_healthy_run_has_no_findings(healthy):
-    assert findings_of(read_run(healthy)) == []
+    assert diagnose(read_run(healthy)) == []
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_a_healthy_run_has_no_findings(healthy):
                 "routing_replay/exact_match": of_layers(0.97, layer_5=0.78),
                 "routing_replay/margin": of_layers(0.3, layer_5=0.004),
             },
-            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
+            "warning: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
             "margin is small (0.004), so rounding decides.",
         ),
         (
             {"routing_replay/exact_match": of_layers(0.97, layer_5=0.78)},
-            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
+            "warning: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router's "
             "margin is not small (0.3): compare what flows into this layer.",
         ),
         (
@@ -106,9 +106,9 @@ def test_a_healthy_run_has_no_findings(healthy):
                 "routing_replay/exact_match": of_layers(0.97, layer_5=0.78),
                 "routing_replay/router_kl_bound": of_layers(1e-4, layer_5=3e-3),
             },
-            "warn: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router itself "
-            "differs (router KL, at least 0.003 nats, the median layer 0.0001): compare this "
-            "layer's precision and weights.",
+            "warning: Layer 5 differs on 22 % of tokens (the median layer on 3 %); its router "
+            "itself differs (router KL, at least 0.003 nats, the median layer 0.0001): compare "
+            "this layer's precision and weights.",
         ),
         (
             # 0.2 nats over 40 % of the tokens: 0.5 where they differ. Layer 5 only follows.
@@ -116,49 +116,51 @@ def test_a_healthy_run_has_no_findings(healthy):
                 "routing_replay/exact_match": of_layers(0.97, layer_2=0.6, layer_5=0.8),
                 "routing_replay/replay_bias": of_layers(0.0, layer_2=0.2),
             },
-            "bad: Layer 2 differs on 40 % of tokens (the median layer on 3 %); its routes are of "
+            "error: Layer 2 differs on 40 % of tokens (the median layer on 3 %); its routes are of "
             "other tokens, of another layer, or number the experts otherwise: `routing-replay "
             "diff` says which.",
         ),
         (
             {"routing_replay/exact_match": of_layers(0.97, layer_2=0.01)},
-            "bad: Layer 2 differs on 99 % of tokens (the median layer on 3 %); its routes are of "
+            "error: Layer 2 differs on 99 % of tokens (the median layer on 3 %); its routes are of "
             "other tokens, of another layer, or number the experts otherwise: `routing-replay "
             "diff` says which.",
         ),
         (
             {"train_infer/kl_k3": 7e-4, "train_infer/kl_k3_live": 8e-4},
-            "warn: Replay lowers the KL only 1.1x (k3 0.0008 live, 0.0007 replayed): most of the "
-            "gap is not routing but numerics, staleness or sampling; tools/attribute_kl.py tells.",
+            "warning: Replay lowers the KL only 1.1x (k3 0.0008 live, 0.0007 replayed). Most of "
+            "the gap is not routing but numerics, staleness or sampling. tools/attribute_kl.py "
+            "tells them apart.",
         ),
         (
             {"train_infer/kl_k3": 9e-3, "train_infer/kl_k3_live": 8e-4},
-            "bad: Replay raises the KL (k3 0.0008 live, 0.009 replayed): the routes that are "
-            "replayed are not the ones that the rollout took.",
+            "error: Replay raises the KL (k3 0.0008 live, 0.009 replayed). The replayed routes are "
+            "not the ones that the rollout took.",
         ),
         (
             {"train_infer/kl_k1": 0.03, "train_infer/kl_k3": 1e-3, "train_infer/kl_k3_live": 4e-3},
-            "bad: The mean of pi / mu is 0.971 instead of 1: the engine's log-probs are of a "
+            "error: The mean of pi / mu is 0.971 instead of 1. The engine's log-probs are of a "
             "truncated distribution (top-p, top-k, min-p) that the trainer does not apply.",
         ),
         (
             {"routing_replay/coverage": 0.0},
-            "bad: Nothing was replayed: the server or a gateway dropped the routes (see doctor).",
+            "error: Nothing was replayed: the server or a gateway dropped the routes. Run "
+            "`routing-replay doctor --url URL`.",
         ),
         (
             {"train_infer/extreme_tau2": 0.2},
-            "bad: 20 % of tokens have probabilities a factor 2 apart.",
+            "error: 20 % of tokens have probabilities a factor 2 apart.",
         ),
         (
             {"train_infer/nonfinite_tokens": 3},
-            "bad: Up to 3 tokens of a step have no finite log-prob.",
+            "error: Up to 3 tokens of a step have no finite log-prob.",
         ),
         (
             {
                 "routing_replay/dead_experts": of_layers(0.0, layer_3=0.5),
                 "routing_replay/max_load": of_layers(0.05, layer_3=0.39),
             },
-            "warn: The busiest expert of layer 3 takes 39 % of its load; 50 % of the layer's "
+            "warning: The busiest expert of layer 3 takes 39 % of its load; 50 % of the layer's "
             "experts receive no token.",
         ),
         (
@@ -166,11 +168,11 @@ def test_a_healthy_run_has_no_findings(healthy):
                 "routing_replay/dead_experts": of_layers(0.0),
                 "routing_replay/max_load": of_layers(0.05, layer_6=0.3),
             },
-            "warn: The busiest expert of layer 6 takes 30 % of its load.",
+            "warning: The busiest expert of layer 6 takes 30 % of its load.",
         ),
         (
             {"train_infer/ess": 0.3},
-            "warn: The weights of the discrepancy m leave 30 % of the samples effective.",
+            "warning: The weights of the discrepancy m leave 30 % of the samples effective.",
         ),
     ],
 )
@@ -180,14 +182,14 @@ def test_a_symptom_is_said_in_words_and_nothing_else_is(tmp_path, changes, expec
 
 def test_an_entropy_collapse_is_said(tmp_path):
     rows = [{**healthy_row(s), "entropy": 1.0 if s < 20 else 0.05} for s in range(40)]
-    assert texts(write_run(tmp_path / "run", rows)) == ["warn: The entropy fell from 1 to 0.05."]
+    assert texts(write_run(tmp_path / "run", rows)) == ["warning: The entropy fell from 1 to 0.05."]
 
 
 def test_a_gradient_norm_far_above_the_others_is_named_by_its_step(tmp_path):
     rows = [healthy_row(s) | {"grad_norm": 9000.0 if s == 1 else 1 + s / 40} for s in range(40)]
     # The lower median of the 40 values: 1 + s / 40 without s = 1; the 20th is that of s = 20.
     assert texts(write_run(tmp_path / "run", rows)) == [
-        "warn: The gradient norm of step 1 is 9e+03, the median 1.5."
+        "warning: The gradient norm of step 1 is 9000, the median 1.5."
     ]
 
 
@@ -237,7 +239,7 @@ def test_a_file_with_one_name_per_layer_is_refused_as_old(tmp_path):
 
 
 def test_a_directory_without_metrics_is_refused(tmp_path):
-    with pytest.raises(DataError, match="not a run directory.*metrics.jsonl, one JSON object"):
+    with pytest.raises(DataError, match="metrics.jsonl .one JSON object per step. cannot be read"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

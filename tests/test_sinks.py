@@ -91,7 +91,7 @@ def test_sinks_are_opened_by_name_each_once(tmp_path):
 
 
 def test_a_sink_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown sink; expected jsonl, .* got 'tensorbord'"):
+    with pytest.raises(ConfigError, match="sink of metrics.*got 'tensorbord'.*'tensorboard'"):
         open_sinks(["tensorbord"], tmp_path)
 
 

@@ -180,19 +180,19 @@ def _add_report(verbs) -> argparse.ArgumentParser:
 
 
 def _report(parsed) -> int:
-    from ..report.findings import findings_of
+    from ..report.findings import diagnose, sentence
     from ..report.page import write_report
     from ..report.run import read_run
 
     path = write_report(parsed.runs, parsed.output, parsed.title)
-    findings = {str(run): findings_of(read_run(run)) for run in parsed.runs}
+    findings = {str(run): diagnose(read_run(run)) for run in parsed.runs}
     if parsed.json:
-        said = {run: [vars(finding) for finding in found] for run, found in findings.items()}
+        said = {run: [finding.as_dict() for finding in found] for run, found in findings.items()}
         print(json.dumps({"report": str(path), "findings": said}))
         return 0
     for run, found in findings.items():
         for finding in found:
-            print(f"{finding.severity:4s} {run}: {finding.text}")
+            print(f"{finding.level:7s} {run}: {sentence(finding)}")
     print(path)
     return 0
 

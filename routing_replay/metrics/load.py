@@ -30,13 +30,13 @@ def expert_load(table: RouteTable) -> dict[str, Metric]:
     dead_L, largest_L, num_counted_L = [], [], []
     rows_M = _sampled_rows(table.covered_T)
     for ids_TK in table.expert_ids_LTK:
-        counts_E = count_experts(ids_TK[rows_M], table.model.num_experts)
+        counts_E = count_experts(ids_TK[rows_M], table.shape.num_experts)
         dead_L.append(float((counts_E == 0).mean()))
         largest_L.append(float(counts_E.max() / max(1, counts_E.sum())))
         num_counted_L.append(float(len(rows_M) > 0))
     return {
         f"routing_replay/{name}": LayerMean(
-            layers=table.model.layers,
+            layers=table.shape.layers,
             total_L=torch.tensor(values_L, dtype=torch.float64),
             count_L=torch.tensor(num_counted_L, dtype=torch.float64),
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, unknown_name, writing
 from .typed import LayerValues, Value
 
 SINKS = ("jsonl", "tensorboard", "wandb", "megatron")
@@ -49,12 +49,10 @@ class JsonLinesSink:
     def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory) / "metrics.jsonl"
         self._started = time.monotonic()
-        try:
+        with writing(self.path, "the metrics", DataError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_cut_line(self.path)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise DataError("metrics cannot be written", got=error, where=self.path) from error
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         row: dict[str, Any] = {
@@ -63,12 +61,10 @@ class JsonLinesSink:
         }
         self._started = time.monotonic()
         row |= {name: _as_json(value) for name, value in values.items()}
-        try:
+        with writing(self.path, "the metrics", DataError):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())  # a step on record is never half there
-        except OSError as error:
-            raise DataError("metrics cannot be written", got=error, where=self.path) from error
 
     def close(self) -> None:
         self._file.close()
@@ -151,7 +147,7 @@ def open_sinks(
             case "megatron":
                 sinks += _megatron_sinks(megatron_writers)
             case _:
-                raise ConfigError("unknown sink", expected=", ".join(SINKS), got=repr(name))
+                raise unknown_name("sink of metrics", name, SINKS)
     return sinks
 
 

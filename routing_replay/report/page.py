@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from ..errors import DataError
-from . import sections as sections
+from ..errors import DataError, writing
+from ..files import atomic_write
+from . import sections
 from .run import Run, read_run
 
 
@@ -22,7 +23,7 @@ def write_report(
     Args:
         run_directories: Each holds metrics.jsonl, and where it exists config.json and
             attribution.json.
-        path: The HTML file; written under a temporary name, then renamed.
+        path: The HTML file, written atomically.
         title: Heading of the page; made from the runs' names if empty.
 
     Returns:
@@ -39,20 +40,16 @@ def write_report(
         runs = [read_run(directory, name=str(directory)) for directory in run_directories]
     page = render(runs, title)
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path, "the report", DataError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError("the report cannot be written", got=error.strerror, where=path) from error
+        with atomic_write(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     return path
 
 
 def render(runs: Sequence[Run], title: str = "") -> str:
     """The page as text."""
-    found = (
+    parts = (
         ("In numbers", sections.summary(runs)),
         ("What stands out", sections.findings(runs)),
         ("Training", sections.training(runs)),
@@ -63,7 +60,7 @@ def render(runs: Sequence[Run], title: str = "") -> str:
         ("Configuration", sections.configuration(runs)),
         ("All other metrics", sections.all_metrics(runs)),
     )
-    body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in found if text)
+    body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in parts if text)
     title = title or f"Routing replay: {', '.join(run.name for run in runs)}"
     steps = "; ".join(
         f"{run.name}: steps {run.steps[0]} to {run.steps[-1]}"

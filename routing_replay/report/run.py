@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, reading
 
 # The share of a run's last steps that "now" means in the summary and in the findings.
 RECENT_SHARE = 0.25
@@ -71,7 +71,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def read_run(directory: str | os.PathLike, name: str | None = None) -> Run:
+def read_run(directory: str | os.PathLike[str], name: str | None = None) -> Run:
     """Read a run directory.
 
     A step that occurs twice (a resumed run) counts as written last. A line cut short by a crash is
@@ -102,15 +102,8 @@ def _read_rows(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
     rows: dict[int, dict[str, Any]] = {}
     notes: list[str] = []
     repeated = 0
-    try:
+    with reading(path, "a run's metrics.jsonl (one JSON object per step)", DataError):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            "not a run directory: its metrics cannot be read",
-            expected="metrics.jsonl, one JSON object per step",
-            got=error,
-            where=path,
-        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -177,16 +170,17 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _read_json(path: Path) -> dict | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise DataError("a file of the run cannot be read", got=error, where=path) from error
+    with reading(path, "a file of the run", DataError):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise DataError(
-            "a file of the run", expected="a JSON object", got=type(content), where=path
+            "a file of the run is malformed",
+            expected="a JSON object",
+            got=type(content).__name__,
+            where=path,
         )
     return content
 

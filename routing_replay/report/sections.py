@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 
 from .charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
-from .findings import ENTROPY_NAMES, GRADIENT_NAMES, findings_of
+from .findings import ENTROPY_NAMES, GRADIENT_NAMES, diagnose, sentence
 from .run import Run, first_known, flatten
 
 REWARD_NAMES = ("reward", "reward/mean", "train/reward", "rollout/reward", "reward_mean")
@@ -14,6 +14,7 @@ EVALUATION_NAMES = ("eval/reward", "reward/eval", "heldout/reward", "eval_reward
 LENGTH_NAMES = ("response_length", "response/length", "rollout/response_length", "response_tokens")
 TIME_NAMES = ("time_s", "step_time_s", "time/step_s")
 LIVE_SUFFIX = "_live"
+FINDING_WORDS = {"error": "problem", "warning": "look at", "note": "note", "ok": "healthy"}
 
 # title, caption, metrics (name, what the legend adds), scale
 POLICY_CHARTS = (
@@ -148,19 +149,16 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def findings(runs: Sequence[Run]) -> str:
-    """Warnings in words, run by run."""
-    words = {"bad": "problem", "warn": "look at", "note": "note"}
+    """Return the findings in words, run by run."""
     items = []
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
-        found = findings_of(run)
-        for finding in found:
-            text = html.escape(prefix + finding.text)
-            word = words[finding.severity]
-            items.append(f'<li class="{finding.severity}"><b>{word}</b><span>{text}</span></li>')
-        if not found:
-            text = html.escape(prefix + "nothing stands out.")
-            items.append(f'<li class="good"><b>healthy</b><span>{text}</span></li>')
+        rows = [(finding.level, sentence(finding)) for finding in diagnose(run)]
+        for level, text in rows or [("ok", "nothing stands out.")]:
+            text = html.escape(prefix + text)
+            items.append(
+                f'<li class="{level}"><b>{FINDING_WORDS[level]}</b><span>{text}</span></li>'
+            )
     return f'<ul class="card findings">{"".join(items)}</ul>'
 
 
