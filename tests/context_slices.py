@@ -11,11 +11,14 @@ from unittest import mock
 import numpy as np
 import torch
 
+from routing_replay.routes.token_rows import context_positions
+
 
 def positions(rank, ranks, length, is_contiguous):
     """Positions of a sequence that one context rank holds, in local order; int64."""
-    chunks = np.arange(length).reshape((1 if is_contiguous else 2) * ranks, -1)
-    return chunks[rank] if is_contiguous else np.r_[chunks[rank], chunks[2 * ranks - 1 - rank]]
+    if is_contiguous:
+        return np.arange(length).reshape(ranks, -1)[rank]
+    return context_positions([0, length], rank, ranks)
 
 
 @contextlib.contextmanager

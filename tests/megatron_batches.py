@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+from routing_replay.routes.token_rows import context_positions
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalMicrobatch:
@@ -139,11 +141,7 @@ def _context():
 
 
 def _local_positions(length):
-    rank, size = _context()
-    if size == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+    return torch.from_numpy(context_positions([0, length], *_context()))
 
 
 def _gather_context(local):

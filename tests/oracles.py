@@ -52,3 +52,30 @@ def agreement(replayed, selection, probs):
         "replay_bias": math.log(sum(probs[e] for e in live) / mass),
         "margin": min(selection[e] for e in live) - max(left_out),
     }
+
+
+def context_positions(segments, rank, size):
+    """Positions that one context rank holds of segments (start, stop), by walking over them."""
+    held = []
+    for start, stop in segments:
+        chunk = (stop - start) // (2 * size) or 1
+        for mine in (rank, 2 * size - 1 - rank):
+            held += [p for p in range(start, stop) if (p - start) // chunk == mine]
+    return held if size > 1 else [p for start, stop in segments for p in range(start, stop)]
+
+
+def token_rows(table, batch, rank, size):
+    """Rows of a batch, token by token.
+
+    Args:
+        table: A RouteTable.
+        batch: For each segment (number in the table or -1, tokens, positions).
+    """
+    line, segments = [], []
+    for number, num_tokens, num_positions in batch:
+        segments.append((len(line), len(line) + num_positions))
+        for position in range(num_positions):
+            row = int(table.offsets_S1[number]) + position
+            has_row = number >= 0 and position < num_tokens - 1
+            line.append(row if has_row and table.covered_T[row] else -1)
+    return [line[p] for p in context_positions(segments, rank, size)]

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from recipes.minirl.batch import Batch, Cut, Sample
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 SAMPLES = [
     Sample(
@@ -57,13 +59,11 @@ def test_labels_mask_and_log_probs_belong_to_the_token_that_is_predicted():
 def test_padding_makes_the_length_a_multiple_and_is_never_replayed():
     batch = a_batch(2, multiple=8)
     assert batch.input_ids_ST.shape == (2, 8)
-    first_rows = (0, 4)  # sequences of 5 and 4 tokens have 4 and 3 rows
-
-    def rows_of(sequence, num_tokens):
-        start = first_rows[sequence]
-        return np.append(np.arange(start, start + num_tokens - 1), -1)
-
-    assert batch.token_rows(rows_of).tolist() == [
+    # Sequences of 5 and 4 tokens have 4 and 3 rows.
+    shape = MoEShape(layers=(0,), num_experts=2, top_k=1)
+    table = RouteTable.empty(shape, [4, 3])
+    table.covered_T[:] = True
+    assert batch.token_rows(table).tolist() == [
         [0, 1, 2, 3, -1, -1, -1, -1],
         [4, 5, 6, -1, -1, -1, -1, -1],
     ]

@@ -29,6 +29,7 @@ from routing_replay.errors import RoutingReplayError
 from routing_replay.objectives.logprobs import TokenScores, token_logprobs
 from routing_replay.routes.batch import RolloutBatch
 from routing_replay.routes.table import RouteTable
+from routing_replay.routes.token_rows import context_positions
 
 from recipes.model import parallel  # isort: skip
 from megatron.core import parallel_state
@@ -103,7 +104,8 @@ class Scorer:
         self.chunks, self.replay, self.batch, self.table = chunks, replay, batch, table
         self.temperature = temperature
         self.device = next(chunks[0].parameters()).device
-        self.token_rows_ST = batch.token_rows(table.rows)
+        width = batch.input_ids_ST.shape[1]
+        self.token_rows_ST = table.token_rows(batch.lengths_S, width=width)
         rank, size = (
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
@@ -117,7 +119,9 @@ class Scorer:
         self.microbatches = [
             mine[i : i + microbatch_size] for i in range(0, per_rank, microbatch_size)
         ]
-        self.positions_T = self._local_positions()
+        rank = parallel_state.get_context_parallel_rank()
+        size = parallel_state.get_context_parallel_world_size()
+        self.positions_T = torch.from_numpy(context_positions([0, width], rank, size))
 
     def score(
         self, variant: Variant, chosen: set[int], live_routes: str | None = None
@@ -198,16 +202,6 @@ class Scorer:
         )
         shape = labels_BT.shape
         return TokenScores(logp_T=found.logp_T.view(shape), entropy_T=found.entropy_T.view(shape))
-
-    def _local_positions(self) -> torch.Tensor:
-        """Megatron's zigzag: this rank's two of 2 * size chunks of every sequence."""
-        rank = parallel_state.get_context_parallel_rank()
-        size = parallel_state.get_context_parallel_world_size()
-        positions_T = torch.arange(self.batch.input_ids_ST.shape[1])
-        if size == 1:
-            return positions_T
-        chunks = positions_T.chunk(2 * size)
-        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
 def padded(batch: RolloutBatch, multiple: int) -> RolloutBatch:

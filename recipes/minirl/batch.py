@@ -8,7 +8,7 @@ positions.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from routing_replay.errors import DataError
 from routing_replay.objectives.logprobs import Support
+from routing_replay.routes.token_rows import RowSource, context_positions
 
 PAD_ID = 0  # any id will do: padding is behind the sequence and outside every mask
 
@@ -142,21 +143,15 @@ class Batch:
         with safe_open(Path(path), "pt") as file:
             return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
-    def token_rows(self, rows_of: Callable[[int, int], np.ndarray] | None) -> torch.Tensor:
-        """For every position the row of its routes, or -1.
-
-        Args:
-            rows_of: (sequence, number of tokens) -> its rows, as `RouteTable.rows`; None: all live.
+    def token_rows(self, source: RowSource | None) -> torch.Tensor:
+        """Return the row of each position's routes in a table or recording; -1 without one.
 
         Returns:
             int64 [S, T].
         """
-        token_rows_ST = torch.full(self.input_ids_ST.shape, -1)
-        if rows_of is not None:
-            for sequence, length in enumerate(self.lengths_S.tolist()):
-                rows = rows_of(sequence, length)[: length - 1]
-                token_rows_ST[sequence, : length - 1] = torch.from_numpy(rows)
-        return token_rows_ST
+        if source is None:
+            return torch.full(self.input_ids_ST.shape, -1)
+        return source.token_rows(self.lengths_S, width=self.input_ids_ST.shape[1])
 
 
 def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -296,9 +291,5 @@ class Cut:
         return self.part(values_STK, sequences).flatten(0, 1).to(self.device, dtype)
 
     def _positions(self, length: int) -> torch.Tensor:
-        """Megatron's zigzag: of 2 C chunks rank c of C holds chunks c and 2 C - 1 - c."""
-        positions_T = torch.arange(length)
-        if self.context_size == 1:
-            return positions_T
-        chunks = positions_T.chunk(2 * self.context_size)
-        return torch.cat([chunks[self.context_rank], chunks[-1 - self.context_rank]])
+        bounds = [0, length]
+        return torch.from_numpy(context_positions(bounds, self.context_rank, self.context_size))

@@ -67,11 +67,11 @@ def looking_again(
     """The scope of a pass that routes as the update will; gives the rows of its tokens."""
     if replayed is not None:
         with policy.replay.replaying(replayed):
-            yield batch.token_rows(replayed.rows)
+            yield batch.token_rows(replayed)
     elif policy.router_shift is not None:
         # Live routing; the recording names the tokens, what it records is not used.
         with policy.replay.recording((batch.lengths_S - 1).tolist()) as recorded:
-            yield batch.token_rows(recorded.rows)
+            yield batch.token_rows(recorded)
     else:
         yield batch.token_rows(None)
 

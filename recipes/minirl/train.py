@@ -231,13 +231,13 @@ def score_old(
     """pi_old's scores; the routes that the updates replay; the rows that name them."""
     match policy.config.replay.mode:
         case "R3":
-            token_rows_ST = batch.token_rows(table.rows)
+            token_rows_ST = batch.token_rows(table)
             with policy.replay.replaying(table), policy.remembering_routers(table.num_rows):
                 return policy.score(batch, token_rows_ST), table, token_rows_ST
         case "R2":
             old, recorded = score_and_record(policy, batch)
             recorded_table = recorded.table(scratch / "recorded.safetensors")
-            return old, recorded_table, batch.token_rows(recorded_table.rows)
+            return old, recorded_table, batch.token_rows(recorded_table)
         case _ if policy.router_shift is not None:
             old, _ = score_and_record(policy, batch)
         case _:
@@ -252,7 +252,7 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
         policy.replay.recording(lengths) as recorded,
         policy.remembering_routers(recorded.num_rows),
     ):
-        old = policy.score(batch, batch.token_rows(recorded.rows))
+        old = policy.score(batch, batch.token_rows(recorded))
     return old, recorded
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from routing_replay.errors import ConfigError
+from routing_replay.routes.token_rows import context_positions
 
 
 class RMSNorm(torch.nn.Module):
@@ -160,11 +161,8 @@ def zigzag_positions(rank: int, ranks: int, length: int, device=None) -> torch.T
     Returns:
         int64 [length].
     """
-    if ranks == 1:
-        return torch.arange(length, device=device)
-    chunk = length // 2
-    offsets = torch.arange(chunk, device=device)
-    return torch.cat([rank * chunk + offsets, (2 * ranks - 1 - rank) * chunk + offsets])
+    positions = context_positions([0, ranks * length], rank, ranks)
+    return torch.from_numpy(positions).to(device)
 
 
 def _local_lengths(packed_seq_params, ranks):

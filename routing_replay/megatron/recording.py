@@ -13,10 +13,11 @@ from ..errors import ReplayError
 from ..routes.routes import Origin
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
+from ..routes.token_rows import RowSource
 from .passes import Pass, RecordingPass, ReplayingPass
 
 
-class Recording:
+class Recording(RowSource):
     """Routes that routers chose live during a scope.
 
     Args:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -66,11 +64,3 @@ class RolloutBatch:
                 fix="Take a batch of a run without --top-p and --top-k",
             )
         return cls(**columns, fingerprint=digest)
-
-    def token_rows(self, rows_of: Callable[[int, int], np.ndarray]) -> torch.Tensor:
-        """Row of the table per position, -1 for padding; `rows_of` is `RouteTable.rows`."""
-        token_rows_ST = torch.full(self.input_ids_ST.shape, -1)
-        for sequence, length in enumerate(self.lengths_S.tolist()):
-            rows_T = rows_of(sequence, length)[: length - 1]
-            token_rows_ST[sequence, : length - 1] = torch.from_numpy(rows_T)
-        return token_rows_ST

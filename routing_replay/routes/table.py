@@ -28,9 +28,10 @@ from ..errors import TableError
 from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
 from .shape import MoEShape
 from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, header, read
+from .token_rows import RowSource
 
 
-class RouteTable:
+class RouteTable(RowSource):
     """The rows of a step's sequences one after another.
 
     Args:
@@ -126,6 +127,13 @@ class RouteTable:
             TableError: The sequence has as many rows as tokens, or more: they belong to other
                 tokens (each token but the last can have one).
         """
+        if not 0 <= sequence < self.num_sequences:
+            raise TableError(
+                "the table has no such sequence",
+                expected=f"0..{self.num_sequences - 1}",
+                got=sequence,
+                where=self.where,
+            )
         start, stop = self.offsets_S1[sequence], self.offsets_S1[sequence + 1]
         if stop - start > num_tokens - 1:
             raise TableError(
