@@ -120,6 +120,19 @@ def test_a_server_that_never_answers_is_given_up_and_ended(command, tmp_path):
     assert_ends(grandchild_of(tmp_path / "log"))
 
 
+def test_a_server_runs_in_the_environment_of_its_own_interpreter(tmp_path):
+    python = tmp_path / "python"  # says by which name it was started
+    python.write_text(f'#!/bin/sh\necho started as "$0"; exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = ServerOptions(log_path=tmp_path / "log", python=python)
+    with pytest.raises(ServerError, match="died") as caught:
+        launch(tmp_path / "no checkpoint", options)
+    assert f"started as {python}" in options.log_path.read_text()
+    assert "no checkpoint" in str(caught.value)
+    with pytest.raises(ServerError, match="interpreter does not exist; got nowhere"):
+        launch("model", ServerOptions(python="nowhere"))
+
+
 def test_a_taken_port_is_an_error_of_its_own():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Runs a command and ends it, with everything it started, when its owner goes away.
+"""Run a command and end it, with everything it started, when its owner goes away.
 
 Run by path, with the standard library only: `python -I guard.py COMMAND...`. Its standard input is
 a pipe whose other end its owner holds; the pipe closes when the owner dies, however it dies.
@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 # Servers answer SIGTERM by draining; a rollout that nobody waits for is not worth more time.
 GRACE_S = 3.0
 
 
-def main(command):
+def main(command: Sequence[str]) -> int:
     """Run the command in a session of its own until it ends or standard input closes."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     signal.signal(signal.SIGTERM, lambda *_: end(child))
@@ -26,14 +27,15 @@ def main(command):
     return status if status >= 0 else 128 - status
 
 
-def end_when_abandoned(child):
+def end_when_abandoned(child: subprocess.Popen) -> None:
+    """End the command when the owner's end of the pipe closes."""
     while os.read(0, 4096):
         pass
     end(child)
 
 
-def end(child):
-    """Ask the whole session to end, then make it."""
+def end(child: subprocess.Popen) -> None:
+    """Terminate the whole session; kill what remains after GRACE_S."""
     signal_group(child, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
     while child.poll() is None and time.monotonic() < deadline:
@@ -41,7 +43,7 @@ def end(child):
     signal_group(child, signal.SIGKILL)
 
 
-def signal_group(child, number):
+def signal_group(child: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, number)
 

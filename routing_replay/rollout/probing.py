@@ -94,6 +94,7 @@ def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeRe
         )
     start = len(PROMPT) - 2
     delta = ask(start).routes
+    assert delta is not None  # the level asks for routes
     # Only prompt rows: the second request samples tokens of its own.
     if not np.array_equal(delta.expert_ids_TLK[:1], routes.expert_ids_TLK[start : start + 1]):
         raise ServerError(
@@ -221,6 +222,7 @@ def _check_logits(routes: Routes, url: str) -> str:
             where=url,
             fix="Start the server with the capture level logits (ServerOptions.capture)",
         )
+    assert routes.gate_probs_TLK is not None  # `_check_gates` comes first
     rows_N, logits_NLE = logits.rows_N, logits.values_NLE.astype(np.float64)
     ids_NLK = routes.expert_ids_TLK[rows_N].astype(np.int64)
     gates_NLK = routes.gate_probs_TLK[rows_N].astype(np.float64)
