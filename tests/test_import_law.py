@@ -30,13 +30,19 @@ CORE = {
     "cli": {"errors", "files", "findings", "config", "routes"},
 }
 EDGES = {
+    "kernels": {"errors"},
     "rollout": {"errors", "capture", "routes"},
-    "sglang": {"errors", "capture", "routes"},
-    "megatron": {"errors", "findings", "config", "routes", "metrics"},
+    "sglang": {"errors", "kernels", "capture", "routes"},
+    "megatron": {"errors", "findings", "kernels", "config", "routes", "metrics"},
 }
 LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.
-EDGE_LIBRARIES = {"rollout": {"httpx"}, "sglang": {"sglang", "packaging"}, "megatron": {"megatron"}}
+EDGE_LIBRARIES = {
+    "kernels": {"triton"},
+    "rollout": {"httpx"},
+    "sglang": {"sglang", "packaging"},
+    "megatron": {"megatron"},
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
