@@ -3,21 +3,25 @@
 checkpoints/step_000010/           loads in transformers, SGLang, Megatron (`load_hf`)
     config.json, tokenizer, *.safetensors
     trainer/state.json             step, data position, layout
-    trainer/rank_00000.pt          optimizer and generator of one rank
+    trainer/rank_00000.pt          optimizer state of one rank
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from recipes.model.collective import on_every_rank
+from recipes.model.optimizer_state import State, optimizer_state, restore_optimizer
 from recipes.model.weights import save_hf
 from routing_replay.errors import CheckpointError
 
@@ -73,8 +77,9 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
     partial = final.with_name(f".{final.name}.partial")
     try:
         save_hf(policy.chunks, partial, source=source)
-        _together(lambda: _save_state(policy, partial / "trainer", progress), final)
-        _together(lambda: _finish(partial, final, policy.config.run.keep_checkpoints), final)
+        state = optimizer_state(policy.optimizer)
+        on_every_rank(lambda: _save_state(policy, state, partial / "trainer", progress))
+        on_every_rank(lambda: _finish(partial, final, policy.config.run.keep_checkpoints))
     except CheckpointError:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -83,11 +88,16 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
 
 
 def load_trainer(policy: Policy, checkpoint: Path) -> None:
-    """Optimizer and generator of this rank; the weights are loaded with the model.
+    """Restore this rank's optimizer; the weights are loaded with the model; collective.
 
     Raises:
-        CheckpointError: Of another parallel layout or world size, or unreadable.
+        CheckpointError: Another parallel layout or number of ranks, or an unreadable state (on
+            every rank).
     """
+    on_every_rank(lambda: _load_state(policy, checkpoint))
+
+
+def _load_state(policy: Policy, checkpoint: Path) -> None:
     layout = _state(checkpoint)["layout"]
     if layout != _layout(policy):
         raise CheckpointError(
@@ -99,34 +109,34 @@ def load_trainer(policy: Policy, checkpoint: Path) -> None:
         )
     path = _rank_file(checkpoint / "trainer")
     try:
-        state = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             "the optimizer state cannot be read", got=error, where=path
         ) from error
-    policy.optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
+    restore_optimizer(policy.optimizer, state)
 
 
-def _save_state(policy: Policy, folder: Path, progress: Progress) -> None:
-    folder.mkdir(exist_ok=True)
-    state = {"optimizer": policy.optimizer.state_dict(), "rng": torch.get_rng_state()}
-    with open(_rank_file(folder), "wb") as file:
-        torch.save(state, file)
-        os.fsync(file.fileno())
-    if dist.get_rank() == 0:
-        text = json.dumps(asdict(progress) | {"layout": _layout(policy)}, indent=2)
-        (folder / "state.json").write_text(text + "\n")
+def _save_state(policy: Policy, state: State, folder: Path, progress: Progress) -> None:
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+        with open(_rank_file(folder), "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        if dist.get_rank() == 0:
+            text = json.dumps(asdict(progress) | {"layout": _layout(policy)}, indent=2)
+            (folder / "state.json").write_text(text + "\n")
 
 
 def _finish(partial: Path, final: Path, keep: int) -> None:
     if dist.get_rank() != 0:
         return
-    if final.exists():  # of an earlier life of this run
-        _remove(final)
-    partial.rename(final)
-    for old in sorted(final.parent.glob(f"{PREFIX}*"))[: -max(keep, 1)]:
-        _remove(old)
+    with _writing(final):
+        if final.exists():  # of an earlier life of this run
+            _remove(final)
+        partial.rename(final)
+        for old in sorted(final.parent.glob(f"{PREFIX}*"))[: -max(keep, 1)]:
+            _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -138,23 +148,18 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _together(work: Callable[[], None], where: Path) -> None:
-    """Do the work on every rank, and fail on every rank if it fails on one."""
-    error = None
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what a full disk raises into our error; torch reports it as RuntimeError."""
     try:
-        work()
-    except (OSError, RuntimeError) as raised:  # torch reports a full disk as RuntimeError
-        error = f"{type(raised).__name__}: {raised}"
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, of_rank in enumerate(errors):
-        if of_rank is not None:
-            raise CheckpointError(
-                "the checkpoint could not be written",
-                got=of_rank,
-                where=f"{where}, rank {rank}",
-                fix="Free space and start again with --resume; earlier checkpoints are whole",
-            )
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            "the checkpoint could not be written",
+            got=f"{type(error).__name__}: {error}",
+            where=f"{folder}, rank {dist.get_rank()}",
+            fix="Free space and start again with --resume; earlier checkpoints are whole",
+        ) from error
 
 
 def _layout(policy: Policy) -> dict:

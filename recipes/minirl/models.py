@@ -8,6 +8,7 @@ import torch
 
 from recipes.model import parallel
 from recipes.model.model import ModelConfig, build_model
+from recipes.model.optimizer_state import require_resumable
 from recipes.model.weights import load_hf
 
 # isort: split
@@ -39,8 +40,11 @@ def frozen(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Pat
 
 def _loaded(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
     chunks = build_model(config, layout)
+    if config.bf16:
+        # Before the weights are loaded: the wrapper rounds routing biases, which must stay float32.
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
     load_hf(chunks, checkpoint)
-    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+    return chunks
 
 
 def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
@@ -69,6 +73,7 @@ def optimizer_of(chunks: list, t: TrainingSettings, dtype: torch.dtype) -> Megat
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=t.distributed_optimizer,
     )
+    require_resumable(config)
     # With gloo as the backend there is no second set of groups for CPU tensors.
     uses_gloo = torch.distributed.get_backend() == "gloo"
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=not uses_gloo)

@@ -1,7 +1,6 @@
 """Which part of which Hugging Face tensor is where in the world, and moving it to rank 0."""
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
@@ -162,16 +161,3 @@ def _all_gather(value):
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def together(work: Callable):
-    """Runs `work` on every rank; a CheckpointError of one rank is raised on all of them."""
-    result, error = None, None
-    try:
-        result = work()
-    except CheckpointError as caught:
-        error = caught
-    for failure in _all_gather(error):
-        if failure is not None:
-            raise failure
-    return result

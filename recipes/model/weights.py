@@ -8,8 +8,14 @@ from safetensors import SafetensorError
 
 from routing_replay.errors import CheckpointError
 
-from . import weight_plan
+from . import cpu, weight_plan  # noqa: F401  (cpu makes Megatron importable)
+
+# isort: split
+from megatron.core.transformer.moe.router import TopKRouter
+
+# isort: split
 from .checkpoint_files import CheckpointReader, CheckpointWriter, natural_order
+from .collective import on_every_rank
 
 # Names shown in an error before "and N more".
 _NAMES_SHOWN = 5
@@ -19,8 +25,9 @@ def load_hf(model_chunks: list, hf_dir):
     """Fills the chunks from a Hugging Face checkpoint; collective.
 
     Each rank reads only its own slices. Every tensor of the checkpoint is used exactly once and
-    every parameter is filled exactly once. The values take the parameters' dtype. An optimizer with
-    its own copy of the parameters must reload it (`reload_model_params`).
+    every parameter is filled exactly once. The values take the parameters' dtype, except routing
+    biases, which become float32. Wrap the chunks first: Float16Module would round the biases. An
+    optimizer with its own copy of the parameters must reload it (`reload_model_params`).
 
     Args:
         model_chunks: From `build_model`, wrapped (DDP, Float16Module) or not.
@@ -29,7 +36,8 @@ def load_hf(model_chunks: list, hf_dir):
     Raises:
         CheckpointError: Missing, extra, misshapen or unreadable tensors, by name.
     """
-    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    _widen_routing_biases(model_chunks)
+    parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
     plan = weight_plan.gather_plan(parameters)
     config = weight_plan.unwrap(model_chunks[0]).config
 
@@ -40,7 +48,15 @@ def load_hf(model_chunks: list, hf_dir):
             for parameter in parameters:
                 _fill(parameter, reader)
 
-    weight_plan.together(read)
+    on_every_rank(read)
+
+
+def _widen_routing_biases(model_chunks: list[torch.nn.Module]) -> None:
+    # Megatron does it at a router's first forward: after the values were rounded.
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module._maintain_float32_expert_bias()
 
 
 def named_hf_tensors(
@@ -57,7 +73,7 @@ def named_hf_tensors(
     Yields:
         (name, tensor on the CPU) on global rank 0, (name, None) elsewhere; layer by layer.
     """
-    parameters = weight_plan.together(lambda: weight_plan.local_parameters(model_chunks))
+    parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
     plan = weight_plan.gather_plan(parameters)
     for name in sorted(plan, key=natural_order):
         tensor = weight_plan.gather_tensor(plan[name], parameters)
@@ -106,7 +122,7 @@ def save_hf(
         error = _attempt(writer.finish)
     if error is not None:
         writer.abandon()
-    weight_plan.together(lambda: _raise_unwritten(error, hf_dir))
+    on_every_rank(lambda: _raise_unwritten(error, hf_dir))
 
 
 def _raise_unwritten(error, folder):
