@@ -62,7 +62,7 @@ LAYOUTS = {
     4: {
         "dp4": ParallelLayout(),
         "dp2-pp2": ParallelLayout(pipeline=2),
-        "tp2-ep4": ParallelLayout(tensor=2, expert=4),
+        "tp2-ep4": ParallelLayout(tensor=2, expert=4, expert_tensor=1),
     },
 }
 CASES = [

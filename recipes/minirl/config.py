@@ -120,6 +120,9 @@ class TrainingSettings:
     expert_parallel: int = setting(1, "ranks that share the experts")
     context_parallel: int = setting(1, "ranks that share each sequence")
     recompute: str = setting("none", "activation recomputation", ("none", "moe", "full"))
+    layer_spec: str = setting(
+        "auto", "modules of the layers; local is slow on GPUs", ("auto", "te", "local")
+    )
     distributed_optimizer: bool = setting(False, "shard the optimizer state over data parallelism")
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.model.weight_names import MODEL_TYPES
+from recipes.model.weight_names import require_supported
 from routing_replay.errors import CheckpointError
 
 from .config import RecipeConfig
@@ -65,10 +65,4 @@ def _check_architecture(path: Path) -> None:
         model_type = json.loads(path.read_text()).get("model_type")
     except (OSError, ValueError) as error:
         raise CheckpointError("config.json cannot be read", got=error, where=path) from error
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(
-            "the checkpoint's architecture is not supported",
-            expected=" or ".join(MODEL_TYPES),
-            got=repr(model_type),
-            where=path,
-        )
+    require_supported(model_type, path)

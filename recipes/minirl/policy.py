@@ -75,7 +75,7 @@ class Policy:
         parallel.initialize(self.layout, seed=config.run.seed + 1)
         dtype = getattr(torch, t.trainer_dtype)
         self.model_config = transformer_config(
-            checkpoint, self.layout, dtype=dtype, recompute=t.recompute
+            checkpoint, self.layout, dtype=dtype, recompute=t.recompute, spec=t.layer_spec
         )
         if self.model_config.padded_vocab_size != self.model_config.vocab_size:
             raise ConfigError(

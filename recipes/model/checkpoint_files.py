@@ -1,11 +1,15 @@
 """Files of a Hugging Face checkpoint: reading slices, and writing a folder whole or not at all."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,16 +33,16 @@ class CheckpointReader:
         CheckpointError: No such files, or damaged ones.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self._stack = contextlib.ExitStack()
-        self._open = {}
+        self._open: dict[str, Any] = {}
         self._file_of = self._list_tensors()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._open.clear()
         self._stack.close()
 
@@ -47,8 +51,10 @@ class CheckpointReader:
         """Names of all tensors."""
         return set(self._file_of)
 
-    def read(self, name: str, shape: tuple, axis: int, start: int, stop: int) -> torch.Tensor:
-        """Reads rows (axis 0) or columns (axis 1) `start:stop` of a tensor of the given shape.
+    def read(
+        self, name: str, shape: tuple[int, ...], axis: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """Read rows (axis 0) or columns (axis 1) `start:stop` of a tensor of the given shape.
 
         Raises:
             CheckpointError: The tensor has another shape, or its file is damaged.
@@ -57,15 +63,15 @@ class CheckpointReader:
             view = self._file(self._file_of[name]).get_slice(name)
             if tuple(view.get_shape()) != tuple(shape):
                 raise CheckpointError(
-                    f"A tensor of the checkpoint has the wrong shape: {name}",
+                    f"a tensor of the checkpoint has the wrong shape: {name}",
                     expected=tuple(shape),
                     got=tuple(view.get_shape()),
                     where=str(self.folder / self._file_of[name]),
-                    fix="config.json and the weights are not of the same model.",
+                    fix="Use the config.json and the weights of one model",
                 )
             return view[start:stop] if axis == 0 else view[:, start:stop]
 
-    def _list_tensors(self):
+    def _list_tensors(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.exists():
             with self._readable(INDEX):
@@ -74,30 +80,30 @@ class CheckpointReader:
             with self._readable(SINGLE):
                 return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         raise CheckpointError(
-            "The checkpoint has no weights", expected=f"{SINGLE} or {INDEX}", where=str(self.folder)
+            "the checkpoint has no weights", expected=f"{SINGLE} or {INDEX}", where=str(self.folder)
         )
 
-    def _file(self, name):
+    def _file(self, name: str) -> Any:
         if name not in self._open:
             handle = safe_open(self.folder / name, framework="pt", device="cpu")
             self._open[name] = self._stack.enter_context(handle)
         return self._open[name]
 
     @contextlib.contextmanager
-    def _readable(self, name):
+    def _readable(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "A file of the checkpoint cannot be read",
+                "a file of the checkpoint cannot be read",
                 got=f"{type(error).__name__}: {error}",
                 where=str(self.folder / name),
-                fix="It is damaged or incomplete: copy the checkpoint again.",
+                fix="The file is damaged or incomplete: copy the checkpoint again",
             ) from error
 
 
 class CheckpointWriter:
-    """Writes a checkpoint into a folder beside the final one, which `finish` puts in its place.
+    """Write a checkpoint into a folder beside the final one, which `finish` renames.
 
     Invariant: until `finish` returns, the final folder is as it was. `abandon` removes what was
     written.
@@ -109,22 +115,30 @@ class CheckpointWriter:
         max_shard_bytes: A file's size limit (one tensor may exceed it); bounds the memory used.
     """
 
-    def __init__(self, folder, *, source, config_changes=None, max_shard_bytes=4 << 30):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        source: str | os.PathLike[str],
+        config_changes: Mapping[str, object] | None = None,
+        max_shard_bytes: int = 4 << 30,
+    ):
         self.folder, self.source = Path(folder), Path(source)
         self.config_changes = dict(config_changes or {})
         self.max_shard_bytes = max_shard_bytes
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        self._pending, self._pending_bytes = {}, 0
-        self._shards = []  # the names in each file
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []  # the names in each file
         self._total_bytes = 0
 
-    def start(self):
-        """Makes the folder to write into; remains of an interrupted save are removed."""
+    def start(self) -> None:
+        """Make the folder to write into, and remove what an interrupted save left."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
-    def add(self, name: str, tensor: torch.Tensor):
-        """Takes one whole tensor; writes a file when enough have come."""
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one whole tensor, and write a file once it is full."""
         size_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size_bytes > self.max_shard_bytes:
             self._flush()
@@ -132,8 +146,8 @@ class CheckpointWriter:
         self._pending_bytes += size_bytes
         self._total_bytes += size_bytes
 
-    def finish(self):
-        """Writes what is pending, the index and the side files, and moves the folder into place."""
+    def finish(self) -> None:
+        """Write what is pending, the index and the side files, and move the folder into place."""
         self._flush()
         self._name_shards()
         self._copy_side_files()
@@ -141,12 +155,12 @@ class CheckpointWriter:
             _sync(path)
         self._replace()
 
-    def abandon(self):
-        """Removes what was written; the final folder is as before."""
+    def abandon(self) -> None:
+        """Remove what was written; the final folder is as before."""
         self._pending.clear()
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _flush(self):
+    def _flush(self) -> None:
         if self._pending:
             # transformers refuses files whose metadata does not name the framework.
             path = self.partial / f"{len(self._shards)}.safetensors"
@@ -154,7 +168,7 @@ class CheckpointWriter:
             self._shards.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
 
-    def _name_shards(self):
+    def _name_shards(self) -> None:
         count = len(self._shards)
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         if count == 1:
@@ -170,7 +184,7 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _copy_side_files(self):
+    def _copy_side_files(self) -> None:
         for path in sorted(self.source.iterdir()):
             if path.is_file() and path.suffix in _SIDE_FILES and path.name != INDEX:
                 shutil.copyfile(path, self.partial / path.name)
@@ -178,7 +192,7 @@ class CheckpointWriter:
         config = json.loads(path.read_text()) | self.config_changes
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def _replace(self):
+    def _replace(self) -> None:
         # A rename cannot replace a folder that holds files, so the earlier one steps aside first. A
         # crash between the two renames leaves it under that name, whole.
         earlier = self.folder.with_name(f".{self.folder.name}.earlier")
@@ -195,12 +209,12 @@ class CheckpointWriter:
         _sync(self.folder.parent)
 
 
-def natural_order(name: str) -> list:
-    """Sorting key that puts layer 2 before layer 10."""
+def natural_order(name: str) -> list[int | str]:
+    """Return a sorting key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _sync(path):
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

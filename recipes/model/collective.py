@@ -23,14 +23,15 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
     Returns:
         What `work` returned on this rank.
     """
-    result, error = None, None
+    results: list[Result] = []
+    own_error = None
     try:
-        result = work()
-    except CheckpointError as raised:
-        error = raised
+        results.append(work())
+    except CheckpointError as error:
+        own_error = error
     errors: list[CheckpointError | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    for raised in errors:
-        if raised is not None:
-            raise raised
-    return result
+    torch.distributed.all_gather_object(errors, own_error)
+    for rank_error in errors:
+        if rank_error is not None:
+            raise rank_error
+    return results[0]

@@ -4,13 +4,24 @@ The stock torch norm refuses sequence parallelism; the stock local attention ref
 sequences and context parallelism. These two accept all three, on any device and any backend.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from routing_replay.errors import ConfigError
 from routing_replay.routes.token_rows import context_positions
+
+from . import cpu  # noqa: F401  (makes Megatron importable)
+
+# isort: split
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
@@ -22,16 +33,19 @@ class RMSNorm(torch.nn.Module):
         eps: Added to the mean of squares.
     """
 
-    def __init__(self, config, hidden_size, eps=1e-5, **unused):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.eps = eps
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron reads this attribute of a parameter.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
-    def forward(self, hidden):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         shape = (hidden.shape[-1],)
         return functional.rms_norm(hidden.float(), shape, self.weight.float(), self.eps).to(
             hidden.dtype
@@ -57,35 +71,36 @@ class AllGatherAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config,
-        layer_number,
-        attn_mask_type,
-        attention_type,
-        attention_dropout=None,
-        softmax_scale=None,
-        cp_comm_type=None,
-        pg_collection=None,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__()
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ConfigError(
-                "The local attention has no dropout", expected=0.0, got=dropout, where="attention"
+                "the local attention has no dropout", expected=0.0, got=dropout, where="attention"
             )
+        assert pg_collection is not None  # Megatron always gives it
         self.group = pg_collection.cp
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        attention_mask,
-        attn_mask_type=None,
-        attention_bias=None,
-        packed_seq_params=None,
-    ):
-        """Attends; shapes are Megatron's.
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend; shapes are Megatron's.
 
         Args:
             query: [s, b, heads, d], or packed [t, heads, d].
@@ -99,16 +114,16 @@ class AllGatherAttention(torch.nn.Module):
             [s, b, heads * d], or packed [t, heads * d].
 
         Raises:
-            ConfigError: For a mask or a bias that it would have to ignore.
+            ConfigError: A mask or a bias that it would have to ignore.
         """
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         ranks = self.group.size()
         if attention_bias is not None or (attention_mask is not None and (packed or ranks > 1)):
             raise ConfigError(
-                "The local attention is causal by position",
+                "the local attention is causal by position and takes no mask here",
                 expected="attention_mask=None with packing or context parallelism, no bias",
                 got="a mask or a bias",
-                fix="Drop it: padding at a sequence's end cannot reach the tokens before it.",
+                fix="Drop it: padding at the end of a sequence cannot reach the tokens before it",
             )
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -122,7 +137,7 @@ class AllGatherAttention(torch.nn.Module):
         output = torch.cat(outputs)
         return output.squeeze(1) if packed else output
 
-    def _gather(self, x):
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
         if self.group.size() == 1:
             return x.unsqueeze(0)
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -132,7 +147,13 @@ class AllGatherAttention(torch.nn.Module):
             0, (self.group.size(), -1)
         )
 
-    def _attend(self, query, key, value, hidden):
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
         ranks, length = key.shape[:2]
         repeat = query.shape[2] // key.shape[3]
         positions = [zigzag_positions(rank, ranks, length, query.device) for rank in range(ranks)]
@@ -149,8 +170,10 @@ class AllGatherAttention(torch.nn.Module):
         return output.permute(2, 0, 1, 3).flatten(2)
 
 
-def zigzag_positions(rank: int, ranks: int, length: int, device=None) -> torch.Tensor:
-    """Positions in its sequence of the tokens that one context-parallel rank holds, in local order.
+def zigzag_positions(
+    rank: int, ranks: int, length: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return the positions of the tokens that one context-parallel rank holds of a sequence.
 
     Args:
         rank: Rank in the context-parallel group.
@@ -165,7 +188,7 @@ def zigzag_positions(rank: int, ranks: int, length: int, device=None) -> torch.T
     return torch.from_numpy(positions).to(device)
 
 
-def _local_lengths(packed_seq_params, ranks):
+def _local_lengths(packed_seq_params: PackedSeqParams, ranks: int) -> list[int]:
     bounds = packed_seq_params.cu_seqlens_q_padded
     if bounds is None:
         bounds = packed_seq_params.cu_seqlens_q

@@ -1,13 +1,16 @@
 """A stock GPTModel, in chunks, from the config of a Hugging Face Mixture-of-Experts checkpoint."""
 
-import dataclasses
+from __future__ import annotations
+
 import math
 import os
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from routing_replay.errors import CheckpointError, ConfigError
+from routing_replay.errors import CheckpointError, ConfigError, reading, unknown_name
 
 from . import cpu  # noqa: F401  (makes Megatron importable)
 
@@ -20,16 +23,21 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # isort: split
 from .local_modules import AllGatherAttention, RMSNorm
 from .parallel import ParallelLayout
+from .weight_names import require_supported
 
 Recompute = Literal["none", "full", "block", "moe"]
 Spec = Literal["auto", "local", "te"]
+# transformers' config classes share no type with the fields that are read here.
+HFConfig = Any
+Fields = dict[str, Any]
 
-_RECOMPUTE = {
+_RECOMPUTE: dict[str, Fields] = {
     "none": {},
     "full": {
         "recompute_granularity": "full",
@@ -45,12 +53,13 @@ _RECOMPUTE = {
 }
 
 
-@dataclasses.dataclass
+@dataclass
 class ModelConfig(TransformerConfig):
-    """Megatron's TransformerConfig with what its GPTModel takes beside it.
+    """Megatron's TransformerConfig, with what its GPTModel takes beside it.
 
     Args:
         architecture: Hugging Face's `model_type`.
+        layer_spec: Whose modules the layers are made of: "te" or "local".
         vocab_size: Rows of the checkpoint's embedding; `padded_vocab_size` is the model's.
         padded_vocab_size: A multiple of the tensor parallel size.
         max_sequence_length: Positions that the model was made for.
@@ -60,6 +69,7 @@ class ModelConfig(TransformerConfig):
     """
 
     architecture: str = ""
+    layer_spec: str = "local"
     vocab_size: int = 0
     padded_vocab_size: int = 0
     max_sequence_length: int = 0
@@ -69,15 +79,16 @@ class ModelConfig(TransformerConfig):
 
 
 def transformer_config(
-    hf_config,
+    hf_config: HFConfig | str | os.PathLike[str],
     layout: ParallelLayout,
     *,
     dtype: torch.dtype = torch.float32,
     recompute: Recompute = "none",
     dispatcher: Literal["allgather", "alltoall"] = "alltoall",
-    **overrides,
+    spec: Spec = "auto",
+    **overrides: Any,
 ) -> ModelConfig:
-    """Megatron's configuration of a Hugging Face MoE checkpoint.
+    """Return Megatron's configuration of a Hugging Face MoE checkpoint.
 
     The router stays Megatron's TopKRouter: `norm_topk_prob` becomes the softmax over the selected
     logits (equal to normalizing the selected probabilities), its absence the softmax before top-k.
@@ -85,77 +96,92 @@ def transformer_config(
     Args:
         hf_config: A checkpoint's folder or its transformers config; see `SUPPORTED`.
         layout: Parallel sizes; they must divide heads, groups, experts and layers.
-        dtype: Of parameters and activations: float32 or bfloat16.
+        dtype: Type of parameters and activations: float32 or bfloat16.
         recompute: Activations to recompute: none, every layer ("full"), the first layer of each
-            chunk ("block"), or the MoE layers' inside ("moe").
+            chunk ("block"), or the inside of the MoE layers ("moe").
         dispatcher: How tokens travel to experts on other ranks.
-        **overrides: Any field of TransformerConfig, last word.
+        spec: "te" takes Transformer Engine's modules and its fusions; "local" takes Megatron's own
+            modules with our norm and attention; "auto" takes "te" on CUDA and "local" elsewhere.
+        **overrides: Any field of TransformerConfig; they come last.
 
     Raises:
         CheckpointError: An architecture or a feature of it that is not supported.
-        ConfigError: A layout or an option that does not fit the model.
+        ConfigError: A layout or an option that does not fit the model or the machine.
     """
     if isinstance(hf_config, str | os.PathLike):
         hf_config = _read_hf_config(hf_config)
-    if hf_config.model_type not in SUPPORTED:
-        raise CheckpointError(
-            "The checkpoint's architecture is not supported",
-            expected=" or ".join(sorted(SUPPORTED)),
-            got=repr(hf_config.model_type),
-        )
+    require_supported(hf_config.model_type)
     if recompute not in _RECOMPUTE:
-        raise ConfigError("Unknown `recompute`", expected=", ".join(_RECOMPUTE), got=recompute)
+        raise unknown_name("recompute", recompute, _RECOMPUTE)
+    layer_spec = resolve_spec(spec, has_te=HAVE_TE, has_cuda=torch.cuda.is_available())
     fields = _common_fields(hf_config) | SUPPORTED[hf_config.model_type](hf_config)
     _check_divisible(fields, layout)
     fields |= _layout_fields(layout, dtype, fields["vocab_size"]) | _RECOMPUTE[recompute]
+    fields |= _fusion_fields(layer_spec)
     fields["moe_token_dispatcher_type"] = dispatcher
     return ModelConfig(**(fields | overrides))
 
 
-def build_model(config: ModelConfig, layout: ParallelLayout, spec: Spec = "auto") -> list[GPTModel]:
-    """This rank's model chunks: one, or one per virtual pipeline stage.
+def resolve_spec(spec: Spec, *, has_te: bool, has_cuda: bool) -> str:
+    """Return the layer spec to build, "te" or "local".
+
+    Raises:
+        ConfigError: Transformer Engine is missing where it is needed. On CUDA the local spec runs
+            experts one after another and attention with an explicit mask, so it is never a silent
+            choice there.
+    """
+    if spec not in ("auto", "local", "te"):
+        raise unknown_name("layer spec", spec, ("auto", "local", "te"))
+    if spec == "local" or (spec == "auto" and not has_cuda):
+        return "local"
+    if not has_cuda:
+        raise ConfigError(
+            "the Transformer Engine spec cannot run here",
+            expected="a CUDA device",
+            fix='Use spec "local" or "auto"',
+        )
+    if not has_te:
+        raise ConfigError(
+            "Transformer Engine is not installed, and without it training on GPUs is very slow",
+            expected="pip install routing_replay[te]",
+            fix='Install it, or accept the slow modules with spec "local" (layer_spec: local)',
+        )
+    return "te"
+
+
+def build_model(config: ModelConfig, layout: ParallelLayout) -> list[GPTModel]:
+    """Return this rank's model chunks: one, or one per virtual pipeline stage.
 
     Args:
         config: From `transformer_config`, with the same layout.
-        layout: As `parallel.initialize` was given.
-        spec: "te" takes Transformer Engine's modules; "local" takes Megatron's own, with our norm
-            and attention; "auto" takes "te" where it can run.
-
-    Raises:
-        ConfigError: Transformer Engine is asked for and missing.
+        layout: The layout that `parallel.initialize` was given.
     """
-    te_runs = HAVE_TE and torch.cuda.is_available()
-    if spec == "te" and not te_runs:
-        raise ConfigError(
-            "The Transformer Engine spec cannot run here",
-            expected="transformer-engine and a CUDA device",
-            fix='Use spec="local" (or "auto").',
-        )
-    use_te = te_runs if spec == "auto" else spec == "te"
-    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else [None]
-    return [_build_chunk(config, use_te, stage) for stage in stages]
+    if layout.virtual_pipeline == 1:
+        return [_build_chunk(config, None)]
+    return [_build_chunk(config, stage) for stage in range(layout.virtual_pipeline)]
 
 
-def _build_chunk(config, use_te, vp_stage):
+def _build_chunk(config: ModelConfig, vp_stage: int | None) -> GPTModel:
+    use_te = config.layer_spec == "te"
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if not use_te:
         _use_local_modules(block)
-    where = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
         share_embeddings_and_output_weights=config.tie_embeddings,
         position_embedding_type="rope",
         rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         vp_stage=vp_stage,
-        mtp_block_spec=_mtp_spec(config, block, use_te, vp_stage),
+        mtp_block_spec=_mtp_spec(config, block, vp_stage),
     ).to(torch.cuda.current_device())
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -164,8 +190,9 @@ def _build_chunk(config, use_te, vp_stage):
     return chunk
 
 
-def _mtp_spec(config, block, use_te, vp_stage):
+def _mtp_spec(config: ModelConfig, block: TransformerBlockSubmodules, vp_stage: int | None) -> Any:
     """Multi-token-prediction layers on the stage that holds them, if the config asks for any."""
+    use_te = config.layer_spec == "te"
     if not config.mtp_num_layers:
         return None
     spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
@@ -176,7 +203,7 @@ def _mtp_spec(config, block, use_te, vp_stage):
     return spec
 
 
-def _use_local_modules(block):
+def _use_local_modules(block: TransformerBlockSubmodules) -> None:
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         modules = layer.submodules
@@ -187,7 +214,9 @@ def _use_local_modules(block):
             attention.q_layernorm = attention.k_layernorm = RMSNorm
 
 
-def _hide_padded_logits(layer, inputs, outputs):
+def _hide_padded_logits(
+    layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, Any]
+) -> tuple[torch.Tensor, Any]:
     # The embedding is padded so that tensor parallelism divides it. A padded row is no token: with
     # its logit left at 0 the softmax would differ from the checkpoint's.
     logits, bias = outputs
@@ -198,21 +227,15 @@ def _hide_padded_logits(layer, inputs, outputs):
     return logits.masked_fill(padded, torch.finfo(logits.dtype).min), bias
 
 
-def _read_hf_config(folder):
+def _read_hf_config(folder: str | os.PathLike[str]) -> HFConfig:
     from transformers import AutoConfig
 
-    try:
+    # transformers raises KeyError and ValueError for architectures that it does not know.
+    with reading(folder, "the checkpoint's config.json", CheckpointError, also=(KeyError,)):
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "The checkpoint's config.json cannot be read",
-            expected=f"the config of {' or '.join(sorted(SUPPORTED))}",
-            got=str(error).strip().split("\n")[0],
-            where=str(folder),
-        ) from error
 
 
-def _common_fields(hf):
+def _common_fields(hf: HFConfig) -> Fields:
     rope = getattr(hf, "rope_parameters", None) or {"rope_theta": getattr(hf, "rope_theta", None)}
     if rope.get("rope_type", "default") != "default":
         raise _unsupported(hf, "rope_type", "default", rope["rope_type"])
@@ -239,7 +262,6 @@ def _common_fields(hf):
         "moe_aux_loss_coeff": 0.0,
         # bfloat16 logits of close experts collide; the selection then depends on top-k's tie rule.
         "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": HAVE_TE and torch.cuda.is_available(),
         "vocab_size": hf.vocab_size,
         "max_sequence_length": hf.max_position_embeddings,
         "tie_embeddings": bool(hf.tie_word_embeddings),
@@ -248,7 +270,7 @@ def _common_fields(hf):
     }
 
 
-def _qwen3_moe_fields(hf):
+def _qwen3_moe_fields(hf: HFConfig) -> Fields:
     if hf.attention_bias:
         raise _unsupported(hf, "attention_bias", False, True)
     if hf.sliding_window is not None:
@@ -265,7 +287,7 @@ def _qwen3_moe_fields(hf):
     }
 
 
-def _glm4_moe_fields(hf):
+def _glm4_moe_fields(hf: HFConfig) -> Fields:
     if not hf.norm_topk_prob:
         raise _unsupported(hf, "norm_topk_prob", True, False)
     # Hugging Face ranks groups by their best 2 experts, Megatron by their best k / group_topk.
@@ -289,16 +311,19 @@ def _glm4_moe_fields(hf):
     }
 
 
-SUPPORTED = {"qwen3_moe": _qwen3_moe_fields, "glm4_moe": _glm4_moe_fields}
+SUPPORTED: dict[str, Callable[[HFConfig], Fields]] = {
+    "qwen3_moe": _qwen3_moe_fields,
+    "glm4_moe": _glm4_moe_fields,
+}
 
 
-def _unsupported(hf, name, expected, got):
+def _unsupported(hf: HFConfig, name: str, expected: object, got: object) -> CheckpointError:
     return CheckpointError(
-        f"`{name}` of this {hf.model_type} checkpoint is not supported", expected=expected, got=got
+        f"{name} of this {hf.model_type} checkpoint is not supported", expected=expected, got=got
     )
 
 
-def _check_divisible(fields, layout):
+def _check_divisible(fields: Fields, layout: ParallelLayout) -> None:
     pairs = [
         ("num_attention_heads", "tensor", layout.tensor),
         ("num_query_groups", "tensor", layout.tensor),
@@ -310,13 +335,30 @@ def _check_divisible(fields, layout):
     for field, name, size in pairs:
         if fields[field] % size:
             raise ConfigError(
-                f"The layout's {name} does not divide the model's {field}",
+                f"the layout's {name} does not divide the model's {field}",
                 expected=f"a divisor of {fields[field]}",
                 got=size,
             )
 
 
-def _layout_fields(layout, dtype, vocab_size):
+def _fusion_fields(layer_spec: str) -> Fields:
+    has_te = layer_spec == "te"
+    return {
+        "layer_spec": layer_spec,
+        "moe_grouped_gemm": has_te,
+        # The unfused unpermute adds bfloat16 values with atomics, in no fixed order: two passes
+        # over the same routes would differ. Transformer Engine's gathers and adds in float32.
+        "moe_permute_fusion": has_te,
+        "apply_rope_fusion": has_te,
+        "bias_activation_fusion": has_te,
+        # These need APEX, or a compiler for nothing where dropout is 0.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+    }
+
+
+def _layout_fields(layout: ParallelLayout, dtype: torch.dtype, vocab_size: int) -> Fields:
     return {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -335,10 +377,5 @@ def _layout_fields(layout, dtype, vocab_size):
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        # Fusions that need APEX or a compiler; Transformer Engine's modules bring their own.
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
         "attention_softmax_in_fp32": True,
     }

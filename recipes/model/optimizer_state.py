@@ -9,6 +9,7 @@ started with, so each rank saves its own shards here instead, and another layout
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from . import cpu  # noqa: F401  (makes Megatron importable)
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-State = dict[str, list]
+State = dict[str, list[Any]]
 Shards = list[dict[str, torch.Tensor]]
 
 # Options that keep the state in other types or places than this module knows how to restore.

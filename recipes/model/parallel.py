@@ -1,8 +1,10 @@
 """How a model is spread over ranks, and starting and ending Megatron's process groups."""
 
-import dataclasses
+from __future__ import annotations
+
 import datetime
 import os
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -18,7 +20,7 @@ from megatron.core import parallel_state, tensor_parallel
 _SEED_STRIDE_PER_STAGE = 100
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """Sizes of Megatron's parallel dimensions; data parallelism takes the ranks that remain.
 
@@ -40,23 +42,23 @@ class ParallelLayout:
     expert: int = 1
     expert_tensor: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.expert_tensor is None:
             object.__setattr__(self, "expert_tensor", self.tensor)
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             size = getattr(self, field.name)
             if not isinstance(size, int) or size < 1:
                 raise ConfigError(
-                    f"The parallel size `{field.name}` cannot be used",
+                    f"the parallel size {field.name} is out of range",
                     expected="an integer of at least 1",
                     got=repr(size),
                 )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(
-                "Virtual pipeline stages need a pipeline",
+                "virtual pipeline stages need a pipeline",
                 expected="pipeline > 1",
                 got=f"pipeline=1, virtual_pipeline={self.virtual_pipeline}",
-                fix="Raise `pipeline` or leave `virtual_pipeline` at 1.",
+                fix="Raise pipeline, or leave virtual_pipeline at 1",
             )
 
     @property
@@ -64,18 +66,18 @@ class ParallelLayout:
         """Whether sequence parallelism is on."""
         return self.tensor > 1
 
-    def check_world(self, world_size: int):
-        """Raises ConfigError unless `world_size` ranks can be laid out so."""
+    def check_world(self, world_size: int) -> None:
+        """Raise ConfigError unless `world_size` ranks can be laid out so."""
         self._check_product(world_size, ("tensor", "pipeline", "context"))
         self._check_product(world_size, ("expert_tensor", "expert", "pipeline"))
 
-    def _check_product(self, world_size, names):
+    def _check_product(self, world_size: int, names: tuple[str, ...]) -> None:
         product = 1
         for name in names:
             product *= getattr(self, name)
         if world_size % product:
             raise ConfigError(
-                "The parallel layout does not fit the number of ranks",
+                "the parallel layout does not fit the number of ranks",
                 expected=f"a multiple of {' * '.join(names)} = {product} ranks",
                 got=f"{world_size} ranks",
                 fix=f"Start {product} ranks (torchrun --nproc-per-node {product}) or lower one of "
@@ -83,10 +85,11 @@ class ParallelLayout:
             )
 
 
-def initialize(layout: ParallelLayout, seed: int, backend: str | None = None):
-    """Starts torch.distributed (unless it runs), Megatron's process groups and its generators.
+def initialize(layout: ParallelLayout, seed: int, backend: str | None = None) -> None:
+    """Start torch.distributed (unless it runs), Megatron's process groups and its generators.
 
-    Under torchrun the ranks meet as its variables say; a process without them is a world of one.
+    Under torchrun its environment variables say where the ranks meet. A process without them is a
+    world of one rank.
 
     Args:
         layout: Checked against the number of ranks.
@@ -98,7 +101,7 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None):
     """
     enable_cpu()
     if parallel_state.model_parallel_is_initialized():
-        raise ConfigError("Megatron is initialized already", fix="Call destroy() first.")
+        raise ConfigError("Megatron is initialized already", fix="Call destroy() first")
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     layout.check_world(_world_size())
     if not torch.distributed.is_initialized():
@@ -118,8 +121,8 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None):
     )
 
 
-def destroy(*, keep_world: bool = False):
-    """Ends Megatron's process groups, and torch.distributed too unless `keep_world`."""
+def destroy(*, keep_world: bool = False) -> None:
+    """End Megatron's process groups, and torch.distributed too unless `keep_world`."""
     groups = parallel_state._global_process_group_list or []
     # Megatron forgets its groups without closing them; a process that initializes again would keep
     # their sockets and threads.
@@ -130,13 +133,13 @@ def destroy(*, keep_world: bool = False):
         torch.distributed.destroy_process_group()
 
 
-def _world_size():
+def _world_size() -> int:
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _start_distributed(backend):
+def _start_distributed(backend: str) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # A dead peer should end the job within minutes, not after the default half hour of NCCL.
@@ -150,5 +153,5 @@ def _start_distributed(backend):
         )
 
 
-def _virtual_size(layout):
+def _virtual_size(layout: ParallelLayout) -> int | None:
     return layout.virtual_pipeline if layout.virtual_pipeline > 1 else None

@@ -5,16 +5,22 @@ below the other, are the parameter's shard on this rank. Loading reads the piece
 them back. Names of the local spec and of Transformer Engine's modules mean the same pieces.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from routing_replay.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .model import ModelConfig
 
 # Values of `model_type` in config.json whose names are known here.
 MODEL_TYPES = ("glm4_moe", "qwen3_moe")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """A slice of one Hugging Face tensor.
 
@@ -37,7 +43,7 @@ class Piece:
         return self.stop - self.start
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardPosition:
     """Where a rank stands: its shard of dense tensors, of experts' tensors, and its experts."""
 
@@ -75,19 +81,38 @@ _MLP = re.compile(
 )
 
 
+def require_supported(model_type: str | None, where: object = None) -> None:
+    """Refuse a checkpoint of an architecture whose weights are unknown here.
+
+    Args:
+        model_type: From its config.json.
+        where: That file.
+
+    Raises:
+        CheckpointError: Which architectures are supported.
+    """
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            "the checkpoint's architecture is not supported",
+            expected=" or ".join(MODEL_TYPES),
+            got=repr(model_type),
+            where=where,
+        )
+
+
 def is_expert(name: str) -> bool:
-    """Whether a Megatron parameter belongs to routed experts (and so to the expert groups)."""
+    """Return whether a parameter belongs to routed experts, and so to the expert groups."""
     return ".mlp.experts." in name
 
 
 def is_whole(name: str) -> bool:
-    """Whether every tensor-parallel rank holds the whole of this Megatron parameter."""
+    """Return whether every tensor-parallel rank holds the whole of this Megatron parameter."""
     local = _local_spec_name(name)
     return local == "decoder.final_layernorm.weight" or _in_layer(local)[1] in _WHOLE
 
 
-def pieces(name: str, config, position: ShardPosition) -> list[Piece]:
-    """The pieces of one Megatron parameter on one rank, in order.
+def pieces(name: str, config: ModelConfig, position: ShardPosition) -> list[Piece]:
+    """Return the pieces of one Megatron parameter on one rank, in order.
 
     Args:
         name: Megatron's name with the layer's global index, of either spec; an expert's index is
@@ -107,19 +132,20 @@ def pieces(name: str, config, position: ShardPosition) -> list[Piece]:
     if local == "decoder.final_layernorm.weight":
         return [_whole("model.norm.weight", (config.hidden_size,))]
     layer, local = _in_layer(local)
-    found = _layer_pieces(local, f"model.layers.{layer}.", config, position)
-    if layer is None or not found:
+    layer_pieces = _layer_pieces(local, f"model.layers.{layer}.", config, position)
+    if layer is None or not layer_pieces:
         raise CheckpointError(
-            "A Megatron parameter has no counterpart in the Hugging Face checkpoint",
+            "a Megatron parameter has no counterpart in the Hugging Face checkpoint",
             got=name,
             where=f"architecture {config.architecture}",
-            fix="Leave out the module that owns it, or extend routing_replay/megatron/"
-            "weight_names.py.",
+            fix="Leave out the module that owns it, or extend recipes/model/weight_names.py",
         )
-    return found
+    return layer_pieces
 
 
-def _layer_pieces(local, prefix, config, position):
+def _layer_pieces(
+    local: str, prefix: str, config: ModelConfig, position: ShardPosition
+) -> list[Piece]:
     if local in _WHOLE:
         return [_whole(prefix + _WHOLE[local], _whole_shape(local, config))]
     if local in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
@@ -133,7 +159,9 @@ def _layer_pieces(local, prefix, config, position):
     return _mlp(match, prefix, config, position) if match else []
 
 
-def _mlp(match, prefix, config, position):
+def _mlp(
+    match: re.Match[str], prefix: str, config: ModelConfig, position: ShardPosition
+) -> list[Piece]:
     rank, size = position.tensor_rank, position.tensor_size
     if match["expert"] is not None:
         rank, size = position.expert_tensor_rank, position.expert_tensor_size
@@ -155,7 +183,7 @@ def _mlp(match, prefix, config, position):
     ]
 
 
-def _qkv(prefix, kind, config, position):
+def _qkv(prefix: str, kind: str, config: ModelConfig, position: ShardPosition) -> list[Piece]:
     """Megatron keeps a group's queries, key and value together; shards hold whole groups."""
     groups, head = config.num_query_groups, config.kv_channels
     rows = {"q": config.num_attention_heads // groups * head, "k": head, "v": head}  # of a group
@@ -175,7 +203,7 @@ def _qkv(prefix, kind, config, position):
     ]
 
 
-def _vocabulary(name, config, position):
+def _vocabulary(name: str, config: ModelConfig, position: ShardPosition) -> Piece:
     # The last ranks hold padding rows below (or instead of) the checkpoint's.
     rows = config.padded_vocab_size // position.tensor_size
     start = position.tensor_rank * rows
@@ -188,16 +216,16 @@ def _vocabulary(name, config, position):
     )
 
 
-def _split(name, shape, axis, rank, size):
+def _split(name: str, shape: tuple[int, ...], axis: int, rank: int, size: int) -> Piece:
     length = shape[axis] // size
     return Piece(name=name, shape=shape, axis=axis, start=rank * length, stop=(rank + 1) * length)
 
 
-def _whole(name, shape):
+def _whole(name: str, shape: tuple[int, ...]) -> Piece:
     return _split(name, shape, 0, 0, 1)
 
 
-def _whole_shape(local, config):
+def _whole_shape(local: str, config: ModelConfig) -> tuple[int, ...]:
     if local == "mlp.router.weight":
         return (config.num_moe_experts, config.hidden_size)
     if local == "mlp.router.expert_bias":
@@ -207,12 +235,12 @@ def _whole_shape(local, config):
     return (config.hidden_size,)
 
 
-def _local_spec_name(name):
+def _local_spec_name(name: str) -> str:
     for pattern, replacement in _TE_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _in_layer(name):
+def _in_layer(name: str) -> tuple[int | None, str]:
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     return (int(match[1]), match[2]) if match else (None, name)

@@ -1,6 +1,10 @@
-"""Which part of which Hugging Face tensor is where in the world, and moving it to rank 0."""
+"""Which rank holds which part of a Hugging Face tensor, and gathering the parts on rank 0."""
 
-import dataclasses
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,21 +14,25 @@ from . import cpu, weight_names  # noqa: F401  (cpu makes Megatron importable)
 
 # isort: split
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+# isort: split
+from .model import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Parameter:
     """One Megatron parameter of this rank and the pieces that it is made of."""
 
     name: str
     tensor: torch.Tensor
     pieces: list[weight_names.Piece]
-    is_primary: bool  # of the ranks with the same content, the one that saves it
+    is_primary: bool  # whether this rank saves it, of those with the same content
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    """A piece and where in the world it is."""
+    """A piece, and the rank and parameter that hold it."""
 
     rank: int
     parameter: int
@@ -33,25 +41,27 @@ class Part:
     dtype: torch.dtype
 
 
-def local_parameters(model_chunks: list) -> list[Parameter]:
-    """This rank's parameters (and routing biases), each with its pieces.
+def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
+    """Return this rank's parameters (and routing biases), each with its pieces.
 
     Raises:
         CheckpointError: A parameter has no Hugging Face counterpart.
     """
     chunks = [unwrap(chunk) for chunk in model_chunks]
     position = _position(chunks[0].config)
-    found = []
+    parameters = []
     for chunk in chunks:
         tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
         for name, tensor in _named_tensors(chunk):
             is_primary = _is_first_replica(name) and not (tied_copy and "output_layer" in name)
             pieces = weight_names.pieces(name, chunk.config, position)
-            found.append(Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary))
-    return found
+            parameters.append(
+                Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary)
+            )
+    return parameters
 
 
-def _named_tensors(chunk):
+def _named_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and the routing bias (a buffer), under the layers' global indices."""
     offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     buffers = [(n, b) for n, b in chunk.named_buffers() if n.endswith("router.expert_bias")]
@@ -63,14 +73,14 @@ def _named_tensors(chunk):
             yield name, tensor.data
 
 
-def unwrap(chunk):
-    """The GPTModel inside DDP and precision wrappers."""
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside DDP and precision wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
 
 
-def _position(config):
+def _position(config: ModelConfig) -> weight_names.ShardPosition:
     expert_rank = parallel_state.get_expert_model_parallel_rank()
     experts = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
     return weight_names.ShardPosition(
@@ -82,7 +92,7 @@ def _position(config):
     )
 
 
-def _is_first_replica(name):
+def _is_first_replica(name: str) -> bool:
     if weight_names.is_expert(name):
         return parallel_state.get_expert_data_parallel_rank() == 0
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
@@ -91,7 +101,7 @@ def _is_first_replica(name):
 
 
 def gather_plan(parameters: list[Parameter]) -> dict[str, list[Part]]:
-    """For every Hugging Face tensor, the parts that tile it exactly; collective, equal everywhere.
+    """Return the parts that tile each Hugging Face tensor; collective, equal on every rank.
 
     Raises:
         CheckpointError: Some rows of a tensor are on no rank, or are saved by two.
@@ -104,7 +114,7 @@ def gather_plan(parameters: list[Parameter]) -> dict[str, list[Part]]:
         for j, piece in enumerate(parameter.pieces)
         if piece.length
     ]
-    plan = {}
+    plan: dict[str, list[Part]] = {}
     for parts in _all_gather(own):
         for part in parts:
             plan.setdefault(part.piece.name, []).append(part)
@@ -113,7 +123,7 @@ def gather_plan(parameters: list[Parameter]) -> dict[str, list[Part]]:
     return plan
 
 
-def _check_tiling(name, parts):
+def _check_tiling(name: str, parts: list[Part]) -> None:
     reached = 0
     for piece in sorted((part.piece for part in parts), key=lambda piece: piece.start):
         if piece.start != reached:
@@ -122,15 +132,15 @@ def _check_tiling(name, parts):
     whole = parts[0].piece
     if reached != whole.shape[whole.axis] or sum(p.piece.length for p in parts) != reached:
         raise CheckpointError(
-            f"The ranks do not hold every part of {name} exactly once",
+            f"the ranks do not hold every part of {name} exactly once",
             expected=f"parts that make up shape {whole.shape} along axis {whole.axis}",
             got=sorted((part.piece.start, part.piece.stop, part.rank) for part in parts),
-            fix="The model was not built for the layout that Megatron was initialized with.",
+            fix="Build the model for the layout that Megatron was initialized with",
         )
 
 
 def gather_tensor(parts: list[Part], parameters: list[Parameter]) -> torch.Tensor | None:
-    """The whole tensor on rank 0's CPU, None elsewhere; every rank calls it in the same order."""
+    """Return the whole tensor on rank 0's CPU, None elsewhere; collective."""
     rank = torch.distributed.get_rank()
     whole = torch.empty(parts[0].piece.shape, dtype=parts[0].dtype) if rank == 0 else None
     for part in parts:
@@ -149,7 +159,7 @@ def gather_tensor(parts: list[Part], parameters: list[Parameter]) -> torch.Tenso
     return whole
 
 
-def _values(parameter, index):
+def _values(parameter: Parameter, index: int) -> torch.Tensor:
     piece = parameter.pieces[index]
     if piece.axis == 1:  # such a parameter has one piece: all of it
         return parameter.tensor
@@ -157,7 +167,7 @@ def _values(parameter, index):
     return parameter.tensor[start : start + piece.length]
 
 
-def _all_gather(value):
-    values = [None] * torch.distributed.get_world_size()
+def _all_gather(value: list[Part]) -> list[list[Part]]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

@@ -1,7 +1,10 @@
 """Weights between Hugging Face's files and Megatron's chunks, in both directions, any layout."""
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -16,13 +19,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 # isort: split
 from .checkpoint_files import CheckpointReader, CheckpointWriter, natural_order
 from .collective import on_every_rank
+from .model import ModelConfig
 
 # Names shown in an error before "and N more".
 _NAMES_SHOWN = 5
 
 
-def load_hf(model_chunks: list, hf_dir):
-    """Fills the chunks from a Hugging Face checkpoint; collective.
+def load_hf(model_chunks: list[torch.nn.Module], hf_dir: str | os.PathLike[str]) -> None:
+    """Fill the chunks from a Hugging Face checkpoint; collective.
 
     Each rank reads only its own slices. Every tensor of the checkpoint is used exactly once and
     every parameter is filled exactly once. The values take the parameters' dtype, except routing
@@ -41,7 +45,7 @@ def load_hf(model_chunks: list, hf_dir):
     plan = weight_plan.gather_plan(parameters)
     config = weight_plan.unwrap(model_chunks[0]).config
 
-    def read():
+    def read() -> None:
         with CheckpointReader(hf_dir) as reader:
             names = {name for name in reader.names if not _is_ignored(name, config)}
             _require_equal(set(plan), names, hf_dir)
@@ -60,9 +64,9 @@ def _widen_routing_biases(model_chunks: list[torch.nn.Module]) -> None:
 
 
 def named_hf_tensors(
-    model_chunks: list, dtype: torch.dtype | None = None
+    model_chunks: list[torch.nn.Module], dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yields every Hugging Face tensor of the model, whole, one at a time; collective.
+    """Yield every Hugging Face tensor of the model, whole, one at a time; collective.
 
     All ranks must exhaust it. Memory beyond the model: one tensor, on rank 0.
 
@@ -83,14 +87,14 @@ def named_hf_tensors(
 
 
 def save_hf(
-    model_chunks: list,
-    hf_dir,
+    model_chunks: list[torch.nn.Module],
+    hf_dir: str | os.PathLike[str],
     *,
-    source,
+    source: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 4 << 30,
-):
-    """Writes the model as a Hugging Face checkpoint, whole or not at all; collective.
+) -> None:
+    """Write the model as a Hugging Face checkpoint, whole or not at all; collective.
 
     Global rank 0 writes into a folder beside `hf_dir` and renames it: an earlier checkpoint there
     stays whole until then.
@@ -115,7 +119,7 @@ def save_hf(
     )
     error = _attempt(writer.start)
     for name, tensor in named_hf_tensors(model_chunks, dtype):
-        # After a failure the other ranks still send what was planned, and must be heard out.
+        # After a failure the other ranks still send what was planned: receive it all.
         if error is None:
             error = _attempt(functools.partial(writer.add, name, tensor))
     if error is None:
@@ -125,13 +129,13 @@ def save_hf(
     on_every_rank(lambda: _raise_unwritten(error, hf_dir))
 
 
-def _raise_unwritten(error, folder):
+def _raise_unwritten(error: Exception | None, folder: str | os.PathLike[str]) -> None:
     if error is not None:
         raise CheckpointError(
-            "The checkpoint could not be written",
+            "the checkpoint could not be written",
             got=f"{type(error).__name__}: {error}",
             where=str(folder),
-            fix="Free space or choose another folder; what was there before is untouched.",
+            fix="Free space or choose another folder; what was there before is untouched",
         ) from error
 
 
@@ -139,8 +143,8 @@ def _raise_unwritten(error, folder):
 _LOST_PARTS = {"glm4_moe": {"num_nextn_predict_layers": 0}}
 
 
-def _is_ignored(name, config):
-    """Tensors that transformers leaves unused too: a tied head, multi-token prediction layers."""
+def _is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether transformers too leaves a tensor unused: a tied head, prediction layers."""
     if name == "lm_head.weight":
         return config.tie_embeddings
     layer = name.removeprefix("model.layers.").split(".")[0]
@@ -149,29 +153,29 @@ def _is_ignored(name, config):
     )
 
 
-def _is_weight(name):
+def _is_weight(name: str) -> bool:
     # Routing biases stay float32: in bfloat16 the selection would change.
     return not name.endswith("e_score_correction_bias")
 
 
-def _require_equal(expected, got, folder):
+def _require_equal(expected: set[str], got: set[str], folder: str | os.PathLike[str]) -> None:
     for what, names in (
-        ("The checkpoint lacks tensors of the model", expected - got),
-        ("The checkpoint has tensors that the model does not", got - expected),
+        ("the checkpoint lacks tensors of the model", expected - got),
+        ("the checkpoint has tensors that the model does not", got - expected),
     ):
         if names:
             shown = sorted(names, key=natural_order)[:_NAMES_SHOWN]
-            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
             raise CheckpointError(
                 what,
                 expected=f"{len(expected)} tensors",
-                got=f"{len(got)}; the difference: {', '.join(shown)}{more}",
+                got=f"{len(got)}; the difference: {', '.join(shown)}{rest}",
                 where=str(folder),
-                fix="config.json and the weights are not of the same model, or a file is missing.",
+                fix="Use the config.json and all the weights of one model",
             )
 
 
-def _fill(parameter, reader):
+def _fill(parameter: weight_plan.Parameter, reader: CheckpointReader) -> None:
     pieces = [piece for piece in parameter.pieces if piece.length]
     rows = 0
     for piece in pieces:
@@ -179,29 +183,29 @@ def _fill(parameter, reader):
         target = parameter.tensor[rows : rows + part.shape[0]]
         if target.shape != part.shape:
             raise CheckpointError(
-                f"The Megatron parameter {parameter.name} has an unexpected shape",
+                f"the Megatron parameter {parameter.name} has an unexpected shape",
                 expected=f"rows {rows}:{rows + part.shape[0]} of shape {tuple(part.shape)}",
                 got=tuple(parameter.tensor.shape),
-                fix="The model was not built from this checkpoint's config.",
+                fix="Build the model from this checkpoint's config",
             )
         target.copy_(part)
         rows += part.shape[0]
     # Only the vocabulary is padded (see `_vocabulary`); any other remainder was never filled.
     if rows < parameter.tensor.shape[0] and not _is_vocabulary(parameter.name):
         raise CheckpointError(
-            f"The Megatron parameter {parameter.name} was filled in part only",
+            f"the Megatron parameter {parameter.name} was filled in part only",
             expected=f"{parameter.tensor.shape[0]} rows",
             got=rows,
         )
     parameter.tensor[rows:].zero_()
 
 
-def _is_vocabulary(name):
+def _is_vocabulary(name: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def _attempt(work):
-    """Runs `work` on rank 0 and returns how it failed, or None."""
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    """Run `work` on rank 0 and return the error that it raised, or None."""
     if torch.distributed.get_rank() > 0:
         return None
     try:
