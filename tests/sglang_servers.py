@@ -1,7 +1,8 @@
 """One real SGLang server for all tests that need one, and what transformers says about its model.
 
-A server costs many seconds to start: `sglang_server` is shared by a whole test session. Its model
-is a tiny Qwen3-MoE in float32, so that an independent forward in transformers can be compared.
+A server costs many seconds to start: the fixture `sglang_server` (conftest.py) serves a whole test
+session. Its model is a tiny Qwen3-MoE in float32, so that an independent forward in transformers
+can be compared.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sglang_checks import Reference
 from tiny_models import write_tiny_qwen3_moe
 
 from recipes.serving.server import Server, ServerOptions, launch
@@ -89,12 +89,6 @@ def running(capture, *arguments):
             yield RunningServer(server, RolloutClient([server.url], MODEL), checkpoints)
 
 
-@pytest.fixture(scope="session")
-def sglang_server():
-    with running("logits", "--enable-mixed-chunk") as server:
-        yield server
-
-
 def request(prompt, *, num_new=12, capture="gates", **others):
     """A request that samples exactly `num_new` tokens at temperature 1."""
     sampling = {"temperature": 1.0, "max_new_tokens": num_new, "ignore_eos": True}
@@ -103,17 +97,6 @@ def request(prompt, *, num_new=12, capture="gates", **others):
 
 def random_prompt(seed, length=20):
     return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
-
-
-@pytest.fixture
-def server(sglang_server):
-    sglang_server.restore()
-    return sglang_server
-
-
-@pytest.fixture(scope="module")
-def references(sglang_server):
-    return [Reference(path) for path in sglang_server.checkpoints]
 
 
 def while_running(server, asked, act):

@@ -8,7 +8,6 @@ import yaml
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
 from recipes.minirl.config import RecipeConfig, known_settings
 from recipes.minirl.inputs import inputs_of
-from recipes.model import weight_names
 from routing_replay import objectives
 from routing_replay.errors import CheckpointError, ConfigError
 
@@ -136,12 +135,6 @@ def test_a_checkpoint_that_cannot_be_trained_is_refused_before_a_server_starts(
     config = parse(["--model", str(tmp_path), "--prompts", path, "--heldout-prompts", path])
     with pytest.raises(CheckpointError, match=message):
         inputs_of(config)
-
-
-def test_the_names_of_every_supported_architecture_are_known():
-    from recipes.model import model
-
-    assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)
 
 
 def as_text(value):
