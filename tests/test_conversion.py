@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from routing_replay.errors import DataError
+from routing_replay.errors import ConfigError, DataError
 from routing_replay.routes import conversion, payload
 from routing_replay.routes.conversion import export_rollout_dump, export_sglang, import_routes
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
-from routing_replay.routes.spool import RouteSpool
 from routing_replay.routes.table import RouteTable
 
 # Layer 0 is dense: stock engines return zeros for it.
@@ -62,7 +61,7 @@ def test_rollout_dumps_are_imported(tmp_path, sequences, as_array):
     missing = conversion._uncovered(MODEL, 2)
     assert_same(table, [*sequences, missing])
     assert table.source == "rollout"
-    assert sorted(os.listdir(tmp_path)) == ["4.pt", "t.safetensors"]  # no spool is left
+    assert sorted(os.listdir(tmp_path)) == ["4.pt", "t.safetensors"]
 
 
 class Harmful:
@@ -92,53 +91,6 @@ def test_a_sample_with_routes_of_other_tokens_is_refused(tmp_path, sequences):
         import_routes("rollout", tmp_path / "x.pt", tmp_path / "t.safetensors", MODEL)
 
 
-def test_lists_of_routers_are_imported(tmp_path, sequences):
-    routers = [
-        [torch.from_numpy(r.expert_ids_TLK[:, place].astype(np.int64)) for r in sequences]
-        for place in range(3)
-    ]
-    torch.save(routers, tmp_path / "rank0_routing_replay.pt")
-    table = import_routes(
-        "routers", tmp_path / "rank0_routing_replay.pt", tmp_path / "t.safetensors", MODEL
-    )
-    assert_same(table, sequences)
-    assert table.source == "training"
-    torch.save(routers[:2], tmp_path / "two.pt")
-    with pytest.raises(DataError, match="expected 3 routers.*got 2 routers"):
-        import_routes("routers", tmp_path / "two.pt", tmp_path / "t2.safetensors", MODEL)
-
-
-def trace_lines(sequences, step=3, first=0):
-    for routes in sequences:
-        for place in range(3):
-            ids = np.sort(routes.expert_ids_TLK[:, place], -1).tolist()
-            yield {"step": step, "block": "decoder", "layer": place + first, "top_indices": ids}
-            yield {"step": step, "block": "mtp", "layer": place, "top_indices": ids}
-
-
-def test_router_traces_are_imported_microbatch_by_microbatch(tmp_path, sequences):
-    lines = [*trace_lines(sequences), *trace_lines(sequences[:1], step=4)]
-    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    # The trace counts the routed layers of its stage from 0; globally they are 1, 2, 3.
-    table = import_routes(
-        "trace", tmp_path / "trace.jsonl", tmp_path / "t.safetensors", MODEL, first_layer=1
-    )
-    assert table.num_sequences == 2
-    for got, expected in zip(table.sequences(), sequences, strict=True):
-        np.testing.assert_array_equal(got.expert_ids_TLK, np.sort(expected.expert_ids_TLK, -1))
-    with pytest.raises(DataError, match=r"one of the layers \(1, 2, 3\); got layer 0 \+ 0"):
-        import_routes("trace", tmp_path / "trace.jsonl", tmp_path / "u.safetensors", MODEL)
-
-
-def test_a_trace_with_an_incomplete_microbatch_is_refused(tmp_path, sequences):
-    lines = list(trace_lines(sequences))[:-2]
-    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(DataError, match=r"1 whole microbatches, left over by layer: \{1: 1, 2: 1"):
-        import_routes(
-            "trace", tmp_path / "trace.jsonl", tmp_path / "t.safetensors", MODEL, first_layer=1
-        )
-
-
 def test_sglang_responses_are_imported_stock_and_compact(tmp_path, sequences):
     stock = base64.b64encode(wide(sequences[0]).tobytes()).decode()
     compact = base64.b64encode(payload.encode(sequences[1])).decode()
@@ -152,16 +104,6 @@ def test_sglang_responses_are_imported_stock_and_compact(tmp_path, sequences):
     table = import_routes("sglang", tmp_path / "r.json", tmp_path / "t.safetensors", MODEL)
     uncovered = sequences[1].uncover(np.arange(9) < 4)
     assert_same(table, [*sequences, uncovered])
-
-
-def test_vllm_responses_are_imported(tmp_path, sequences):
-    routes = sequences[0]
-    choice = {"routed_experts": wide(routes).tolist(), "token_ids": [1, 2, 3]}
-    response = {"choices": [choice], "prompt_token_ids": [7, 8, 9]}
-    (tmp_path / "r.jsonl").write_text(json.dumps(response))
-    table = import_routes("vllm", tmp_path / "r.jsonl", tmp_path / "t.safetensors", MODEL)
-    assert_same(table, [routes])
-    assert table.origin_T.tolist() == [1, 1, 1, 2, 2]
 
 
 def test_an_exported_dump_and_exported_responses_come_back_equal(tmp_path, sequences):
@@ -182,17 +124,13 @@ def test_missing_rows_are_not_exported_as_zeros(tmp_path, sequences):
         export_sglang(table, tmp_path / "r.jsonl")
 
 
-def test_the_spool_keeps_gates_only_if_every_sequence_has_them(tmp_path, sequences):
-    gates = np.full((5, 3, 2), 0.25, np.float16)
-    with_gates = random_routes(5, gate_probs_TLK=gates)
-    for parts, has_gates in (([with_gates] * 2, True), ([with_gates, sequences[1]], False)):
-        with RouteSpool(MODEL, tmp_path / "t.safetensors") as spool:
-            for part in parts:
-                spool.add(part)
-            spool.finish("rollout")
-        table = RouteTable.open(tmp_path / "t.safetensors")
-        assert (table.gate_probs_LTK is not None) == has_gates
-        assert_same(table, parts)
+def test_an_export_that_fails_leaves_no_file(tmp_path, sequences):
+    table = RouteTable.from_routes([sequences[0], sequences[1].uncover(np.arange(9) == 2)])
+    with pytest.raises(DataError, match="knows no missing rows"):
+        export_sglang(table, tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="the responses cannot be written; got No such file"):
+        export_sglang(RouteTable.from_routes(sequences), tmp_path / "absent" / "r.jsonl")
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_of_another_format_say_what_was_expected(tmp_path):
@@ -203,4 +141,12 @@ def test_files_of_another_format_say_what_was_expected(tmp_path):
     with pytest.raises(DataError, match="another format; expected JSON or JSON lines"):
         import_routes("sglang", tmp_path / "r.jsonl", tmp_path / "t.safetensors", MODEL)
     with pytest.raises(DataError, match="the file cannot be read"):
-        import_routes("vllm", tmp_path / "absent.jsonl", tmp_path / "t.safetensors", MODEL)
+        import_routes("sglang", tmp_path / "absent.jsonl", tmp_path / "t.safetensors", MODEL)
+    torch.save({"samples": [{"ids": [1]}]}, tmp_path / "y.pt")
+    with pytest.raises(DataError, match='expected a dictionary with "tokens".*sample 0'):
+        import_routes("rollout", tmp_path / "y.pt", tmp_path / "t.safetensors", MODEL)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="the file holds no sequence"):
+        import_routes("sglang", tmp_path / "empty.jsonl", tmp_path / "t.safetensors", MODEL)
+    with pytest.raises(ConfigError, match="unknown kind of file.*Did you mean 'sglang'"):
+        import_routes("sglan", tmp_path / "r.jsonl", tmp_path / "t.safetensors", MODEL)

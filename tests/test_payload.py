@@ -1,7 +1,6 @@
 """The bytes on the wire: what goes in comes out, and nothing else ever does."""
 
 import base64
-import io
 import resource
 import sys
 import time
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 
 from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
-from routing_replay.routes import payload, payload_text
-from routing_replay.routes.payload import decode, decode_compact, decode_vllm, encode
+from routing_replay.routes import payload
+from routing_replay.routes.payload import decode, decode_compact, encode
 from routing_replay.routes.routes import Origin, RouterLogits, Routes, compact_dtype
 from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.stock import from_wide, to_wide
 
 MODEL = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=4)
 
@@ -79,39 +79,25 @@ def assert_equal(got, expected):
 def test_a_payload_returns_every_field_for_one_and_two_byte_ids(num_experts):
     model = MoEShape(layers=(0, 3, 17), num_experts=num_experts, top_k=8)
     routes = full_routes(model=model)
-    got = decode(meta(encode(routes, start=4)), num_tokens=14, model=model, start=4)
+    got = decode(meta(encode(routes, start=4)), num_tokens=14, shape=model, start=4)
     assert_equal(got, routes)
     assert got.expert_ids_TLK.dtype == (np.uint8 if num_experts <= 256 else np.uint16)
 
 
-def test_long_and_short_bodies_survive_either_codec(monkeypatch):
-    routes = full_routes(num_rows=50)
-    small = encode(routes)
-    with monkeypatch.context() as patch:
-        patch.setattr(payload, "HEAD_BYTES", 0)
-        large = encode(routes)
-    assert len(small) < len(large)
-    assert_equal(decode_compact(small)[0], decode_compact(large)[0])
-
-
 def test_a_sequence_without_rows_is_a_valid_payload():
     routes = Routes(expert_ids_TLK=random_ids(0), layers=MODEL.layers, num_experts=16)
-    assert decode(meta(encode(routes)), num_tokens=1, model=MODEL).num_rows == 0
+    assert decode(meta(encode(routes)), num_tokens=1, shape=MODEL).num_rows == 0
 
 
 @pytest.mark.parametrize("num_rows", [20, 100, 2000])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(32, 4), (128, 8), (256, 8)])
-def test_a_payload_has_a_quarter_of_stocks_bytes_or_less(num_rows, num_experts, top_k):
-    """Also where all layers are routed: what deflate saves makes up for the header."""
+def test_a_payload_has_a_quarter_of_stocks_bytes(num_rows, num_experts, top_k):
+    """Even where all layers are routed: an id takes one byte of stock's four."""
     model = MoEShape(layers=tuple(range(24)), num_experts=num_experts, top_k=top_k)
     ids_TLK = random_ids(num_rows, model)
     routes = Routes(expert_ids_TLK=ids_TLK, layers=model.layers, num_experts=num_experts)
-    size, quarter = len(encode(routes)), len(stock(ids_TLK, 24, model.layers)) / 4
-    # Uniform ids of 256 experts are 8 bits each, no code can help: the header comes on top, 40
-    # bytes and 3 of the bitmap, 13 of one run, 4 of the checksum.
-    assert size <= (quarter if num_experts < 256 else quarter + 60)
-    # Only the head is deflated: the rest is there byte by byte.
-    assert size >= ids_TLK.size - payload.HEAD_BYTES
+    # The header's 32 bytes, 3 of the bitmap, 13 of one run, 4 of the checksum come on top.
+    assert len(encode(routes)) == len(stock(ids_TLK, 24, model.layers)) // 4 + 52
     np.testing.assert_array_equal(decode_compact(encode(routes))[0].expert_ids_TLK, ids_TLK)
 
 
@@ -121,31 +107,31 @@ def test_base64_decodes_alike_with_and_without_the_fast_library(monkeypatch, is_
         pytest.importorskip("pybase64")
     else:
         monkeypatch.setitem(sys.modules, "pybase64", None)
-    monkeypatch.setattr(payload_text, "_base64_decoder", payload_text._base64_decoder.__wrapped__)
-    assert payload_text._base64_decoder().__module__.startswith("pybase64") == is_installed
-    assert payload_text.from_base64("AAECAw==") == bytes([0, 1, 2, 3])
+    monkeypatch.setattr(payload, "_base64_decoder", payload._base64_decoder.__wrapped__)
+    assert payload._base64_decoder().__module__.startswith("pybase64") == is_installed
+    assert payload.from_base64("AAECAw==") == bytes([0, 1, 2, 3])
     for wrong in ("AAECAw=", "AAEC\nAw==", "AAECAw==AA==", "AAE CAw==", "é"):
         with pytest.raises(PayloadError, match="the payload is damaged; expected base64"):
-            payload_text.from_base64(wrong)
+            payload.from_base64(wrong)
 
 
 def test_a_stock_payload_loses_its_dense_layers():
     ids_TLK = random_ids(8)
-    got = decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+    got = decode(meta(stock(ids_TLK)), num_tokens=9, shape=MODEL)
     np.testing.assert_array_equal(got.expert_ids_TLK, ids_TLK)
     assert got.layers == MODEL.layers
     assert got.covered_T.all()
 
 
 def test_a_stock_payload_after_a_retraction_vouches_for_no_row():
-    got = decode(meta(stock(random_ids(8)), num_retractions=1), num_tokens=9, model=MODEL)
+    got = decode(meta(stock(random_ids(8)), num_retractions=1), num_tokens=9, shape=MODEL)
     assert not got.covered_T.any()
 
 
 def test_rows_that_stock_never_captured_are_not_covered():
     ids_TLK = random_ids(8)
     ids_TLK[2:4] = 0
-    got = decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+    got = decode(meta(stock(ids_TLK)), num_tokens=9, shape=MODEL)
     assert got.covered_T.tolist() == [True] * 2 + [False] * 2 + [True] * 4
 
 
@@ -153,22 +139,22 @@ def test_a_layer_that_stock_never_captured_is_named():
     ids_TLK = random_ids(8)
     ids_TLK[:, 1] = 0
     with pytest.raises(RoutesError, match="a layer is zero in every row.*layer 2"):
-        decode(meta(stock(ids_TLK)), num_tokens=9, model=MODEL)
+        decode(meta(stock(ids_TLK)), num_tokens=9, shape=MODEL)
 
 
 @pytest.mark.parametrize(
     ("meta_info", "message"),
     [
-        ({}, "no routes in the answer"),
-        ({"routed_experts": None}, "no routes in the answer"),
+        ({}, "the answer holds no routes"),
+        ({"routed_experts": None}, "the answer holds no routes"),
         ({"routed_experts": "no base64!"}, "the payload is damaged; expected base64"),
         ({"routed_experts": [1, 2]}, "expected a base64 string; got list"),
-        (meta(b""), "a stock payload of another size"),
-        (meta(stock(random_ids(8))[:-1]), "a stock payload of another size"),
-        (meta(stock(random_ids(7))), "a stock payload of another size"),
-        (meta(stock(random_ids(8), num_layers=4, layers=(1, 2, 3))), "another number of layers"),
-        (meta(stock(random_ids(8), layers=(0, 2, 5))), "said to be dense has routes"),
-        (meta(stock(random_ids(8).astype(np.int32) + 9)), "expert id out of range"),
+        (meta(b""), "a stock payload has another size"),
+        (meta(stock(random_ids(8))[:-1]), "a stock payload has another size"),
+        (meta(stock(random_ids(7))), "a stock payload has another size"),
+        (meta(stock(random_ids(8), num_layers=4, layers=(1, 2, 3))), "of another number of layers"),
+        (meta(stock(random_ids(8), layers=(0, 2, 5))), "should be dense has routes"),
+        (meta(stock(random_ids(8).astype(np.int32) + 9)), "an expert id is out of range"),
         (meta(encode(full_routes())), "the payload covers other tokens"),
         (meta(encode(full_routes(8), start=1)), "8 rows from row 0; got 8 rows from row 1"),
         (meta(b"RRPL"), "the payload is damaged"),
@@ -177,21 +163,32 @@ def test_a_layer_that_stock_never_captured_is_named():
 )
 def test_a_wrong_payload_says_what_is_wrong(meta_info, message):
     with pytest.raises(PayloadError, match=message):
-        decode(meta_info, num_tokens=9, model=MODEL)
+        decode(meta_info, num_tokens=9, shape=MODEL)
 
 
 def test_another_model_version_or_payload_kind_is_refused():
     data = encode(full_routes(8))
     other = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=2)
     with pytest.raises(PayloadError, match="the server runs another model.*top-2.*got.*top-4"):
-        decode(meta(data), num_tokens=9, model=other)
-    newer = resealed(data[:4] + b"\x03\x00" + data[6:])
-    with pytest.raises(PayloadError, match="a payload of another version; expected 2; got 3"):
-        decode(meta(newer), num_tokens=9, model=MODEL)
+        decode(meta(data), num_tokens=9, shape=other)
+    newer = resealed(data[:4] + b"\x04\x00" + data[6:])
+    with pytest.raises(PayloadError, match="of another version; expected 3; got 4"):
+        decode(meta(newer), num_tokens=9, shape=MODEL)
     with pytest.raises(PayloadError, match="SGLang's own payload"):
-        decode(meta(stock(random_ids(8))), num_tokens=9, model=MODEL, accept_stock=False)
+        decode(meta(stock(random_ids(8))), num_tokens=9, shape=MODEL, accept_stock=False)
     with pytest.raises(PayloadError, match="does not describe itself"):
         decode(meta(stock(random_ids(8))), num_tokens=9)
+
+
+def test_a_payload_of_version_2_is_told_by_its_version():
+    """64 rows of experts 0 and 1, deflated, as routing_replay wrote them until November 2026."""
+    old = (
+        "UlJQTAIAAAFAAAAAAAAAAAEAAQACAAQAAQAAAAAAAAAlAAAAAAAAAAFAAAAAAf//////////BcEBAQAAAICQ/D8d"
+        "SZIkSZIkSZIkSZIkSZIkSZIkSZIkSZIkA+dIEoU="
+    )
+    message = "of another version; expected 3; got 2. Install the same routing_replay"
+    with pytest.raises(PayloadError, match=message):
+        decode({"routed_experts": old}, num_tokens=65)
 
 
 def resealed(data):
@@ -212,7 +209,7 @@ def test_100000_random_mutations_never_decode_to_other_routes():
         else:
             mutated = {"routed_experts": mutate(text(data).encode(), random)}
         try:
-            got = decode(mutated, num_tokens=9, model=MODEL)
+            got = decode(mutated, num_tokens=9, shape=MODEL)
         except RoutingReplayError:
             continue
         assert_equal(got, routes)
@@ -232,7 +229,7 @@ def test_headers_that_lie_under_a_right_checksum_are_refused_in_bounded_memory()
         at, size = random.integers(4, payload.HEADER.size), random.integers(1, 5)
         changed[at : at + size] = random.bytes(size)
         try:
-            got = decode(meta(resealed(bytes(changed[: len(data)]))), num_tokens=9, model=MODEL)
+            got = decode(meta(resealed(bytes(changed[: len(data)]))), num_tokens=9, shape=MODEL)
         except RoutingReplayError:
             continue
         np.testing.assert_array_equal(got.expert_ids_TLK, routes_of(data).expert_ids_TLK)
@@ -244,9 +241,9 @@ def routes_of(data):
 
 
 def test_a_terabyte_in_the_header_allocates_nothing():
-    fields = list(payload.HEADER.unpack_from(encode(full_routes(8))))
-    fields[4], fields[8], fields[9] = 2**32 - 1, 2**15, 2**15  # rows, top-k, experts
-    lie = payload.HEADER.pack(*fields) + encode(full_routes(8))[payload.HEADER.size :]
+    header = payload.Header(*payload.HEADER.unpack_from(encode(full_routes(8))))
+    header = header._replace(num_rows=2**32 - 1, top_k=2**15, num_experts=2**15)
+    lie = payload.HEADER.pack(*header) + encode(full_routes(8))[payload.HEADER.size :]
     before = peak_bytes()
     with pytest.raises(PayloadError, match="damaged"):
         decode_compact(resealed(lie))
@@ -276,55 +273,13 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return text(buffer.getvalue())
+def test_an_array_of_another_shape_or_type_is_refused():
+    for wrong in (np.zeros((8, 3)), np.zeros((8, 3, 2), int), np.zeros((8, 3, 4))):
+        with pytest.raises(PayloadError, match="have another shape; expected integers"):
+            from_wide(wrong, MODEL)
 
 
-def test_vllm_arrays_decode_in_every_documented_form():
-    ids_TLK = random_ids(8)
-    forms = [
-        {"routed_experts": npy(ids_TLK)},  # since 0.22
-        {"routed_experts": npy(ids_TLK.astype(np.uint16))},
-        {"prompt_routed_experts": npy(ids_TLK[:5]), "routed_experts": npy(ids_TLK[5:])},  # 0.21
-        {"routed_experts": ids_TLK.astype(int).tolist()},  # nested lists
-    ]
-    for choice in forms:
-        got = decode_vllm(choice, num_tokens=9, model=MODEL, num_prompt_tokens=5)
-        np.testing.assert_array_equal(got.expert_ids_TLK, ids_TLK)
-        assert got.origin_T.tolist() == [Origin.PREFILL] * 5 + [Origin.DECODE] * 3
-
-
-def test_vllm_arrays_of_all_layers_lose_the_dense_ones():
-    wide_TLK = np.frombuffer(stock(random_ids(8)), np.int32).reshape(8, 6, 4)
-    got = decode_vllm({"routed_experts": npy(wide_TLK)}, num_tokens=9, model=MODEL)
-    np.testing.assert_array_equal(got.expert_ids_TLK, random_ids(8))
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({}, "no routes in vLLM's answer"),
-        ({"routed_experts": npy(np.zeros((7, 3, 4), np.uint8))}, "another shape"),
-        ({"routed_experts": npy(np.zeros((8, 3, 4)))}, "an .npy file of integers"),
-        ({"routed_experts": [[[0.5]]]}, "an array of integers"),
-        ({"routed_experts": [[1], [1, 2]]}, "damaged"),
-        ({"routed_experts": text(b"\x93NUMPY\x01\x00junk")}, "an .npy file of integers"),
-        ({"routed_experts": text(b"\x80\x04K\x01.")}, "an .npy file of integers"),  # a pickle
-    ],
-)
-def test_wrong_vllm_arrays_say_what_is_wrong(choice, message):
-    with pytest.raises(PayloadError, match=message):
-        decode_vllm(choice, num_tokens=9, model=MODEL)
-
-
-def test_an_npy_header_that_lies_allocates_nothing():
-    data = base64.b64decode(npy(np.zeros((8, 3, 4), np.uint8)))
-    terabyte = data.replace(b"(8, 3, 4)", b"(1099511627776, 3, 4)")
-    power = data.replace(b"(8, 3, 4)", b"(9**99,)")
-    before = peak_bytes()
-    for wrong in (terabyte, power):
-        with pytest.raises(PayloadError, match="damaged"):
-            decode_vllm({"routed_experts": text(wrong)}, num_tokens=9, model=MODEL)
-    assert peak_bytes() - before < 2**20
+def test_routes_come_back_from_the_wide_array_of_other_tools():
+    routes = Routes(expert_ids_TLK=random_ids(8), layers=MODEL.layers, num_experts=16)
+    back = from_wide(to_wide(routes), MODEL)
+    np.testing.assert_array_equal(back.expert_ids_TLK, routes.expert_ids_TLK)

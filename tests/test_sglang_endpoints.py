@@ -20,7 +20,7 @@ def events_of(url, body):
 
 def assert_payload(text, prompt, reference, num_new=8):
     """The payload holds all rows, gates, and the rows of the prompt are the reference's."""
-    routes = decode({FIELD: text}, num_tokens=len(prompt) + num_new, model=MODEL)
+    routes = decode({FIELD: text}, num_tokens=len(prompt) + num_new, shape=MODEL)
     assert routes.covered_T.all()
     assert routes.gate_probs_TLK is not None
     assert_ids_follow(routes[: len(prompt)], reference(prompt)[0])

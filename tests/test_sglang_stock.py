@@ -49,7 +49,7 @@ def test_stock_returns_rows_of_another_pass_after_a_retraction(server, reference
     expected = logprobs_TV[19, completion.output_ids[0]]
     np.testing.assert_allclose(completion.mu_logprobs[0], expected, atol=2e-3)
     text = answers[0]["meta_info"][FIELD]
-    claimed = decode({FIELD: text}, num_tokens=len(tokens) + 1, model=MODEL)
+    claimed = decode({FIELD: text}, num_tokens=len(tokens) + 1, shape=MODEL)
     with pytest.raises(AssertionError):
         assert_ids_follow(claimed[:20], old_TLE[:20])
     # ... and is the new ones'. So are all rows, and nothing in them says so.

@@ -15,8 +15,7 @@ from ..errors import ConfigError, DataError, RoutingReplayError
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 
-KINDS = ("rollout", "routers", "trace", "sglang", "vllm")
-EXPORTS = ("rollout", "sglang")
+KINDS = ("rollout", "sglang")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,20 +200,15 @@ def _add_convert(verbs) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "convert",
         help="import other tools' files, or export to them",
-        description="Imports slime and miles rollout dumps (rollout), miles' routing dumps "
-        "(routers), Megatron's RouterTracer (trace), responses of SGLang and vLLM; exports to the "
-        "rollout dump and to SGLang's stock payload. Pickles are read without running their code.",
+        description="Kinds: rollout dumps of slime and miles (rollout), responses of SGLang with "
+        "compact or stock payloads (sglang). Pickles are read without running their code.",
     )
     verb.add_argument("source")
     verb.add_argument("target")
     direction = verb.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="kind", choices=KINDS, help="import from this kind")
-    direction.add_argument("--to", choices=EXPORTS, help="export a routes file to this kind")
+    direction.add_argument("--to", choices=KINDS, help="export a routes file to this kind")
     _add_model(verb, "the model of the routes (needed for an import)")
-    verb.add_argument("--step", type=int, help="trace: which step (default: the first)")
-    verb.add_argument(
-        "--first-layer", type=int, default=0, help="trace: global index of its layer 0 (0)"
-    )
     verb.add_argument(
         "--tokens", metavar="FILE", help="--to rollout: JSON lines with the token ids"
     )
@@ -232,14 +226,7 @@ def _convert(parsed) -> int:
                 "these files do not describe their model",
                 expected="--model DIR, or --experts, --top-k and --layers",
             )
-        table = conversion.import_routes(
-            parsed.kind,
-            parsed.source,
-            parsed.target,
-            model,
-            step=parsed.step,
-            first_layer=parsed.first_layer,
-        )
+        table = conversion.import_routes(parsed.kind, parsed.source, parsed.target, model)
     else:
         table = RouteTable.open(parsed.source)
         if parsed.to == "sglang":

@@ -197,7 +197,7 @@ def _routes_of(
     return decode(
         meta_info,
         num_tokens=num_tokens,
-        model=model,
+        shape=model,
         start=min(request.start, num_tokens - 1),
         accept_stock=request.capture == "stock",
     )

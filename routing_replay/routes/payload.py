@@ -2,12 +2,11 @@
 
 The compact payload is one byte string, little-endian, base64 in JSON:
 
-    header        `HEADER` below, 40 bytes
-    layers        bitmap of the global indices of the routed layers, `layer_bytes` bytes
+    header        the fields of `Header`, 32 bytes
+    layers        bitmap of the global indices of the routed layers, `bitmap_bytes` bytes
     runs          `RUN` each: so many rows from here on have this origin and weight version
-    body          ids [T, L, K] uint8 (E <= 256) or uint16, the first 4096 bytes of them deflated
-                  or not; then, if flagged, gates [T, L, K] float16, then the logits' rows [N]
-                  uint32 and values [N, L, E] float32
+    body          ids [T, L, K] uint8 (E <= 256) or uint16; then, if flagged, gates [T, L, K]
+                  float16, then the logits' rows [N] uint32 and values [N, L, E] float32
     checksum      CRC-32 of everything before it
 
 Its first four bytes are no possible expert id, so a stock payload is told apart by looking. Every
@@ -17,64 +16,98 @@ allocated; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import binascii
+import functools
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import PayloadError
-from .engine_payloads import decode_stock, decode_vllm
-from .payload_text import FIELD, damaged, from_base64, size_bytes
 from .routes import Origin, RouterLogits, Routes, compact_dtype
-from .shape import MoEShape
+from .shape import MAX_EXPERTS, MoEShape
+from .stock import decode_stock
 
-__all__ = [
-    "FIELD",
-    "decode",
-    "decode_compact",
-    "decode_vllm",
-    "encode",
-    "from_base64",
-]
-
-MAGIC, VERSION = b"RRPL", 2
-# magic, version, flags, codec, rows, start, layers, bytes of the bitmap, top-k, experts, runs,
-# sampled logits, bytes of the stored body
-HEADER = struct.Struct("<4sHBBIIHHHHIIQ")
+FIELD = "routed_experts"  # SGLang's, in the `meta_info` of an answer
+# Version 2 deflated the first bytes of the body.
+MAGIC, VERSION = b"RRPL", 3
+HEADER = struct.Struct("<4sHHIIHHHHII")
 RUN = np.dtype([("num_rows", "<u4"), ("origin", "u1"), ("weight_version", "<i8")])
 CHECKSUM = struct.Struct("<I")
 HAS_GATES, HAS_LOGITS = 1, 2
-RAW, DEFLATE = 0, 1
-# Deflate saves 16 % of 128 experts' ids and 3 % of 256's, at 0.1 GB/s (docs/capture.md): enough to
-# make up for the header, and far too slow, in the server's loop, for all of a long body.
-HEAD_BYTES = 4096
+Column = tuple[str, np.dtype, tuple[int, ...]]
+
+
+class Header(NamedTuple):
+    """The first bytes of a payload, packed as `HEADER`.
+
+    The flags are HAS_GATES and HAS_LOGITS; `start` is the row of the sequence that comes first;
+    `num_logits` rows have full router logits.
+    """
+
+    magic: bytes
+    version: int
+    flags: int
+    num_rows: int
+    start: int
+    num_layers: int
+    bitmap_bytes: int
+    top_k: int
+    num_experts: int
+    num_runs: int
+    num_logits: int
+
+    def columns(self) -> list[Column]:
+        """Name, dtype and shape of the arrays in the body, in their order."""
+        shape = (self.num_rows, self.num_layers, self.top_k)
+        columns: list[Column] = [("ids", compact_dtype(self.num_experts).newbyteorder("<"), shape)]
+        if self.flags & HAS_GATES:
+            columns.append(("gates", np.dtype("<f2"), shape))
+        if self.flags & HAS_LOGITS:
+            logits = (self.num_logits, self.num_layers, self.num_experts)
+            columns.append(("rows", np.dtype("<u4"), (self.num_logits,)))
+            columns.append(("logits", np.dtype("<f4"), logits))
+        return columns
 
 
 def encode(routes: Routes, *, start: int = 0) -> bytes:
-    """The compact payload of some routes.
+    """Return the compact payload of some routes.
 
     Args:
         routes: The rows to send, the first of them being row `start` of the sequence.
         start: Row of the sequence at which they begin.
     """
-    ids, *others = _body_of(routes)
-    head = _deflate(ids[:HEAD_BYTES])
-    codec = DEFLATE if len(head) < len(ids[:HEAD_BYTES]) else RAW
-    body = [head, ids[HEAD_BYTES:], *others] if codec == DEFLATE else [ids, *others]
-    runs = _runs_of(routes)
-    bitmap = _bitmap_of(routes.layers)
-    logits = routes.router_logits
-    flags = HAS_GATES * (routes.gate_probs_TLK is not None) | HAS_LOGITS * (logits is not None)
-    header = HEADER.pack(
-        *(MAGIC, VERSION, flags, codec, routes.num_rows, start, len(routes.layers), len(bitmap)),
-        *(routes.top_k, routes.num_experts, len(runs), 0 if logits is None else len(logits.rows_N)),
-        sum(len(part) for part in body),
+    runs, bitmap, logits = _runs_of(routes), _bitmap_of(routes.layers), routes.router_logits
+    header = Header(
+        magic=MAGIC,
+        version=VERSION,
+        flags=HAS_GATES * (routes.gate_probs_TLK is not None) | HAS_LOGITS * (logits is not None),
+        num_rows=routes.num_rows,
+        start=start,
+        num_layers=len(routes.layers),
+        bitmap_bytes=len(bitmap),
+        top_k=routes.top_k,
+        num_experts=routes.num_experts,
+        num_runs=len(runs),
+        num_logits=0 if logits is None else len(logits.rows_N),
     )
-    content, checksum = [header, bitmap, runs.tobytes(), *body], 0
+    arrays: dict[str, np.ndarray | None] = {
+        "ids": routes.expert_ids_TLK,
+        "gates": routes.gate_probs_TLK,
+        "rows": None if logits is None else logits.rows_N,
+        "logits": None if logits is None else logits.values_NLE,
+    }
+    # Without a copy where an array lies as it is sent: this runs in the server's loop.
+    body = [
+        np.ascontiguousarray(arrays[name], dtype).reshape(-1).view(np.uint8)
+        for name, dtype, _ in header.columns()
+    ]
+    content, checksum = [HEADER.pack(*header), bitmap, runs.tobytes(), *body], 0
     for part in content:
         checksum = zlib.crc32(part, checksum)
-    # One copy: this runs in the server's loop.
     return b"".join([*content, CHECKSUM.pack(checksum)])
 
 
@@ -82,22 +115,22 @@ def decode(
     meta_info: Mapping,
     *,
     num_tokens: int,
-    model: MoEShape | None = None,
+    shape: MoEShape | None = None,
     start: int = 0,
     accept_stock: bool = True,
 ) -> Routes:
-    """The routes in the `meta_info` of a finished SGLang request.
+    """Return the routes in the `meta_info` of a finished SGLang request.
 
     Args:
         meta_info: Holds the payload under "routed_experts", and perhaps "num_retractions".
         num_tokens: Prompt and output tokens of the request: it has `num_tokens - 1` rows.
-        model: The model that will replay them; needed for a stock payload, compared otherwise.
+        shape: Of the model that will replay them; needed for a stock payload, compared otherwise.
         start: The `routed_experts_start_len` of the request; row `start` comes first.
         accept_stock: Whether SGLang's own payload will do; it has no checksum and no origins.
 
     Returns:
-        `num_tokens - 1 - start` rows. Rows that nobody can vouch for are not covered: those of a
-        stock payload after a retraction, and those that were never captured.
+        `num_tokens - 1 - start` rows. Rows of unknown origin are not covered: those of a stock
+        payload after a retraction, and those that were never captured.
 
     Raises:
         PayloadError: No routes, damaged or foreign bytes, another model, wrong counts.
@@ -106,8 +139,8 @@ def decode(
     data = from_base64(meta_info.get(FIELD))
     if data[: len(MAGIC)] == MAGIC:
         routes, got_start = decode_compact(data)
-        if model is not None:
-            model.require_equal(
+        if shape is not None:
+            shape.require_equal(
                 routes.shape,
                 "the server runs another model",
                 PayloadError,
@@ -121,7 +154,7 @@ def decode(
             fix="Install routing_replay beside the server and start it with a capture level",
         )
     else:
-        routes, got_start = decode_stock(data, meta_info, num_tokens - 1 - start, model), start
+        routes, got_start = decode_stock(data, meta_info, num_tokens - 1 - start, shape), start
     if (got_start, routes.num_rows) != (start, num_tokens - 1 - start):
         raise PayloadError(
             "the payload covers other tokens",
@@ -133,43 +166,58 @@ def decode(
 
 
 def decode_compact(data: bytes) -> tuple[Routes, int]:
-    """The routes of a compact payload and the row of the sequence at which they begin.
+    """Return the routes of a compact payload and the row of the sequence at which they begin.
 
     Raises:
-        PayloadError: Damaged, cut short, of another version, or a lying header.
+        PayloadError: Damaged, cut short, of another version, or with a header that does not fit.
         RoutesError: The content cannot be true.
     """
     if len(data) < HEADER.size + CHECKSUM.size or data[: len(MAGIC)] != MAGIC:
-        raise damaged("a compact payload", f"{len(data)} bytes: {data[:8]!r}")
-    version = HEADER.unpack_from(data)[1]
-    if version != VERSION:
+        raise _damaged("a compact payload", f"{len(data)} bytes: {data[:8]!r}")
+    header = Header(*HEADER.unpack_from(data))
+    if header.version != VERSION:
         raise PayloadError(
-            "a payload of another version",
+            "the payload is of another version",
             expected=VERSION,
-            got=version,
+            got=header.version,
             fix="Install the same routing_replay beside the server and the trainer",
         )
     (checksum,) = CHECKSUM.unpack_from(data, len(data) - CHECKSUM.size)
     if zlib.crc32(memoryview(data)[: -CHECKSUM.size]) != checksum:
-        raise damaged("its checksum", "another")
-    return _unpack(data)
+        raise _damaged("its checksum", "another")
+    return _unpack(data, header), header.start
 
 
-def _body_of(routes: Routes) -> list[np.ndarray]:
-    """The bytes of the body's arrays, without a copy where they lie as they are sent."""
-    arrays = [(routes.expert_ids_TLK, routes.expert_ids_TLK.dtype.newbyteorder("<"))]
-    if routes.gate_probs_TLK is not None:
-        arrays.append((routes.gate_probs_TLK, np.dtype("<f2")))
-    if routes.router_logits is not None:
-        arrays.append((routes.router_logits.rows_N, np.dtype("<u4")))
-        arrays.append((routes.router_logits.values_NLE, np.dtype("<f4")))
-    return [np.ascontiguousarray(a, dtype).reshape(-1).view(np.uint8) for a, dtype in arrays]
+def from_base64(text: object) -> bytes:
+    """Return the bytes of a payload's JSON string.
+
+    Raises:
+        PayloadError: There is none, or it is not base64.
+    """
+    if text is None:
+        raise PayloadError(
+            "the answer holds no routes",
+            expected=f"a field {FIELD!r}",
+            got="none",
+            fix="Ask for them in the request and start the server with --enable-return-routed-"
+            "experts; if a gateway stands in between, probe() tells whether it drops the field",
+        )
+    if not isinstance(text, (str, bytes)):
+        raise _damaged("a base64 string", type(text).__name__)
+    try:
+        return _base64_decoder()(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _damaged("base64", error) from error
 
 
-def _deflate(head: np.ndarray) -> bytes:
-    # Routes repeat as symbols, not as strings: Huffman codes alone give what deflate can give.
-    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(head) + coder.flush()
+@functools.cache
+def _base64_decoder() -> Callable[..., bytes]:
+    # The same function, thirty times faster. It comes with SGLang; a trainer may be without.
+    try:
+        from pybase64 import b64decode
+    except ImportError:
+        from base64 import b64decode
+    return b64decode
 
 
 def _bitmap_of(layers: Sequence[int]) -> bytes:
@@ -191,19 +239,9 @@ def _runs_of(routes: Routes) -> np.ndarray:
     return runs
 
 
-def _unpack(data: bytes) -> tuple[Routes, int]:
-    (_, _, flags, codec, num_rows, start, num_layers, layer_bytes, top_k, num_experts) = (
-        HEADER.unpack_from(data)[:10]
-    )
-    num_runs, num_logits, stored_bytes = HEADER.unpack_from(data)[10:]
-    runs_at = HEADER.size + layer_bytes
-    body_at = runs_at + num_runs * RUN.itemsize
-    if body_at + stored_bytes + CHECKSUM.size != len(data):
-        raise damaged(f"{len(data)} bytes", f"{body_at + stored_bytes + CHECKSUM.size} announced")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, layer_bytes, HEADER.size), bitorder="little")
-    layers = tuple(np.flatnonzero(bits).tolist())
-    runs = np.frombuffer(data, RUN, num_runs, runs_at)
-    if not num_layers and not layers:
+def _unpack(data: bytes, header: Header) -> Routes:
+    """The routes, after every count in the header was compared with the bytes at hand."""
+    if not header.num_layers:
         raise PayloadError(
             "no router of the server's model reports its experts",
             expected="at least one routed layer",
@@ -211,65 +249,43 @@ def _unpack(data: bytes) -> tuple[Routes, int]:
             fix="SGLang reports routes for MoE layers of its own that select with its TopK module, "
             "not for models that it serves through its transformers backend",
         )
-    if len(layers) != num_layers or int(runs["num_rows"].sum(dtype=np.int64)) != num_rows:
-        raise damaged("layers and runs that add up", f"{len(layers)} layers, {num_runs} runs")
-    if not 1 <= num_experts <= 1 << 15 or not 1 <= top_k <= num_experts:
-        raise damaged("a top-k of 1..experts", f"top-{top_k} of {num_experts}")
-    shape = (num_rows, num_layers, top_k)
-    dtype = compact_dtype(num_experts).newbyteorder("<")
-    columns = _columns(flags, shape, dtype, num_logits, num_experts)
-    stored = memoryview(data)[body_at : body_at + stored_bytes]  # no copy of a long body
-    body = _inflate(stored, codec, columns)
-    arrays = _split(body, columns)
-    return _routes_of(arrays, layers, num_experts, runs), start
+    is_shape = 1 <= header.num_experts <= MAX_EXPERTS and 1 <= header.top_k <= header.num_experts
+    if not is_shape or header.flags & ~(HAS_GATES | HAS_LOGITS):
+        raise _damaged("a known shape and known flags", header)
+    runs_at = HEADER.size + header.bitmap_bytes
+    body_at = runs_at + header.num_runs * RUN.itemsize
+    # Python integers: a header that lies cannot overflow.
+    body_bytes = sum(dtype.itemsize * prod(shape) for _, dtype, shape in header.columns())
+    if body_at + body_bytes + CHECKSUM.size != len(data):
+        raise _damaged(f"{body_at + body_bytes + CHECKSUM.size} bytes", len(data))
+    bitmap = np.frombuffer(data, np.uint8, header.bitmap_bytes, HEADER.size)
+    layers = tuple(np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).tolist())
+    runs = np.frombuffer(data, RUN, header.num_runs, runs_at)
+    num_rows = int(runs["num_rows"].sum(dtype=np.int64))
+    if (len(layers), num_rows) != (header.num_layers, header.num_rows):
+        raise _damaged(
+            f"{header.num_layers} layers and {header.num_rows} rows",
+            f"{len(layers)} layers and {num_rows} rows",
+        )
+    return _routes_of(_arrays(data, body_at, header), layers, header.num_experts, runs)
 
 
-def _columns(flags: int, shape, dtype, num_logits: int, num_experts: int) -> list[tuple]:
-    """Name, dtype and shape of the arrays in the body, in their order."""
-    if flags & ~(HAS_GATES | HAS_LOGITS) or (num_logits and not flags & HAS_LOGITS):
-        raise damaged("known flags", flags)
-    columns = [("ids", dtype, shape)]
-    if flags & HAS_GATES:
-        columns.append(("gates", np.dtype("<f2"), shape))
-    if flags & HAS_LOGITS:
-        columns.append(("rows", np.dtype("<u4"), (num_logits,)))
-        columns.append(("logits", np.dtype("<f4"), (num_logits, shape[1], num_experts)))
-    return columns
-
-
-def _inflate(stored: memoryview, codec: int, columns: list[tuple]) -> memoryview | bytes:
-    ids_bytes, *others = (size_bytes(dtype, shape) for _, dtype, shape in columns)
-    body_bytes, head_bytes = ids_bytes + sum(others), min(HEAD_BYTES, ids_bytes)
-    if codec == RAW and body_bytes == len(stored):
-        return stored
-    # What is left for the deflated head; a lie about any size leaves too little or too much.
-    deflated_bytes = len(stored) - (body_bytes - head_bytes)
-    if codec != DEFLATE or not 0 < deflated_bytes < head_bytes:
-        raise damaged(f"a body of {body_bytes} bytes", f"{len(stored)} in codec {codec}")
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        head = decoder.decompress(stored[:deflated_bytes], head_bytes + 1)
-    except zlib.error as error:
-        raise damaged("a deflated body", error) from error
-    if len(head) != head_bytes or not decoder.eof or decoder.unused_data:
-        raise damaged(f"{head_bytes} deflated bytes", len(head))
-    return b"".join([head, stored[deflated_bytes:]])
-
-
-def _split(body: memoryview | bytes, columns: list[tuple]) -> dict[str, np.ndarray]:
-    arrays, at = {}, 0
-    for name, dtype, shape in columns:
-        num_bytes = size_bytes(dtype, shape)
-        flat = np.frombuffer(body, dtype, num_bytes // dtype.itemsize, at)
+def _arrays(data: bytes, at: int, header: Header) -> dict[str, np.ndarray]:
+    """The body's arrays by name; views of `data` on a little-endian machine."""
+    arrays = {}
+    for name, dtype, shape in header.columns():
+        flat = np.frombuffer(data, dtype, prod(shape), at)
         arrays[name] = flat.astype(dtype.newbyteorder("="), copy=False).reshape(shape)
-        at += num_bytes
+        at += flat.nbytes
     return arrays
 
 
-def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
+def _routes_of(
+    arrays: dict[str, np.ndarray], layers: tuple[int, ...], num_experts: int, runs: np.ndarray
+) -> Routes:
     origin_T = np.repeat(runs["origin"], runs["num_rows"])
     if len(runs) and runs["origin"].max() > max(Origin):
-        raise damaged("known origins", runs["origin"].max())
+        raise _damaged("known origins", runs["origin"].max())
     logits = None
     if "rows" in arrays:
         logits = RouterLogits(rows_N=arrays["rows"].astype(np.int64), values_NLE=arrays["logits"])
@@ -282,4 +298,13 @@ def _routes_of(arrays, layers, num_experts: int, runs: np.ndarray) -> Routes:
         router_logits=logits,
         origin_T=origin_T,
         weight_version_T=np.repeat(runs["weight_version"], runs["num_rows"]).astype(np.int64),
+    )
+
+
+def _damaged(expected: object, got: object) -> PayloadError:
+    return PayloadError(
+        "the payload is damaged",
+        expected=expected,
+        got=got,
+        fix="Ask again; if it stays, something between the server and here changes the bytes",
     )

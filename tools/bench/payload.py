@@ -74,7 +74,9 @@ def speeds(routes):
             meta_info, num_tokens = {FIELD: texts[kind]}, routes.num_rows + 1
             times.setdefault((kind, "encode"), []).append(seconds(make))
             times.setdefault((kind, "decode"), []).append(
-                seconds(lambda m=meta_info, n=num_tokens: decode(m, num_tokens=n, model=routes))
+                seconds(
+                    lambda m=meta_info, n=num_tokens: decode(m, num_tokens=n, shape=routes.shape)
+                )
             )
     gigabytes = routes.expert_ids_TLK.nbytes / 1e9
     return {
