@@ -32,8 +32,9 @@ test: env  ## every test that needs no GPU, except the long matrix; at most 15 m
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-test-versions: env  ## the replay tests on megatron-core 0.16.1, 0.17.1, 0.18.2, 0.19.2; 7 minutes, the first time more
-	$(PY) .ci/test_versions
+test-versions: env  ## the replay suite and the capture suite on older engines; 15 minutes, the first time more
+	$(PY) .ci/test_versions megatron-core
+	$(PY) .ci/test_versions sglang
 
 check: env  ## lint, format and types, without changing a file
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
