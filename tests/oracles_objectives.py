@@ -379,16 +379,6 @@ WEIGHTS = {
 }
 
 
-def discounted_advantages(rewards, values, discount, decay):
-    """GAE of one sequence from its definition: a double sum, no recursion."""
-    values = [*values, 0.0]
-    deltas = [rewards[t] + discount * values[t + 1] - values[t] for t in range(len(rewards))]
-    return [
-        sum((discount * decay) ** (u - t) * deltas[u] for u in range(t, len(deltas)))
-        for t in range(len(deltas))
-    ]
-
-
 def log_softmax(row):
     peak = max(row)
     norm = peak + math.log(sum(math.exp(z - peak) for z in row))

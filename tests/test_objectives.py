@@ -258,13 +258,6 @@ def test_m2po_with_keep_of_the_whole_step_ignores_its_own_mask():
     torch.testing.assert_close(found, free)
 
 
-def test_router_shift_is_the_exponential_of_the_mean_deviation():
-    # Two layers, two experts: deviations 0.1, 0.3, 0, 0.4 have the mean 0.2.
-    old = torch.zeros(1, 2, 2)
-    theta = torch.tensor([[[0.1, -0.3], [0.0, 0.4]]])
-    assert objectives.router_shift(theta, old).item() == pytest.approx(math.exp(-0.2))
-
-
 # --- clear errors -------------------------------------------------------------------------------
 
 

@@ -1,14 +1,18 @@
 """Advantages and reward shaping, with every expected number derived by hand."""
 
 import math
-import random
 
-import oracles_objectives as oracle
 import pytest
 import torch
 
 from routing_replay import objectives
-from routing_replay.errors import ObjectiveError
+from routing_replay.errors import ConfigError, ObjectiveError
+from routing_replay.objectives.advantages import (
+    batch_norm,
+    group_mean,
+    group_mean_std,
+    leave_one_out,
+)
 
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
 # Interleaved and with gaps: groups 5 (1, 1, 0), 9 (0, 0, 0) and 7 (2, alone).
@@ -16,27 +20,27 @@ GROUPS = torch.tensor([5, 9, 5, 5, 9, 9, 7])
 
 
 def test_group_mean_subtracts_the_mean_of_each_group():
-    found = objectives.group_mean(REWARDS, GROUPS)
+    found = group_mean(REWARDS, GROUPS)
     assert found.tolist() == pytest.approx([1 / 3, 0, 1 / 3, -2 / 3, 0, 0, 0])
 
 
 def test_group_mean_std_divides_by_the_sample_deviation():
     # Group 5: squares 1/9 + 1/9 + 4/9 = 2/3, over n - 1 = 2: std = sqrt(1/3).
     std = math.sqrt(1 / 3) + 1e-6
-    found = objectives.group_mean_std(REWARDS, GROUPS)
+    found = group_mean_std(REWARDS, GROUPS)
     assert found.tolist() == pytest.approx([1 / 3 / std, 0, 1 / 3 / std, -2 / 3 / std, 0, 0, 0])
 
 
 def test_leave_one_out_compares_with_the_others():
     # First of group 5: 1 - (1 + 0) / 2 = 0.5; the wrong one: 0 - (1 + 1) / 2 = -1.
-    found = objectives.leave_one_out(REWARDS, GROUPS)
+    found = leave_one_out(REWARDS, GROUPS)
     assert found.tolist() == pytest.approx([0.5, 0, 0.5, -1, 0, 0, 0])
 
 
 def test_batch_norm_ignores_groups():
     # Mean 4/7; squares sum to 6 - 16/7 = 26/7, over 6.
     std = math.sqrt(26 / 42) + 1e-6
-    found = objectives.batch_norm(REWARDS, GROUPS)
+    found = batch_norm(REWARDS, GROUPS)
     assert found.tolist() == pytest.approx([(r - 4 / 7) / std for r in REWARDS.tolist()])
 
 
@@ -57,16 +61,11 @@ def test_an_empty_batch_has_no_advantages(name):
 def test_advantages_refuse_what_cannot_be():
     groups = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ObjectiveError, match=r"a reward is not finite \[sequences \[1\]\]"):
-        objectives.group_mean(torch.tensor([1.0, math.nan]), groups)
+        group_mean(torch.tensor([1.0, math.nan]), groups)
     with pytest.raises(ObjectiveError, match="rewards and groups do not match"):
-        objectives.group_mean(torch.zeros(3), groups)
-    with pytest.raises(ObjectiveError, match="'gae' is not one of groups"):
+        group_mean(torch.zeros(3), groups)
+    with pytest.raises(ConfigError, match="unknown advantage; expected one of group-mean, .*'gae'"):
         objectives.advantages("gae", torch.zeros(2), groups)
-
-
-def test_spreading_gives_every_token_its_sequences_advantage():
-    found = objectives.spread_over_tokens(torch.tensor([1.0, -2.0]), torch.tensor([1, 0, 0, 1]))
-    assert found.tolist() == [-2.0, 1.0, 1.0, -2.0]
 
 
 def test_dynamic_sampling_keeps_groups_that_are_neither_all_right_nor_all_wrong():
@@ -95,32 +94,3 @@ def test_differential_smoothing_rewards_rare_right_answers():
     )
     # 1 + 0.01 * 10 and -1 - 0.02 * 10
     assert found.tolist() == pytest.approx([1.1, -1.2], abs=1e-12)
-
-
-@pytest.mark.parametrize(("discount", "decay"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0)])
-def test_gae_is_its_double_sum(discount, decay):
-    rng = random.Random(1)
-    lengths = [4, 1, 0, 6]
-    # Sequences interleaved token by token, with masked tokens (tool output) in between.
-    rows = [(t, s) for s, n in enumerate(lengths) for t in range(n)]
-    rows.sort()
-    sequence = torch.tensor([s for _, s in rows])
-    rewards = torch.tensor([rng.gauss(0, 1) for _ in rows], dtype=torch.float64)
-    values = torch.tensor([rng.gauss(0, 1) for _ in rows], dtype=torch.float64)
-    mask = torch.tensor([n % 5 != 2 for n in range(len(rows))])
-    found, returns = objectives.gae(rewards, values, mask, sequence, discount=discount, decay=decay)
-    for s in range(len(lengths)):
-        at = ((sequence == s) & mask).nonzero().flatten()
-        expected = oracle.discounted_advantages(
-            rewards[at].tolist(), values[at].tolist(), discount, decay
-        )
-        assert found[at].tolist() == pytest.approx(expected)
-        assert returns[at].tolist() == pytest.approx((found + values)[at].tolist())
-    assert (found[~mask] == 0).all()
-    assert (returns[~mask] == 0).all()
-
-
-def test_gae_of_nothing_is_nothing():
-    none = torch.zeros(3, dtype=torch.bool)
-    found, returns = objectives.gae(torch.ones(3), torch.ones(3), none, torch.zeros(3).long())
-    assert found.tolist() == returns.tolist() == [0.0, 0.0, 0.0]

@@ -13,10 +13,10 @@ from oracles_objectives import case_on_the_grid, gradient_of, inputs_of
 
 from routing_replay import objectives
 from routing_replay.metrics import typed as metrics
+from routing_replay.objectives.aggregation import AGGREGATIONS
 
 # Clip-Cov, KL-Cov and M2PO choose tokens among all of the step: they are given the step's choice.
 ALL = objectives.names()
-AGGREGATIONS = list(objectives.AGGREGATIONS)
 
 
 def whole(name, **parameters):

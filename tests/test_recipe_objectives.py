@@ -21,9 +21,8 @@ SIZES += ["--minibatch-size", str(MINIBATCH), "--microbatch-size", "4", "--nproc
 SIZES += ["--max-new-tokens", str(NEW_TOKENS), "--topk-logprobs", "5"]
 # The model is unsure: 100 of its 128 tokens hold nearly everything, and top-p is what cuts.
 MASKED = ["--top-p", "0.6", "--top-k", "100"]
-# Where a published default would choose none of so few tokens, or asks for a value model.
+# Where a published default would choose none of so few tokens.
 PARAMETERS = {
-    "ppo": ["advantage=group-mean-std"],
     "clip_cov": ["fraction=0.2", "cov_low=-1"],
     "kl_cov": ["fraction=0.2"],
 }

@@ -365,13 +365,6 @@ def check_sampling(config: RecipeConfig) -> None:
 def check_objective(config: RecipeConfig) -> None:
     """Raise ConfigError for an objective that needs what this recipe does not have."""
     o, objective = config.objective, config.make_objective()
-    p = objective.parameters
-    if p.advantage == "gae":
-        raise ConfigError(
-            f"objective {objective.name!r} takes its advantages from values per token",
-            expected="a value model, which this recipe does not train",
-            fix="--objective-parameters advantage=group-mean-std (or group-mean, leave-one-out)",
-        )
     if "topk_ids_TK" in objective.needs and o.topk_logprobs < 1:
         raise ConfigError("the setting 'topk_logprobs'", expected=">= 1", got=o.topk_logprobs)
     limits = {"overlong_cache": (o.overlong_cache, config.rollout.max_new_tokens)}

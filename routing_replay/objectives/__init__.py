@@ -4,59 +4,42 @@
     outputs = objective(LossInputs(...))        # outputs.loss, outputs.metrics
 
 `names()` lists them, `parameters_of(name)` is the frozen dataclass of a method's parameters,
-`table()` says for each what it computes, where it is from, when to use it and what goes wrong.
+`table()` and `presets()` say for each what it computes, where it is from, when to use it and what
+goes wrong.
 """
 
-# Importing registers the objectives, in the order of the documentation.
-from . import minirl, ppo, token_level, sequence_level, divergence, masks  # noqa: F401, I001
-from .advantages import (
-    ADVANTAGES,
-    advantages,
-    batch_norm,
-    differential_smoothing,
-    gae,
-    group_mean,
-    group_mean_std,
-    informative_groups,
-    leave_one_out,
-    overlong_penalty,
-    spread_over_tokens,
-)
-from .aggregation import AGGREGATIONS
+# Importing registers the methods, in the order of the documentation, then the presets.
+from . import minirl, ppo, token_level, sequence_level, divergence, masks, variants  # noqa: F401, I001
+from .advantages import advantages, differential_smoothing, informative_groups, overlong_penalty
 from .documentation import help_text
 from .inputs import Denominators, LossInputs, LossOutputs, StepTokens
 from .kl import reward_penalty
+from .logprobs import Support, TokenScores, logprobs_at, token_logprobs
 from .parameters import Parameters
-from .masks import second_moment_mask, token_covariance
-from .registry import Objective, get, names, parameters_of, table
-from .sequence_level import router_shift
+from .registry import Objective, Preset, get, methods, names, parameters_of, presets, table
 
 __all__ = [
-    "ADVANTAGES",
-    "AGGREGATIONS",
     "Denominators",
     "LossInputs",
     "LossOutputs",
     "Objective",
     "Parameters",
+    "Preset",
     "StepTokens",
+    "Support",
+    "TokenScores",
     "advantages",
-    "batch_norm",
     "differential_smoothing",
-    "gae",
     "get",
-    "group_mean",
-    "group_mean_std",
     "help_text",
     "informative_groups",
-    "leave_one_out",
+    "logprobs_at",
+    "methods",
     "names",
     "overlong_penalty",
     "parameters_of",
+    "presets",
     "reward_penalty",
-    "router_shift",
-    "second_moment_mask",
-    "spread_over_tokens",
     "table",
-    "token_covariance",
+    "token_logprobs",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ObjectiveError
+from ..errors import ObjectiveError, unknown_name
 
 # Keeps a division by the standard deviation finite; verl's value.
 STD_EPS = 1e-6
@@ -14,7 +14,6 @@ ADVANTAGES = {
     "group-mean-std": "(reward - mean of the group) / (standard deviation of the group + 1e-6)",
     "leave-one-out": "reward - mean of the others in the group",
     "batch-norm": "(reward - mean of the batch) / (standard deviation of the batch + 1e-6)",
-    "gae": "generalised advantage estimation from values per token",
 }
 
 
@@ -61,29 +60,21 @@ def batch_norm(rewards_S: torch.Tensor, group_S: torch.Tensor | None = None) -> 
 
 
 def advantages(name: str, rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """The advantage of each sequence by its name in ADVANTAGES; `gae` is per token, call `gae`.
+    """Return the advantage of each sequence by its name in ADVANTAGES.
 
     Raises:
-        ObjectiveError: Rewards that are not finite, shapes that differ, or an unknown name.
+        ConfigError: An unknown name.
+        ObjectiveError: Rewards that are not finite, or shapes that differ.
     """
-    of_name = {
+    functions = {
         "group-mean": group_mean,
         "group-mean-std": group_mean_std,
         "leave-one-out": leave_one_out,
         "batch-norm": batch_norm,
     }
-    if name not in of_name:
-        raise ObjectiveError(
-            f"advantage {name!r} is not one of groups of rewards",
-            expected=", ".join(of_name),
-            fix="GAE needs values per token: call objectives.gae",
-        )
-    return of_name[name](rewards_S, group_S)
-
-
-def spread_over_tokens(advantages_S: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
-    """Every token gets its sequence's advantage."""
-    return advantages_S[sequence_T]
+    if name not in functions:
+        raise unknown_name("advantage", name, functions)
+    return functions[name](rewards_S, group_S)
 
 
 class _Groups:
@@ -165,54 +156,3 @@ def differential_smoothing(
     """
     logp_S = sequence_logp_old_S.detach()
     return advantages_S + torch.where(correct_S, -gamma_correct * logp_S, gamma_wrong * logp_S)
-
-
-def gae(
-    rewards_T: torch.Tensor,
-    values_T: torch.Tensor,
-    mask_T: torch.Tensor,
-    sequence_T: torch.Tensor,
-    *,
-    discount: float = 1.0,
-    decay: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_t = sum_k (discount * decay)^k delta_{t+k}, delta_t = R_t + discount * V_{t+1} - V_t.
-
-    V after the end is 0. Tokens outside the mask (a tool's answer, a prompt) are skipped: the next
-    one in the mask follows.
-
-    Args:
-        rewards_T: Reward of each token; a verifier's verdict stands at the last one.
-        values_T: The value model's prediction before the token.
-        mask_T: bool; tokens that the policy chose.
-        sequence_T: Sequence of each token; a sequence's tokens are in order.
-        discount: 1 for verifiable rewards.
-        decay: lambda; 1 gives return - value.
-
-    Returns:
-        Advantages and returns (A + V), both 0 outside the mask.
-
-    Source: 1506.02438 equation 16.
-    """
-    rows_P = torch.nonzero(mask_T).flatten()
-    order_P = rows_P[torch.argsort(sequence_T[rows_P], stable=True)]
-    if not len(order_P):
-        return torch.zeros_like(values_T), torch.zeros_like(values_T)
-    _, lengths_S = torch.unique_consecutive(sequence_T[order_P], return_counts=True)
-    lengths = lengths_S.tolist()
-    rewards_SN, values_SN = (
-        torch.nn.utils.rnn.pad_sequence(list(v[order_P].split(lengths)), batch_first=True)
-        for v in (rewards_T, values_T)
-    )
-    advantages_SN = torch.zeros_like(values_SN)
-    next_advantage_S = next_value_S = torch.zeros_like(values_SN[:, 0])
-    # Padding after the end has value, reward and so advantage 0: just the boundary condition.
-    for n in reversed(range(values_SN.shape[1])):
-        delta_S = rewards_SN[:, n] + discount * next_value_S - values_SN[:, n]
-        next_advantage_S = delta_S + discount * decay * next_advantage_S
-        next_value_S = values_SN[:, n]
-        advantages_SN[:, n] = next_advantage_S
-    inside_SN = torch.arange(values_SN.shape[1], device=lengths_S.device) < lengths_S[:, None]
-    result_T = torch.zeros_like(values_T)
-    result_T[order_P] = advantages_SN[inside_SN]
-    return result_T, torch.where(mask_T, result_T + values_T, torch.zeros_like(values_T))

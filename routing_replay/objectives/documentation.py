@@ -1,17 +1,19 @@
-"""docs/objectives.md and the help of the command line, from the docstrings and the parameters'
-fields.
-"""
+"""docs/objectives.md and the command line's help, from docstrings and parameter fields."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from . import kl
 from .advantages import ADVANTAGES
 from .aggregation import AGGREGATIONS
 from .parameters import CORRECTIONS, Parameters, described
-from .registry import SECTIONS, table
+from .registry import SECTIONS, Preset, presets, table
+
+Entry = dict[str, Any]  # as `registry.table` and `parameters.described` return them
 
 _INTRODUCTION = """\
 # Objectives
@@ -49,8 +51,7 @@ What one needs beyond log-probs comes by itself:
 - `topk_*` (dppo_topk): SGLang's `top_logprobs_num`, K = `--topk-logprobs`.
 - `logp_ref_T` (`kl_coefficient` with `kl_reference=ref`): a second, frozen model (`--reference`,
   else that of `--model`), scored without replay.
-- Values (advantage `gae`, ppo's default): none. The recipe trains no value model and says so at the
-  start; choose another `advantage`.
+- Values: none. No value model is trained, so ppo takes its advantages from groups too.
 
 What can be done to samples and rewards, each off by default:
 
@@ -74,12 +75,16 @@ the size of one machine without a GPU.
 
 
 def markdown() -> str:
-    """The whole of docs/objectives.md."""
+    """Return the whole of docs/objectives.md."""
     entries = table()
     parts = [
         _INTRODUCTION,
         "## Overview\n",
+        f"{len(entries)} losses, and {len(presets())} presets: other parameters of one of them "
+        "under a name of their own.\n",
         _rows(["name", "what it is", "reference"], [_overview_row(entry) for entry in entries]),
+        "## Presets\n",
+        _rows(["name", "is", "what it is", "reference", "use", "pitfalls"], _preset_rows()),
         "## Methods\n",
         *(_method(entry) for entry in entries),
         "## Parameters that every objective has\n",
@@ -93,7 +98,7 @@ def markdown() -> str:
 
 
 def help_text() -> str:
-    """The same facts for a terminal: what `--objective help` prints."""
+    """Return the same facts for a terminal: what `--objective help` prints."""
     lines = []
     for entry in table():
         lines += [f"{entry['name']}: {entry['summary']}"]
@@ -101,6 +106,11 @@ def help_text() -> str:
         lines += [
             f"    {p['name']} = {p['default']}  ({p['help']}{_source(p)})"
             for p in _own_parameters(entry)
+        ]
+    for preset in presets():
+        lines += [f"{preset.name}: {preset.summary}", f"    is: {_call(preset)}"]
+        lines += [
+            f"    {name}: {getattr(preset, name)}" for name in ("reference", "use", "pitfalls")
         ]
     lines += ["Every objective also has:"]
     lines += [f"    {p['name']} = {p['default']}  ({p['help']})" for p in described(Parameters)]
@@ -114,19 +124,31 @@ _CHOICES = {
 }
 
 
-def _overview_row(entry):
+def _call(preset: Preset) -> str:
+    parameters = ", ".join(f"{name}={value}" for name, value in preset.parameters.items())
+    return f"{preset.method} with {parameters}"
+
+
+def _preset_rows() -> list[list[str]]:
+    return [
+        [f"`{p.name}`", f"`{_call(p)}`", p.summary, p.reference, p.use, p.pitfalls]
+        for p in presets()
+    ]
+
+
+def _overview_row(entry: Entry) -> list[str]:
     name = entry["name"]
     return [f"[`{name}`](#{name})", entry["summary"], entry["reference"]]
 
 
-def _method(entry):
+def _method(entry: Entry) -> str:
     text = [f"### {entry['name']}\n", entry["summary"] + "\n", f"    {entry['equation']}\n"]
     for key in ("reference", "use", "pitfalls"):
         text.append(f"- {key.capitalize()}: {entry[key]}")
     return "\n".join([*text, "", _parameter_rows(_own_parameters(entry))])
 
 
-def _own_parameters(entry):
+def _own_parameters(entry: Entry) -> list[Entry]:
     """The method's own, and those shared ones whose default the method changes."""
     shared = {f.name: f.default for f in fields(Parameters)}
     return [
@@ -138,21 +160,21 @@ def _own_parameters(entry):
     ]
 
 
-def _parameter_rows(parameters):
+def _parameter_rows(parameters: Sequence[Entry]) -> str:
     rows = [[f"`{p['name']}`", f"`{p['default']}`", p["help"], p["source"]] for p in parameters]
     return _rows(["parameter", "default", "meaning", "default from"], rows)
 
 
-def _choices(title, choices):
+def _choices(title: str, choices: Mapping[str, str]) -> str:
     rows = [[f"`{name}`", meaning] for name, meaning in choices.items()]
     return f"## {title}\n\n" + _rows(["name", "meaning"], rows)
 
 
-def _source(parameter):
+def _source(parameter: Entry) -> str:
     return f"; {parameter['source']}" if parameter["source"] else ""
 
 
-def _rows(header, rows):
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     # A bar would end the cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [header, ["---"] * len(header), *cells]

@@ -74,7 +74,7 @@ class LossInputs:
         penalised_T: bool; tokens that KL-Cov penalises, chosen over the whole step in the same way.
         uniform_T: Random numbers in [0, 1), equal on all tensor-parallel ranks (Clip-Cov without
             keep_T).
-        router_shift_T: RSPO's gamma in (0, 1], see `router_shift`.
+        router_shift_T: RSPO's gamma in (0, 1]; `megatron.router_shift` measures it.
         sampled_ids_T: int64 token ids; needed by `dppo_topk`, with the next three.
         topk_ids_TK: int64 ids of mu's K most likely tokens.
         topk_logp_mu_TK: log mu at those ids.

@@ -1,4 +1,4 @@
-"""MiniRL, and MiniRL with one part taken away at a time. Source: arXiv 2512.01374."""
+"""MiniRL, with switches for the parts that its paper removes one at a time (2512.01374)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from .surrogate import Surrogate, trust_region, weighted_log_prob
 from .tokens import Tokens
 
 _PAPER = "MiniRL (2512.01374)"
+WEIGHTS = {"w": "min(w, cap)", "decoupled": "min(m, cap) * r", "r": "min(r, cap)"}
+
+
+def _listed(choices: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {formula}" for name, formula in choices.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +28,10 @@ class MiniRL(Parameters):
     eps_low: float = eps_low(0.2, _PAPER)
     eps_high: float = eps_high(0.27, _PAPER)
     cap: float = parameter(5.0, "truncation C of the importance weight", source=_PAPER, above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiniRLLengthNorm(MiniRL):
-    aggregation: str = aggregation("seq-mean-token-mean", "the paper's ablation")
+    weight: str = parameter(
+        "w", "importance weight: " + _listed(WEIGHTS), source=_PAPER, choices=WEIGHTS
+    )
+    masked: bool = parameter(True, "tokens with r outside the region are masked", source=_PAPER)
 
 
 @objective(MiniRL)
@@ -35,7 +39,8 @@ def minirl(tokens: Tokens, p: MiniRL) -> Surrogate:
     """REINFORCE per token, weighted by pi_theta / mu, masked where pi_theta is far from pi_old.
 
     Equation: sum over tokens of M * sg[min(w, cap)] * A * log pi_theta;
-        M = 0 where (A > 0 and r > 1 + eps_high) or (A < 0 and r < 1 - eps_low), else 1.
+        M = 0 where (A > 0 and r > 1 + eps_high) or (A < 0 and r < 1 - eps_low), else 1. `weight`
+        replaces min(w, cap); masked=false sets M = 1.
     Reference: MiniRL (2512.01374) equation 7, truncation read literally.
     Use: The default. With R3 or R2 once a batch is split into several mini-batches; alone
         on-policy.
@@ -43,58 +48,17 @@ def minirl(tokens: Tokens, p: MiniRL) -> Surrogate:
         costs reward and leaving out m collapses the run. DPPO's authors call the mask on r
         misspecified: it does not see m.
     """
-    return weighted_log_prob(tokens, tokens.log_w_T.exp().clamp(max=p.cap), _inside(tokens, p))
+    r_T = tokens.log_r_T.exp()
+    kept_T = torch.ones_like(tokens.inputs.mask_T)
+    if p.masked:
+        kept_T = trust_region(tokens.advantages_T, r_T, p.eps_low, p.eps_high)
+    return weighted_log_prob(tokens, _weight(tokens, p, r_T), kept_T)
 
 
-@objective(MiniRL)
-def minirl_decoupled(tokens: Tokens, p: MiniRL) -> Surrogate:
-    """MiniRL with the truncation on the discrepancy alone, as the public stacks apply it.
-
-    Equation: sum over tokens of M * sg[min(m, cap) * r] * A * log pi_theta; M as in minirl.
-    Reference: MiniRL (2512.01374); truncation as slime, miles and verl place TIS.
-    Use: To compare with runs of those stacks. Equal to minirl on-policy (r = 1).
-    Pitfalls: The whole weight is not bounded: r is free where its sign of A is not masked.
-    """
-    weight_T = tokens.log_m_T.exp().clamp(max=p.cap) * tokens.log_r_T.exp()
-    return weighted_log_prob(tokens, weight_T, _inside(tokens, p))
-
-
-@objective(MiniRLLengthNorm)
-def minirl_length_norm(tokens: Tokens, p: MiniRLLengthNorm) -> Surrogate:
-    """Ablation: MiniRL divided by the length of each response.
-
-    Equation: mean over the response's tokens, instead of the sum, of minirl's terms.
-    Reference: MiniRL (2512.01374), ablation "length normalisation".
-    Use: For study. Stable but lower in the paper.
-    Pitfalls: No longer a first-order approximation of the sequence objective.
-    """
-    return minirl(tokens, p)
-
-
-@objective(MiniRL)
-def minirl_no_is(tokens: Tokens, p: MiniRL) -> Surrogate:
-    """Ablation: MiniRL without the train-inference weight m.
-
-    Equation: sum over tokens of M * sg[min(r, cap)] * A * log pi_theta; on-policy the weight is 1.
-    Reference: MiniRL (2512.01374), ablation "without train-infer IS"; r off-policy is our reading.
-    Use: For study of what the weight m does.
-    Pitfalls: Collapses quickly in the paper, with replay too.
-    """
-    return weighted_log_prob(tokens, tokens.log_r_T.exp().clamp(max=p.cap), _inside(tokens, p))
-
-
-@objective(MiniRL)
-def minirl_no_clip(tokens: Tokens, p: MiniRL) -> Surrogate:
-    """Ablation: MiniRL without the mask on r.
-
-    Equation: sum over tokens of sg[min(w, cap)] * A * log pi_theta; eps_* have no effect.
-    Reference: MiniRL (2512.01374), ablation "no clipping".
-    Use: For study; the same as minirl on-policy.
-    Pitfalls: Collapses early off-policy in the paper.
-    """
-    everywhere_T = torch.ones_like(tokens.inputs.mask_T)
-    return weighted_log_prob(tokens, tokens.log_w_T.exp().clamp(max=p.cap), everywhere_T)
-
-
-def _inside(tokens, p):
-    return trust_region(tokens.advantages_T, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
+def _weight(tokens: Tokens, p: MiniRL, r_T: torch.Tensor) -> torch.Tensor:
+    match p.weight:
+        case "w":
+            return tokens.log_w_T.exp().clamp(max=p.cap)
+        case "decoupled":
+            return tokens.log_m_T.exp().clamp(max=p.cap) * r_T
+    return r_T.clamp(max=p.cap)

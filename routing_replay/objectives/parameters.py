@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 
@@ -13,8 +15,6 @@ from ..errors import ConfigError
 from .advantages import ADVANTAGES
 from .aggregation import AGGREGATIONS
 from .inputs import StepTokens
-
-_KINDS = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 CORRECTIONS = {
     "none": "1",
@@ -43,12 +43,20 @@ KL_ESTIMATORS = {
 KL_DIRECTIONS = {"reverse": "KL(pi_theta || other)", "forward": "KL(other || pi_theta)"}
 
 
-def parameter(default, help: str, *, source: str = "", choices=None, above=None, least=None):
-    """A dataclass field that can be shown as a flag.
+def parameter(
+    default: Any,
+    help: str,
+    *,
+    source: str = "",
+    choices: Iterable[str] | None = None,
+    above: float | None = None,
+    least: float | None = None,
+) -> Any:
+    """Return a dataclass field that can be shown as a flag.
 
     Args:
         default: Its value when not given.
-        help: One clause for people.
+        help: One clause that says what it does.
         source: Where the default comes from.
         choices: The names allowed.
         above: Values must be larger than this.
@@ -58,32 +66,32 @@ def parameter(default, help: str, *, source: str = "", choices=None, above=None,
     return field(default=default, metadata={"help": help, "source": source, **checks})
 
 
-def aggregation(default: str, source: str = ""):
+def aggregation(default: str, source: str = "") -> Any:
     help = "what the sum over tokens is divided by"
     return parameter(default, help, source=source, choices=AGGREGATIONS)
 
 
-def advantage(default: str, source: str = ""):
+def advantage(default: str, source: str = "") -> Any:
     help = "the advantage that the method is published with; the caller computes it"
     return parameter(default, help, source=source, choices=ADVANTAGES)
 
 
-def horizon(default: int | None, source: str = ""):
+def horizon(default: int | None, source: str = "") -> Any:
     help = "constant of seq-mean-token-sum-norm; the longest allowed response if not set"
     return parameter(default, help, source=source, least=1)
 
 
-def eps_low(default: float | None, source: str):
+def eps_low(default: float | None, source: str) -> Any:
     return parameter(default, "lower clip range: 1 - eps_low", source=source, least=0)
 
 
-def eps_high(default: float, source: str):
+def eps_high(default: float, source: str) -> Any:
     return parameter(default, "upper clip range: 1 + eps_high", source=source, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """What goes with every surrogate: aggregation, corrections, a KL term, an entropy bonus."""
+    """Parameters of every method: aggregation, corrections, a KL term, an entropy bonus."""
 
     aggregation: str = aggregation("seq-mean-token-mean")
     advantage: str = advantage("group-mean-std")
@@ -130,55 +138,72 @@ class Parameters:
     chooses_by_theta: ClassVar[bool] = False
 
     def choose(self, step: StepTokens) -> Mapping[str, torch.Tensor]:
-        """The method's choice among all tokens of an optimizer step, by name in LossInputs."""
+        """Return the method's choice among all tokens of a step, by name in LossInputs."""
         return {}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.has_m and self.correction != "none":
             raise ConfigError(
                 f"correction {self.correction!r} would count m twice",
                 expected="'none': the objective weights by m or w itself",
                 fix="Masks (geometric_*, veto_below, off_policy_delta) are free to combine",
             )
+        kinds = _kinds(type(self))
         for f in fields(self):
-            _check(f, getattr(self, f.name))
+            _check(f, kinds[f.name], getattr(self, f.name))
 
 
-def _check(f, value):
-    kind, _, optional = f.type.partition(" | ")
+@functools.cache
+def _kinds(parameters: type[Parameters]) -> dict[str, tuple[type, ...]]:
+    """The types that each parameter may have; NoneType for an optional one."""
+    hints = get_type_hints(parameters)
+    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(parameters)}
+
+
+def _is_kind(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def _kind_text(kinds: tuple[type, ...]) -> str:
+    return " | ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+
+
+def _check(f: Field[Any], kinds: tuple[type, ...], value: Any) -> None:
     where = f"objective parameter {f.name!r}"
-    if value is None and optional:
-        return
-    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+    if not any(_is_kind(value, kind) for kind in kinds):
         # YAML 1.1 reads 1e-4 (no dot) as text: the commonest cause.
         raise ConfigError(
             f"{where} is of the wrong kind",
-            expected=f.type,
+            expected=_kind_text(kinds),
             got=repr(value),
-            fix="Write numbers with a dot (1.0e-4) in YAML" if kind == "float" else None,
+            fix="Write numbers with a dot (1.0e-4) in YAML" if float in kinds else None,
         )
-    checks = f.metadata
-    if checks["choices"] is not None and value not in checks["choices"]:
+    if value is None:
+        return
+    choices, above, least = (f.metadata[name] for name in ("choices", "above", "least"))
+    if choices is not None and value not in choices:
         raise ConfigError(
-            f"{where} is not one of its values",
-            expected=", ".join(checks["choices"]),
-            got=repr(value),
+            f"{where} is not one of its values", expected=", ".join(choices), got=repr(value)
         )
-    bad = kind in ("int", "float") and not math.isfinite(value)
-    bad = bad or (checks["above"] is not None and value <= checks["above"])
-    bad = bad or (checks["least"] is not None and value < checks["least"])
-    if bad:
-        bound = f"> {checks['above']}" if checks["above"] is not None else f">= {checks['least']}"
+    is_number = isinstance(value, int | float)
+    is_out = is_number and not math.isfinite(value)
+    is_out |= above is not None and value <= above
+    is_out |= least is not None and value < least
+    if is_out:
+        bound = "a finite number" if above is least is None else None
+        bound = bound or (f"> {above}" if above is not None else f">= {least}")
         raise ConfigError(f"{where} is out of range", expected=bound, got=value)
 
 
-def described(parameters: type[Parameters]) -> list[dict]:
-    """Name, type, default, help, source and choices of every parameter."""
-    assert all(f.default is not MISSING for f in fields(parameters))
+def described(parameters: type[Parameters]) -> list[dict[str, Any]]:
+    """Return name, type, default, help, source and choices of every parameter."""
+    kinds = _kinds(parameters)
     return [
         {
             "name": f.name,
-            "type": f.type,
+            "type": _kind_text(kinds[f.name]),
             "default": f.default,
             "help": f.metadata["help"],
             "source": f.metadata["source"],

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .parameters import Parameters, advantage, aggregation, eps_high, eps_low, parameter
+from .parameters import Parameters, aggregation, eps_high, eps_low, parameter
 from .registry import objective
 from .surrogate import Surrogate, clipped
 from .tokens import Tokens
@@ -22,22 +22,9 @@ class Clipped(Parameters):
 @dataclass(frozen=True, kw_only=True)
 class PPO(Clipped):
     aggregation: str = aggregation("token-mean", "verl")
-    advantage: str = advantage("gae", "PPO")
     dual_clip: float | None = parameter(
         3.0, "where A < 0 the term is at least this times A; none: no bound", source="verl", above=1
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrGRPO(Clipped):
-    aggregation: str = aggregation("seq-mean-token-sum-norm", "Dr.GRPO (2503.20783)")
-    advantage: str = advantage("group-mean", "Dr.GRPO (2503.20783)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DAPO(Clipped):
-    aggregation: str = aggregation("token-mean", "DAPO (2503.14476) equation 8")
-    eps_high: float = eps_high(0.28, "DAPO (2503.14476), clip-higher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +43,10 @@ def ppo(tokens: Tokens, p: PPO) -> Surrogate:
     Equation: min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A); where A < 0 additionally at least
         dual_clip * A.
     Reference: PPO (1707.06347) equation 7; dual clip: 1912.09729.
-    Use: With a value model (GAE), or as the ancestor that others are compared with.
-    Pitfalls: Sees r only: the engines' discrepancy m goes uncorrected unless `correction` is set.
-        AReaL's examples use 0.4 for eps where the paper has 0.2.
+    Use: As the ancestor that others are compared with. The paper's advantages come from a value
+        model (GAE), which nothing here trains: pass advantages_T of one in LossInputs.
+    Pitfalls: It sees r only: m stays uncorrected unless `correction` is set. AReaL's examples use
+        0.4 for eps where the paper has 0.2.
     """
     surrogate = clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
     if p.dual_clip is None:
@@ -82,32 +70,6 @@ def grpo(tokens: Tokens, p: Clipped) -> Surrogate:
     Reference: GRPO (2402.03300) equation 3; add its KL with kl_coefficient (0.04 there).
     Use: The common baseline.
     Pitfalls: Length bias from 1/|y| and difficulty bias from the division by std (Dr.GRPO). No m.
-    """
-    return clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
-
-
-@objective(DrGRPO)
-def dr_grpo(tokens: Tokens, p: DrGRPO) -> Surrogate:
-    """GRPO without its two biases: no std, token sums divided by a constant.
-
-    Equation: sum over tokens of min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A) / horizon.
-    Reference: Dr.GRPO (2503.20783).
-    Use: GRPO whose expected gradient is that of the reward.
-    Pitfalls: The constant scales the learning rate: change both or none.
-    """
-    return clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
-
-
-@objective(DAPO)
-def dapo(tokens: Tokens, p: DAPO) -> Surrogate:
-    """GRPO with a wider upper clip and a token-level mean.
-
-    Equation: min(r * A, clip(r, 1 - eps_low, 1 + eps_high) * A), mean over all tokens of the step.
-    Reference: DAPO (2503.14476) equation 8; overlong shaping is `overlong_penalty`, dynamic
-        sampling is `informative_groups`.
-    Use: Long responses, sparse rewards.
-    Pitfalls: Dynamic sampling changes the number of rollouts per step; count it when comparing
-        costs.
     """
     return clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
 

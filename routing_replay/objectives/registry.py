@@ -1,17 +1,17 @@
-"""Objectives by name: what they are made of, how they are chosen, what is said about them."""
+"""Objectives by name: how a loss is built, chosen and documented."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from ..errors import ConfigError
-from ..metrics.typed import Mean, Sum, masked_max, masked_mean
+from ..errors import unknown_name
+from ..metrics.typed import Mean, Metric, Sum, masked_max, masked_mean
 from .aggregation import aggregate
 from .corrections import keep, weight
 from .inputs import LossInputs, LossOutputs
@@ -20,6 +20,8 @@ from .parameters import Parameters, described
 from .surrogate import Surrogate
 from .tokens import Tokens
 
+# Any: a method's surrogate takes its own subclass of Parameters.
+SurrogateFunction = Callable[[Tokens, Any], Surrogate]
 SECTIONS = ("Equation", "Reference", "Use", "Pitfalls")
 
 
@@ -29,12 +31,14 @@ class Objective:
 
     name: str
     parameters: Parameters
-    surrogate: Callable[[Tokens, Parameters], Surrogate]
+    surrogate: SurrogateFunction
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional fields of LossInputs that have to be given; chosen ones (`Parameters.choose`)
-        would otherwise be of the microbatch.
+        """Optional fields of LossInputs that the caller must give.
+
+        Without its choice over the step (`Parameters.choose`) a method chooses within the
+        microbatch.
         """
         p = self.parameters
         needs = set(p.needs)
@@ -45,7 +49,10 @@ class Objective:
         return frozenset(needs)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """- policy term + kl_coefficient * KL - entropy_coefficient * entropy, aggregated alike."""
+        """Return - policy term + kl_coefficient * KL - entropy_coefficient * entropy.
+
+        All three terms are aggregated alike.
+        """
         p, tokens = self.parameters, Tokens(inputs)
         surrogate = self.surrogate(tokens, p)
         kept_T = surrogate.kept_T & keep(tokens, p) & tokens.counted_T
@@ -69,8 +76,10 @@ class Objective:
         return LossOutputs(loss=loss, metrics=metrics, kept_T=kept_T)
 
 
-def _metrics(tokens: Tokens, surrogate: Surrogate, kept_T, policy_loss) -> dict:
-    """Fractions are of the tokens with an advantage: without one nothing can be clipped."""
+def _metrics(
+    tokens: Tokens, surrogate: Surrogate, kept_T: torch.Tensor, policy_loss: torch.Tensor
+) -> dict[str, Metric]:
+    """Count fractions over the tokens with an advantage: without one nothing can be clipped."""
     signal_T = tokens.counted_T & (tokens.advantages_T != 0)
     nonfinite_T = tokens.inputs.mask_T & ~tokens.finite_T
     # .double() before the product: counts of tokens exceed what float32 can count.
@@ -90,83 +99,116 @@ def _metrics(tokens: Tokens, surrogate: Surrogate, kept_T, policy_loss) -> dict:
     }
 
 
-_REGISTRY: dict[str, tuple[type[Parameters], Callable]] = {}
+_METHODS: dict[str, tuple[type[Parameters], SurrogateFunction]] = {}
+_PRESETS: dict[str, Preset] = {}
 
 
-def objective(parameters: type[Parameters]):
-    """Decorator: the function's name becomes the objective's, its docstring the documentation."""
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A method with some parameters set, under the name by which it is known.
 
-    def register(surrogate):
-        assert surrogate.__name__ not in _REGISTRY, surrogate.__name__
-        _REGISTRY[surrogate.__name__] = (parameters, surrogate)
+    Args:
+        name: The preset's name; `get` takes it like a method's.
+        method: The method.
+        parameters: What differs from the method's defaults.
+        summary: What it is.
+        reference: Where it is from.
+        use: When to use it.
+        pitfalls: What goes wrong.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, object]
+    summary: str
+    reference: str
+    use: str
+    pitfalls: str
+
+
+def objective(parameters: type[Any]) -> Callable[[SurrogateFunction], SurrogateFunction]:
+    """Register a surrogate: its name becomes the method's, its docstring the documentation."""
+
+    def register(surrogate: SurrogateFunction) -> SurrogateFunction:
+        _METHODS[surrogate.__name__] = (parameters, surrogate)
         return surrogate
 
     return register
 
 
+def preset(entry: Preset) -> None:
+    """Register a preset of a registered method."""
+    assert entry.method in _METHODS, entry.method
+    _PRESETS[entry.name] = entry
+
+
+def methods() -> list[str]:
+    """Return the names of the losses, in the order of the documentation."""
+    return list(_METHODS)
+
+
+def presets() -> list[Preset]:
+    """Return the presets: a loss with other parameters, under a name of its own."""
+    return list(_PRESETS.values())
+
+
 def names() -> list[str]:
-    """All objectives, in the order of the documentation."""
-    return list(_REGISTRY)
+    """Return every name that `get` takes: methods, then presets."""
+    return [*_METHODS, *_PRESETS]
 
 
 def parameters_of(name: str) -> type[Parameters]:
-    """The frozen dataclass of an objective's parameters.
+    """Return the frozen dataclass of the parameters of a method, or of a preset's method.
 
     Raises:
-        ConfigError: No objective of this name; the nearest one is named.
+        ConfigError: No objective has this name; all names are listed.
     """
-    return _find(name)[0]
+    return _METHODS[_method(name)][0]
 
 
-def get(name: str, **parameters) -> Objective:
-    """The objective `name` with its defaults, some replaced.
+def get(name: str, **parameters: object) -> Objective:
+    """Return the objective `name` with its defaults, some replaced.
+
+    Args:
+        name: A method or a preset.
+        parameters: Fields of `parameters_of(name)`.
 
     Raises:
         ConfigError: An unknown objective, an unknown parameter, or a value that cannot be.
     """
-    kind, surrogate = _find(name)
+    kind, surrogate = _METHODS[_method(name)]
     known = [f.name for f in fields(kind)]
-    for given in parameters:
-        if given not in known:
-            raise ConfigError(
-                f"objective {name!r} has no parameter {given!r}",
-                expected=_nearest(given, known),
-                fix=f"Its parameters: {', '.join(known)}",
-            )
-    return Objective(name=name, parameters=kind(**parameters), surrogate=surrogate)
+    for parameter in parameters:
+        if parameter not in known:
+            raise unknown_name(f"parameter of objective {name!r}", parameter, known)
+    defaults = _PRESETS[name].parameters if name in _PRESETS else {}
+    return Objective(name=name, parameters=kind(**{**defaults, **parameters}), surrogate=surrogate)
 
 
-def _find(name):
-    if name not in _REGISTRY:
-        raise ConfigError(
-            f"no objective is called {name!r}",
-            expected=_nearest(name, names()),
-            fix=f"There are: {', '.join(names())}",
-        )
-    return _REGISTRY[name]
+def _method(name: str) -> str:
+    if name in _PRESETS:
+        return _PRESETS[name].method
+    if name not in _METHODS:
+        raise unknown_name("objective", name, names())
+    return name
 
 
-def _nearest(name, known):
-    # cutoff 0: a poor suggestion is still better than none, and the full list follows.
-    return difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-
-
-def table() -> list[dict]:
-    """One entry per objective: name, summary, equation, reference, use, pitfalls, parameters.
+def table() -> list[dict[str, Any]]:
+    """Return one entry per method: name, summary, equation, reference, use, pitfalls, parameters.
 
     `parameters` holds name, type, default, help, source and choices of each, see `described`.
     """
     return [
         {"name": name, **_sections(surrogate), "parameters": described(kind)}
-        for name, (kind, surrogate) in _REGISTRY.items()
+        for name, (kind, surrogate) in _METHODS.items()
     ]
 
 
-def _sections(surrogate) -> dict[str, str]:
+def _sections(surrogate: SurrogateFunction) -> dict[str, str]:
     """Split a docstring at its `Section:` lines; the text before the first is the summary."""
     text = inspect.getdoc(surrogate) or ""
     parts = re.split(rf"^({'|'.join(SECTIONS)}):", text, flags=re.MULTILINE)
-    found = dict(zip(parts[1::2], parts[2::2], strict=True))
-    assert list(found) == list(SECTIONS), f"{surrogate.__name__}: {list(found)}"
-    entry = {"summary": parts[0], **{name.lower(): part for name, part in found.items()}}
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(sections) == list(SECTIONS), f"{surrogate.__name__}: {list(sections)}"
+    entry = {"summary": parts[0], **{name.lower(): part for name, part in sections.items()}}
     return {name: " ".join(part.split()) for name, part in entry.items()}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .parameters import Parameters, advantage, aggregation, eps_high, eps_low, parameter
+from .parameters import Parameters, advantage, eps_high, eps_low, parameter
 from .registry import objective
 from .surrogate import Surrogate, clipped, trust_region
 from .tokens import MAX_LOG_RATIO, Tokens
@@ -29,12 +29,9 @@ class SequenceIS(Parameters):
 class GSPO(Parameters):
     eps_low: float = eps_low(3e-4, _GSPO)
     eps_high: float = eps_high(4e-4, _GSPO)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrGSPO(GSPO):
-    aggregation: str = aggregation("seq-mean-token-sum", "its definition")
-    advantage: str = advantage("group-mean", "its definition")
+    per_token: bool = parameter(
+        False, "the gradient is each token's own: for advantages per token", source=_GSPO
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,41 +72,16 @@ def gspo(tokens: Tokens, p: GSPO) -> Surrogate:
     """PPO's clip on the geometric mean of the response's token ratios.
 
     Equation: min(s * A, clip(s, 1 - eps_low, 1 + eps_high) * A) per response; s = (product of
-        r)^(1/|y|).
+        r)^(1/|y|); with per_token sg[s] * pi_theta / sg[pi_theta] in place of s.
     Reference: GSPO (2507.18071), sequence-level objective.
     Use: MoE models without replay: the mean over the response is less touched by routing noise.
     Pitfalls: Its clip range is a thousandth of PPO's; clips far more tokens (0.15 against 0.0013).
     """
-    return clipped(tokens, tokens.spread(_geometric_mean(tokens)), p.eps_low, p.eps_high)
-
-
-@objective(GSPO)
-def gspo_token(tokens: Tokens, p: GSPO) -> Surrogate:
-    """GSPO that allows an advantage per token.
-
-    Equation: as gspo, with s = sg[s] * pi_theta / sg[pi_theta] of each token.
-    Reference: GSPO (2507.18071), the GSPO-token variant.
-    Use: Multi-turn responses with advantages per turn.
-    Pitfalls: Equal to gspo in value and gradient where the advantage is the response's.
-    """
-    # Kept as a product, so that its value is bitwise that of gspo: exp(0) = 1.
-    own_T = (tokens.log_theta_T - tokens.log_theta_T.detach()).exp()
-    ratio_T = tokens.spread(_geometric_mean(tokens)).detach() * own_T
+    ratio_T = tokens.spread(tokens.mean_S(tokens.log_r_T).exp())
+    if p.per_token:
+        # A product, so that the value is bitwise that of the sequence: exp(0) = 1.
+        ratio_T = ratio_T.detach() * (tokens.log_theta_T - tokens.log_theta_T.detach()).exp()
     return clipped(tokens, ratio_T, p.eps_low, p.eps_high)
-
-
-@objective(DrGSPO)
-def dr_gspo(tokens: Tokens, p: DrGSPO) -> Surrogate:
-    """GSPO times the length of the response: the geometric first-order approximation.
-
-    Equation: |y| * min(s * A, clip(s, 1 - eps_low, 1 + eps_high) * A) per response; s as in gspo.
-    Reference: A series of articles on RL objectives, without a paper; clipping kept from GSPO
-        (ours).
-    Use: To compare with dr_grpo: less variance, more bias (error (1 - 1/T) / 2 * (sum of
-        deltas)^2).
-    Pitfalls: Long responses weigh more than under gspo; a learning rate does not carry over.
-    """
-    return gspo(tokens, p)
 
 
 @objective(GMPO)
@@ -129,8 +101,8 @@ def gmpo(tokens: Tokens, p: GMPO) -> Surrogate:
 def rspo(tokens: Tokens, p: RSPO) -> Surrogate:
     """GMPO whose token ratios shrink where the router has moved.
 
-    Equation: gmpo with log r + log sg[max(gamma, shift_min)] in place of log r; gamma:
-        `router_shift`.
+    Equation: gmpo with log r + log sg[max(gamma, shift_min)] in place of log r; gamma = exp(-mean
+        over layers and the old policy's experts of |log router_theta - log router_old|).
     Reference: RSPO (2510.23027v2) abstract and equation 11: scaled before the clip.
     Use: Instead of replay, to compare with it.
     Pitfalls: Version 1 of the paper reads as scaling after the clip. With a gradient through gamma
@@ -142,26 +114,7 @@ def rspo(tokens: Tokens, p: RSPO) -> Surrogate:
     return _clipped_geometric(tokens, tokens.log_r_T + shift_T.log(), p)
 
 
-def router_shift(
-    log_router_theta_TLK: torch.Tensor, log_router_old_TLK: torch.Tensor
-) -> torch.Tensor:
-    """RSPO's gamma: exp(-mean over layers and experts of |log router_theta - log router_old|), in
-    (0, 1].
-
-    Args:
-        log_router_theta_TLK: Current log-probs of the experts that the old policy chose.
-        log_router_old_TLK: The old policy's log-probs of the same experts.
-
-    Source: RSPO (2510.23027v2).
-    """
-    return (-(log_router_theta_TLK - log_router_old_TLK).abs().mean(dim=(1, 2))).exp()
-
-
-def _geometric_mean(tokens):
-    return tokens.mean_S(tokens.log_r_T).exp()
-
-
-def _clipped_geometric(tokens, log_ratio_T, p) -> Surrogate:
+def _clipped_geometric(tokens: Tokens, log_ratio_T: torch.Tensor, p: GMPO) -> Surrogate:
     sign_T = tokens.advantages_T.sign()
     bounded_T = log_ratio_T.clamp(-p.log_low, p.log_high)
     lower_T = sign_T * torch.minimum(sign_T * log_ratio_T, sign_T * bounded_T)
