@@ -76,6 +76,18 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
                 process.join()
 
 
+def selected(request, parameter: str) -> list:
+    """The values of a parameter over the tests that run: one spawned world need do no more.
+
+    Args:
+        request: pytest's, of a fixture.
+        parameter: Of `pytest.mark.parametrize`.
+    """
+    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    values = [c.params[parameter] for c in callspecs if c and parameter in c.params]
+    return list(dict.fromkeys(values))
+
+
 @contextlib.contextmanager
 def megatron(layout, seed=1):
     """Megatron initialized for `layout` inside the `with`; the world itself stays."""

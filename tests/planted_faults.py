@@ -244,7 +244,7 @@ class Trainer:
     """The attached model, and the tools looking at one rollout through it."""
 
     def __init__(self, chunks):
-        from routing_replay.megatron.replay import attach
+        from routing_replay.megatron import attach
 
         self.chunks = chunks
         self.replay = attach(chunks, ReplayConfig(mode="R3", agreement_tokens=0))

@@ -1,18 +1,17 @@
 """Every misuse and every failure of a step, provoked on a real model; each returns what was raised.
 
-One spawned rank runs them all (see test_megatron_replay.py). After each one the model must be stock
-again: its loss is compared bitwise with the loss from before.
+One spawned rank runs all that are asked for (see test_megatron_replay.py). After each one the model
+must be stock again: its loss is compared bitwise with the loss from before.
 """
 
 import dataclasses
 
-import numpy as np
 import torch
 from replay_cases import Case
 from replay_matrix import Job, random_table
 
 from routing_replay.config import ReplayConfig
-from routing_replay.megatron.replay import attach
+from routing_replay.megatron import attach
 
 R3 = ReplayConfig(mode="R3")
 FAILURES = {}
@@ -70,6 +69,50 @@ def rows_of_the_wrong_type(bench):
 
 
 @failure
+def mask_on_the_wrong_device(bench):
+    rows = bench.batches()[0]["rows"]
+    mask = torch.empty(rows.shape, dtype=torch.bool, device="meta")
+    with bench.replay.replaying(bench.table), bench.replay.microbatch(rows, mask=mask):
+        pass
+
+
+@failure
+def mask_of_the_wrong_type(bench):
+    rows = bench.batches()[0]["rows"]
+    with bench.replay.replaying(bench.table), bench.replay.microbatch(rows, mask=rows):
+        pass
+
+
+@failure
+def mask_of_the_wrong_length(bench):
+    rows = bench.batches()[0]["rows"]
+    mask = torch.ones((2, 15), dtype=torch.bool)
+    with bench.replay.replaying(bench.table), bench.replay.microbatch(rows, mask=mask):
+        pass
+
+
+@failure
+def leaving_a_microbatch_that_was_not_entered(bench):
+    with bench.replay.replaying(bench.table):
+        bench.replay.leave_microbatch()
+
+
+@failure
+def a_mode_that_nobody_resolved(bench):
+    bench.replay.remove()
+    try:
+        attach(bench.job.chunks, ReplayConfig(mode="auto"))
+    finally:
+        _reattach(bench)
+
+
+@failure
+def a_sequence_without_tokens(bench):
+    with bench.replay.recording([4, 0]):
+        pass
+
+
+@failure
 def table_of_fewer_layers(bench):
     model = dataclasses.replace(bench.replay.shape, layers=bench.replay.shape.layers[:-1])
     with bench.replay.replaying(random_table(bench.job, model)):
@@ -92,7 +135,7 @@ def table_of_another_top_k(bench):
 
 @failure
 def recorded_routes_where_the_rollouts_belong(bench):
-    with bench.replay.recording([3, 3], is_partial=True) as recorded:
+    with bench.replay.recording([4, 4], is_partial=True) as recorded:
         batch = bench.batches()[0]
         with bench.replay.microbatch(torch.full_like(batch["rows"], -1)):
             bench.forward(batch)
@@ -110,7 +153,7 @@ def rollout_routes_where_recorded_ones_belong(bench):
         ):
             pass
     finally:
-        _again(bench)
+        _reattach(bench)
 
 
 @failure
@@ -273,13 +316,13 @@ def use_after_remove(bench):
         with bench.replay.replaying(bench.table):
             pass
     finally:
-        _again(bench)
+        _reattach(bench)
 
 
 @failure
 def a_row_recorded_twice(bench):
     batch = bench.batches()[0]
-    lengths = np.diff(bench.table.offsets_S1)
+    lengths = bench.job.batch.lengths
     with bench.replay.recording(lengths) as recorded:
         for _ in range(2):
             with bench.replay.microbatch(batch["rows"]):
@@ -289,7 +332,7 @@ def a_row_recorded_twice(bench):
 
 @failure
 def a_sequence_that_was_never_recorded(bench):
-    lengths = np.diff(bench.table.offsets_S1)
+    lengths = bench.job.batch.lengths
     with bench.replay.recording(lengths) as recorded:
         for batch in list(bench.job.batch.microbatches(recorded.rows))[:-1]:
             with bench.replay.microbatch(batch["rows"]):
@@ -317,7 +360,7 @@ def only_one_of_two_chunks_runs(bench):
         ):
             halves[0](torch.randn(16, 2, 32))
     finally:
-        _again(bench)
+        _reattach(bench)
 
 
 class _Half(torch.nn.Module):
@@ -340,7 +383,7 @@ def routers_built_twice(bench):
         attach(chunk)
     finally:
         del chunk.second_decoder
-        _again(bench)
+        _reattach(bench)
 
 
 @failure
@@ -349,7 +392,7 @@ def a_chunk_left_out(bench):
     try:
         attach(bench.job.chunks[0].decoder.layers[0])
     finally:
-        _again(bench)
+        _reattach(bench)
 
 
 @failure
@@ -357,11 +400,11 @@ def a_dense_model(bench):
     attach(torch.nn.Linear(2, 2))
 
 
-def _again(bench):
+def _reattach(bench):
     bench.replay = attach(bench.job.chunks, R3)
 
 
-def provoke_all(rank):
+def provoke(rank, names):
     """{failure: (type, message, whether the model was stock afterwards)}."""
     from megatron_worlds import megatron
 
@@ -372,10 +415,10 @@ def provoke_all(rank):
         stock = job.run()
         replay = attach(job.chunks, R3)
         bench = Bench(job=job, replay=replay, table=random_table(job, replay.shape))
-        for name, provoke in FAILURES.items():
+        for name in names:
             error = None
             try:
-                provoke(bench)
+                FAILURES[name](bench)
             except Exception as e:
                 error = e
             raised[name] = (type(error).__name__, str(error), _same(stock, job.run()))

@@ -99,7 +99,6 @@ class Step:
     def __init__(self, plan: Plan, folder):
         from recipes.model.model import build_model, transformer_config
         from recipes.model.weights import load_hf
-        from routing_replay.megatron.replay import attach
 
         self.plan = plan
         self.config = transformer_config(
@@ -110,7 +109,14 @@ class Step:
         )
         self.chunks = build_model(self.config, plan.layout)
         load_hf(self.chunks, folder)
-        self.replay = attach(self.chunks, ReplayConfig(mode="auto", agreement_every=0))
+        self.replay = None
+
+    def attach(self, mode):
+        from routing_replay.megatron import attach
+
+        if self.replay is not None:
+            self.replay.remove()
+        self.replay = attach(self.chunks, ReplayConfig(mode=mode, agreement_every=0))
 
     def move_routers(self):
         """What an update does: other routers than those that recorded, alike on all ranks."""
@@ -323,8 +329,9 @@ def run(rank, folder, out, num_ranks):
     for plan in PLANS[num_ranks]:
         with megatron(plan.layout), context_slices.slices(plan.is_contiguous):
             step = Step(plan, folder)
+            step.attach("R2")
             found = {}
-            with step.replay.recording([n - 1 for n in LENGTHS]) as recorded:
+            with step.replay.recording(LENGTHS) as recorded:
                 found["recording"] = step.run(recorded.rows)
             own = recorded.table()
             found["own_ids"] = np.sort(own.expert_ids_LTK, axis=2)
@@ -344,14 +351,17 @@ def _replayed(step, table):
         found["trained"] = step.run(table.rows, forward_only=False)
     wrong["recorded routes, with backward"] = seen.wrong_rows()
     drawn = random_table(replay.shape)
+    step.attach("R3")
+    replay = step.replay
     with Dispatched(step, drawn) as seen, replay.replaying(drawn, record_live=True) as recorded:
         found["drawn"] = step.run(drawn.rows)
     wrong["drawn routes"] = seen.wrong_rows()
     found["metrics"] = {name: float(m.value()) for name, m in replay.metrics().items()}
     found["num_covered"] = int(drawn.covered_T.sum())
     found["live_ids_under_drawn"] = np.sort(recorded.table().expert_ids_LTK, axis=2)
+    step.attach("R2")
     step.move_routers()
-    with replay.replaying(table):
+    with step.replay.replaying(table):
         found["moved_replayed"] = step.run(table.rows)
         found["moved_live"] = step.run(table.rows, announce=False)
     found["wrong"] = wrong

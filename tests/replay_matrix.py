@@ -9,6 +9,7 @@ For every case, on every rank, with the real pipeline schedule:
 """
 
 import contextlib
+import dataclasses
 import types
 
 import context_slices
@@ -318,16 +319,15 @@ class DispatchedRows:
 def check_case(case: Case) -> list[str]:
     """Run one case on this rank; returns what is wrong, nothing if all holds."""
     from routing_replay.config import ReplayConfig
-    from routing_replay.megatron.replay import attach
+    from routing_replay.megatron import attach
 
     job = Job(case)
     stock = job.run()
     wrong = []
-    config = ReplayConfig(mode="auto", agreement_every=1, agreement_tokens=8)
-    with attach(job.chunks, config) as replay:
+    r2 = ReplayConfig(mode="R2", agreement_every=1, agreement_tokens=8)
+    with attach(job.chunks, r2) as replay:
         wrong += _differences("(c) attached, off", stock, job.run())
-        lengths = [n - 1 for n in job.batch.lengths]
-        with replay.recording(lengths) as recorded:
+        with replay.recording(job.batch.lengths) as recorded:
             recording = job.run(replay, recorded.rows)
         wrong += _differences("(a) recording", stock, recording)
         table = recorded.table()
@@ -337,7 +337,8 @@ def check_case(case: Case) -> list[str]:
             again = job.run(replay, table.rows)
         wrong += _differences("(a) own routes replayed", stock, again)
         wrong += _own_agreement(replay)
-        wrong += _no_grad_record(job, replay, stock, lengths)
+        wrong += _no_grad_record(job, replay, stock)
+    with attach(job.chunks, dataclasses.replace(r2, mode="R3")) as replay:
         wrong += _random_routes(job, replay)
         wrong += _evaluation_in_the_middle(job, replay, stock)
     wrong += _differences("removed", stock, job.run())
@@ -353,11 +354,12 @@ def _own_agreement(replay):
     return found
 
 
-def _no_grad_record(job, replay, stock, lengths):
-    """R2 as it is used: recorded without gradients, replayed in training."""
-    with replay.recording(lengths) as recorded:
+def _no_grad_record(job, replay, stock):
+    """R2 as it is used: recorded without gradients, replayed in training, each rank its own."""
+    with replay.recording(job.batch.lengths) as recorded:
         job.run(replay, recorded.rows, forward_only=True)
-    with replay.replaying(recorded.table()):
+    own = recorded.own_table()
+    with replay.replaying(own):
         again = job.run(replay, recorded.rows)
     return _differences("(a) recorded without gradients", stock, again)
 
@@ -456,19 +458,21 @@ def _plant_swapped_layers():
 
 def _plant_live_recompute():
     """Recomputation routes live, as with a seam that is switched off before the backward."""
-    from routing_replay.megatron.passes import Pass, ReplayingPass
+    from routing_replay.megatron.passes import ForwardPass, ReplayingPass
 
     replay = ReplayingPass.select
     ReplayingPass.select = lambda self, seam, live, is_recompute: (
-        Pass.select(self, seam, live, True) if is_recompute else replay(self, seam, live, False)
+        ForwardPass.select(self, seam, live, True)
+        if is_recompute
+        else replay(self, seam, live, False)
     )
 
 
 def _plant_batch_major_rows():
     """Rows in the order of input_ids, not of Megatron's [s, b, h]: shapes match, tokens do not."""
-    from routing_replay.megatron import replay
+    from routing_replay.megatron import routers
 
-    replay.router_order = lambda values_BS, tp_size, tp_rank: values_BS.reshape(-1)
+    routers.router_order = lambda values_BS, tp_size, tp_rank: values_BS.reshape(-1)
 
 
 FAULTS = {

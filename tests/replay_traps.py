@@ -9,7 +9,7 @@ from replay_cases import Case
 from replay_matrix import NUM_MICROBATCHES, DispatchedRows, Job, random_table
 
 from routing_replay.config import ReplayConfig
-from routing_replay.megatron.replay import attach
+from routing_replay.megatron import attach
 
 R3 = ReplayConfig(mode="R3", agreement_every=0)
 TRAPS = {}
@@ -20,14 +20,14 @@ def trap(function):
     return function
 
 
-def provoke_all(rank):
+def provoke(rank, names):
     """{trap: what it returned}."""
     from megatron_worlds import megatron
 
     found = {}
-    for name, provoke in TRAPS.items():
+    for name in names:
         with megatron(Case().layout):
-            found[name] = provoke()
+            found[name] = TRAPS[name]()
     return found
 
 
@@ -163,7 +163,7 @@ def stock_replay_object():
                     job.run(replay, table.rows)
 
             def record_with_both_on():
-                with replay.recording([n - 1 for n in job.batch.lengths]) as recorded:
+                with replay.recording(job.batch.lengths) as recorded:
                     job.run(replay, recorded.rows)
 
             found[action.name] = error_of(replay_with_both_on), error_of(record_with_both_on)
@@ -227,6 +227,11 @@ def unset_router_fusion():
             job.run(replay, table.rows)
         oracle.remove()
         found["replayed"] = oracle.wrong, oracle.calls
+        found["outside"] = error_of(job.run)
+        batch = next(iter(job.batch.microbatches(table.rows)))
+        with replay.replaying(table), replay.microbatch(batch["rows"]):
+            output = job.chunks[0](batch["tokens"], batch["positions"], None)
+        found["late"] = error_of(output.mean().backward)
     found["after"] = error_of(job.run)
     found["configs_are_shared_again"] = all(r.config is job.config for r in routers(job))
     return found
@@ -240,11 +245,11 @@ def coverage_counts_what_the_caller_counts():
         table = random_table(job, replay.shape)
         batches = list(job.batch.microbatches(table.rows))
         found = {}
-        for name, counts_of in (("all", None), ("response", lambda rows: response(rows))):
+        for name, mask_of in (("all", None), ("response", lambda rows: response(rows))):
             with replay.replaying(table):
                 for batch in batches:
-                    counts = None if counts_of is None else counts_of(batch["rows"])
-                    with replay.microbatch(batch["rows"], counts=counts), torch.no_grad():
+                    mask = None if mask_of is None else mask_of(batch["rows"])
+                    with replay.microbatch(batch["rows"], mask=mask), torch.no_grad():
                         job.chunks[0](batch["tokens"], batch["positions"], None)
             metrics = replay.metrics()
             found[name] = [

@@ -41,7 +41,7 @@ EDGE_LIBRARIES = {
     "kernels": {"triton"},
     "rollout": {"httpx"},
     "sglang": {"sglang", "packaging"},
-    "megatron": {"megatron"},
+    "megatron": {"megatron", "packaging"},
 }
 
 

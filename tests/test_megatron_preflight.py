@@ -49,6 +49,7 @@ def test_a_plain_configuration_has_no_finding():
         ),
         ({"moe_n_hash_layers": 3}, "hash-layers", "released version"),
         ({"moe_expert_capacity_factor": 1.25}, "capacity", "without a capacity factor"),
+        ({"moe_expert_rank_capacity_factor": 1.5}, "rank-capacity", "without moe_paged_stash"),
         ({"moe_router_force_load_balancing": True}, "forced-routing", "benchmarks only"),
         ({"moe_router_force_biased": 0.5}, "forced-routing", "benchmarks only"),
         ({"cuda_graph_impl": "full_iteration"}, "cuda-graph", "--cuda-graph-modules"),
@@ -74,12 +75,17 @@ def test_what_would_replay_wrongly_is_an_error_with_a_fix(changes, name, fix):
         ({"moe_router_enable_expert_bias": True}, "expert-bias"),
         ({"mtp_num_layers": 1}, "mtp"),
         ({"moe_enable_routing_replay": True}, "stock-replay"),
-        ({"moe_token_dispatcher_type": "flex"}, "flex-dispatcher"),
     ],
 )
 def test_what_one_should_know_is_a_warning(changes, name):
     findings = preflight.examine(config(**changes), version=TESTED)
     assert names(findings) == [] and names(findings, is_error=False) == [name]
+
+
+def test_the_flex_dispatcher_needs_no_warning():
+    # It takes the top-k of the gates anew: another expert only where a gate is exactly 0, and that
+    # expert's output is multiplied by 0.
+    assert preflight.examine(config(moe_token_dispatcher_type="flex"), version=TESTED) == []
 
 
 def test_a_graph_of_the_attention_alone_is_fine():
@@ -102,14 +108,14 @@ def test_the_versions_are_those_of_make_test_versions():
     assert f"versions={preflight.TESTED_VERSIONS},".replace("'", '"') in source
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "0.20.0rc1", "1.0.0"])
 def test_an_unsupported_version_is_an_error_that_names_the_tested_ones(version):
     [finding] = preflight.examine(config(), version=version)
     assert finding.is_error and f"megatron-core {version} is not supported" in finding.what
     assert all(tested in finding.fix for tested in preflight.TESTED_VERSIONS)
 
 
-@pytest.mark.parametrize("version", ["0.16.2", "0.17.0", "0.19.99"])
+@pytest.mark.parametrize("version", ["0.16.2", "0.17.0", "0.19.0rc7", "0.19.2+d98e8a64", "0.19.99"])
 def test_an_untested_version_is_a_warning_that_names_the_tested_ones(version):
     [finding] = preflight.examine(config(), version=version)
     assert not finding.is_error and f"megatron-core {version} was not tested" in finding.what

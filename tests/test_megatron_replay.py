@@ -1,12 +1,10 @@
 """Replay on real Megatron: the matrix's representative part, and every failure with its error."""
 
-import functools
-
 import pytest
 import replay_cases
 import replay_failures
 import replay_matrix
-from megatron_worlds import run_world
+from megatron_worlds import run_world, selected
 
 # Representative of `make test-matrix`: each parallelism, each recomputation, each kind of router.
 IN_MAKE_TEST = {
@@ -78,9 +76,10 @@ def test_the_matrix_notices_a_planted_fault(fault):
     assert any("(b)" in text for text in wrong), wrong
 
 
-@functools.cache
-def raised():
-    [found] = run_world(replay_failures.provoke_all, 1)
+@pytest.fixture(scope="module")
+def raised(request):
+    """What the selected failures raised, of one spawned rank: `-k NAME` provokes that one alone."""
+    [found] = run_world(replay_failures.provoke, 1, selected(request, "name"))
     return found
 
 
@@ -91,6 +90,16 @@ def raised():
         ("rows_of_the_wrong_length", "ReplayError", "another number of tokens than token_rows"),
         ("rows_on_the_wrong_device", "ReplayError", "expected the CPU; got meta"),
         ("rows_of_the_wrong_type", "ReplayError", "expected an int64 tensor; got int32"),
+        ("mask_on_the_wrong_device", "ReplayError", "expected the CPU; got meta"),
+        ("mask_of_the_wrong_type", "ReplayError", "expected a bool tensor; got int64"),
+        ("mask_of_the_wrong_length", "ReplayError", "expected [2, 16], as token_rows; got [2, 15]"),
+        (
+            "leaving_a_microbatch_that_was_not_entered",
+            "ReplayError",
+            "expected replay.enter_microbatch(token_rows) before",
+        ),
+        ("a_mode_that_nobody_resolved", "ConfigError", "config.resolve(num_mini_batches)"),
+        ("a_sequence_without_tokens", "ReplayError", "at least 1; got [4, 0]"),
         (
             "table_of_fewer_layers",
             "TableError",
@@ -149,16 +158,16 @@ def raised():
         ("table_of_an_unfinished_recording", "ReplayError", "the recording is not complete"),
         ("only_one_of_two_chunks_runs", "ReplayError", "not every model chunk ran"),
         ("routers_built_twice", "PreflightError", "two routers claim one layer"),
-        ("a_chunk_left_out", "PreflightError", "not the model's MoE layers"),
+        ("a_chunk_left_out", "PreflightError", "not its MoE layers"),
         ("a_dense_model", "PreflightError", "no router that can replay"),
     ],
 )
-def test_a_failure_has_one_clear_error_and_leaves_the_model_stock(name, kind, message):
-    found_kind, text, is_stock = raised()[name]
+def test_a_failure_has_one_clear_error_and_leaves_the_model_stock(raised, name, kind, message):
+    found_kind, text, is_stock = raised[name]
     assert (found_kind, message in text) == (kind, True), f"{found_kind}: {text}"
     assert is_stock, f"after {name} the model is not stock"
 
 
 def test_every_provoked_failure_is_expected_above():
     marks = test_a_failure_has_one_clear_error_and_leaves_the_model_stock.pytestmark
-    assert {row[0] for row in marks[0].args[1]} == set(raised())
+    assert {row[0] for row in marks[0].args[1]} == set(replay_failures.FAILURES)

@@ -38,7 +38,7 @@ from megatron.core.transformer.module import Float16Module
 
 from recipes.model.model import build_model, transformer_config
 from recipes.model.weights import load_hf
-from routing_replay.megatron.replay import Replay, attach
+from routing_replay.megatron import Replay, attach
 from routing_replay.megatron.routers import find_routers
 
 BAR_WIDTH = 24

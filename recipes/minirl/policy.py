@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from recipes.model import parallel
 from recipes.model.model import transformer_config
 from routing_replay.errors import ConfigError
-from routing_replay.megatron.replay import attach
+from routing_replay.megatron import attach
 from routing_replay.megatron.router_shift import RouterShift
 from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
 from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
@@ -86,9 +87,13 @@ class Policy:
         self.model_config.finalize_model_grads_func = finalize_model_grads
         self.chunks = models.trained(self.model_config, self.layout, checkpoint, t)
         self.optimizer = models.optimizer_of(self.chunks, t, dtype)
-        self.replay = attach(self.chunks, config.replay)
-        needs = config.make_objective().needs
-        self.router_shift = RouterShift(self.replay) if "router_shift_T" in needs else None
+        has_router_shift = "router_shift_T" in config.make_objective().needs
+        replay = config.replay
+        if has_router_shift and replay.mode == "disabled":
+            # RSPO names its tokens by a recording's rows, even where no route is replayed.
+            replay = dataclasses.replace(replay, mode="R2")
+        self.replay = attach(self.chunks, replay)
+        self.router_shift = RouterShift(self.replay) if has_router_shift else None
         self.reference = None
         if config.needs_reference:
             folder = reference or checkpoint
@@ -315,7 +320,7 @@ class Policy:
         """Replay is attached to the policy's own chunks alone."""
         if chunks is not self.chunks:
             return contextlib.nullcontext()
-        return self.replay.microbatch(m.token_rows_BT, counts=m.mask_BT)
+        return self.replay.microbatch(m.token_rows_BT, mask=m.mask_BT)
 
     def _token_scores(self, microbatch: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
         return token_logprobs(

@@ -70,7 +70,7 @@ def looking_again(
             yield batch.token_rows(replayed)
     elif policy.router_shift is not None:
         # Live routing; the recording names the tokens, what it records is not used.
-        with policy.replay.recording((batch.lengths_S - 1).tolist()) as recorded:
+        with policy.replay.recording(batch.lengths_S.numpy()) as recorded:
             yield batch.token_rows(recorded)
     else:
         yield batch.token_rows(None)

@@ -19,7 +19,7 @@ import torch
 
 from recipes.model import parallel
 from routing_replay.errors import RoutingReplayError
-from routing_replay.megatron.recording import Recording
+from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, merge, to_floats
 from routing_replay.objectives import Objective
@@ -236,7 +236,7 @@ def score_old(
                 return policy.score(batch, token_rows_ST), table, token_rows_ST
         case "R2":
             old, recorded = score_and_record(policy, batch)
-            recorded_table = recorded.table(scratch / "recorded.safetensors")
+            recorded_table = recorded.own_table()  # an update cuts the batch as this pass did
             return old, recorded_table, batch.token_rows(recorded_table)
         case _ if policy.router_shift is not None:
             old, _ = score_and_record(policy, batch)
@@ -247,9 +247,8 @@ def score_old(
 
 def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
     """Scores under live routing, which is recorded."""
-    lengths = (batch.lengths_S - 1).tolist()
     with (
-        policy.replay.recording(lengths) as recorded,
+        policy.replay.recording(batch.lengths_S.numpy()) as recorded,
         policy.remembering_routers(recorded.num_rows),
     ):
         old = policy.score(batch, batch.token_rows(recorded))

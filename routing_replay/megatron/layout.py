@@ -13,7 +13,7 @@ from ..errors import ReplayError
 
 
 def as_rows(token_rows: torch.Tensor | np.ndarray, num_rows: int) -> np.ndarray:
-    """Validated `token_rows` as int64 [b, s].
+    """Return validated `token_rows` as int64 [b, s].
 
     Args:
         token_rows: int64, the local shape of `input_ids`: [b, s], or [T] for one packed sequence.
@@ -23,15 +23,7 @@ def as_rows(token_rows: torch.Tensor | np.ndarray, num_rows: int) -> np.ndarray:
     Raises:
         ReplayError: Another type, device or shape, or rows outside -1..num_rows-1.
     """
-    if isinstance(token_rows, torch.Tensor):
-        if token_rows.device.type != "cpu":
-            raise ReplayError(
-                "token_rows are on the wrong device",
-                expected="the CPU",
-                got=token_rows.device,
-                fix="Slice token_rows like input_ids, but leave them on the CPU",
-            )
-        token_rows = token_rows.numpy()
+    token_rows = _on_host("token_rows", token_rows)
     if not isinstance(token_rows, np.ndarray) or token_rows.dtype != np.int64:
         raise ReplayError(
             "token_rows are of the wrong type",
@@ -56,8 +48,47 @@ def as_rows(token_rows: torch.Tensor | np.ndarray, num_rows: int) -> np.ndarray:
     return token_rows
 
 
+def as_mask(mask: torch.Tensor | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a validated mask of a microbatch as bool [b, s].
+
+    Args:
+        mask: bool on the CPU: tokens that the metrics look at.
+        shape: Of `token_rows`.
+
+    Raises:
+        ReplayError: Another type, device or number of tokens.
+    """
+    mask = _on_host("the mask", mask)
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise ReplayError(
+            "the mask is of the wrong type",
+            expected="a bool tensor",
+            got=getattr(mask, "dtype", type(mask).__name__),
+        )
+    if mask.size != np.prod(shape):
+        raise ReplayError(
+            "the mask has the wrong shape",
+            expected=f"{list(shape)}, as token_rows",
+            got=list(mask.shape),
+        )
+    return mask.reshape(shape)
+
+
+def _on_host(name: str, values: torch.Tensor | np.ndarray) -> np.ndarray:
+    if not isinstance(values, torch.Tensor):
+        return values
+    if values.device.type != "cpu":
+        raise ReplayError(
+            f"{name} {'are' if name.endswith('s') else 'is'} on the wrong device",
+            expected="the CPU",
+            got=values.device,
+            fix="Slice it like input_ids, but leave it on the CPU: reading it back would wait",
+        )
+    return values.numpy()
+
+
 def router_order(values_BS: np.ndarray, tp_size: int, tp_rank: int) -> np.ndarray:
-    """Values per token [b, s] in the order in which this rank's routers see the tokens.
+    """Return values per token [b, s] in the order in which this rank's routers see the tokens.
 
     Megatron's hidden states are [s, b, h], flattened; under sequence parallelism each
     tensor-parallel rank holds a contiguous part of the s axis.

@@ -13,9 +13,9 @@ from ..metrics.agreement import (
     router_probs,
 )
 from ..routes.table import RouteTable
-from .passes import to_device
 from .routers import RouterSeam
 from .selection import LiveTopK
+from .transfers import to_device
 
 
 class AgreementSample:
@@ -25,11 +25,11 @@ class AgreementSample:
     sample and no sync. Tokens whose engine logits were captured are compared exactly as well.
 
     Args:
-        agreement: Where the sums go.
+        agreement: Sums of the comparison.
         table: The replayed routes, perhaps with gates and logits.
         layers: Global layers of the chunk.
         rows_T: Rows of the tokens in router order.
-        counts_T: bool, tokens that count (the response); None for all.
+        is_candidate_T: bool, replayed tokens that the metrics look at.
         max_tokens: Size of the sample; 0 takes all.
         device: Where the routers run.
     """
@@ -40,28 +40,28 @@ class AgreementSample:
         table: RouteTable,
         layers: tuple[int, ...],
         rows_T: np.ndarray,
-        counts_T: np.ndarray | None,
+        is_candidate_T: np.ndarray,
+        *,
         max_tokens: int,
         device: torch.device,
     ):
         self._agreement = agreement
         self._layers = layers
-        is_candidate_T = rows_T >= 0 if counts_T is None else (rows_T >= 0) & counts_T
         tokens_M = evenly_spaced(np.flatnonzero(is_candidate_T), max_tokens)
         rows_M = rows_T[tokens_M]
-        self._tokens_M = to_device(torch.from_numpy(tokens_M), device)
-        self._rows_M = to_device(torch.from_numpy(rows_M), device)
+        self._tokens_M = to_device(tokens_M, device)
+        self._rows_M = to_device(rows_M, device)
         gates_LMK = table.gather_gates(layers, rows_M)
-        self._gates_LMK = (
-            None if gates_LMK is None else to_device(torch.from_numpy(gates_LMK), device)
-        )
+        self._gates_LMK = None if gates_LMK is None else to_device(gates_LMK, device)
         self._valid_M = torch.ones(len(tokens_M), dtype=torch.bool, device=device)
-        self._find_logits(table, rows_T, is_candidate_T, device)
+        self._logits_LNE: torch.Tensor | None = None
+        self._logit_tokens_N: torch.Tensor | None = None
+        self._take_logits(table, rows_T, is_candidate_T, device)
 
     @torch.no_grad()
     def observe(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None:
         """Compare one router call; part of the forward pass, so nothing here waits."""
-        place = self._layers.index(seam.layer)
+        index = self._layers.index(seam.layer)
         if len(self._tokens_M):
             scores_ME = live.scores_TE.detach()[self._tokens_M]
             view = RouterView(
@@ -71,32 +71,39 @@ class AgreementSample:
                 probs_TE=probabilities(seam, scores_ME),
                 valid_T=self._valid_M,
                 token_rows_T=self._rows_M,
-                gate_probs_TK=None if self._gates_LMK is None else self._gates_LMK[place],
+                gate_probs_TK=None if self._gates_LMK is None else self._gates_LMK[index],
             )
             self._agreement.observe(seam.layer, view)
-        if self._logits_LNE is not None:
+        if self._logits_LNE is not None and self._logit_tokens_N is not None:
             scores_NE = live.scores_TE.detach()[self._logit_tokens_N]
             log_pi_NE = probabilities(seam, scores_NE).double().log()
             score_function = seam.router.score_function
-            log_mu_NE = log_router_probs(self._logits_LNE[place], score_function)
+            log_mu_NE = log_router_probs(self._logits_LNE[index], score_function)
             valid_N = torch.ones_like(self._logit_tokens_N, dtype=torch.bool)
             self._agreement.observe_kl(seam.layer, router_kl(log_mu_NE, log_pi_NE), valid_N)
 
-    def _find_logits(self, table, rows_T, is_candidate_T, device) -> None:
-        self._logits_LNE = self._logit_tokens_N = None
-        if table.logit_rows_N is None or not len(table.logit_rows_N):
+    def _take_logits(
+        self,
+        table: RouteTable,
+        rows_T: np.ndarray,
+        is_candidate_T: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        """Keep the engine's logits of the microbatch's tokens, where it sampled them."""
+        logit_rows_N, logits_NLE = table.logit_rows_N, table.logits_NLE
+        if logit_rows_N is None or logits_NLE is None or not len(logit_rows_N):
             return
-        at_T = np.searchsorted(table.logit_rows_N, rows_T).clip(max=len(table.logit_rows_N) - 1)
-        tokens_N = np.flatnonzero(is_candidate_T & (table.logit_rows_N[at_T] == rows_T))
+        at_T = np.searchsorted(logit_rows_N, rows_T).clip(max=len(logit_rows_N) - 1)
+        tokens_N = np.flatnonzero(is_candidate_T & (logit_rows_N[at_T] == rows_T))
         if len(tokens_N):
-            places = [table.shape.layers.index(layer) for layer in self._layers]
-            logits_LNE = table.logits_NLE[at_T[tokens_N]][:, places].swapaxes(0, 1)
-            self._logits_LNE = to_device(torch.from_numpy(np.ascontiguousarray(logits_LNE)), device)
-            self._logit_tokens_N = to_device(torch.from_numpy(tokens_N), device)
+            columns = [table.shape.layers.index(layer) for layer in self._layers]
+            logits_LNE = logits_NLE[at_T[tokens_N]][:, columns].swapaxes(0, 1)
+            self._logits_LNE = to_device(np.ascontiguousarray(logits_LNE), device)
+            self._logit_tokens_N = to_device(tokens_N, device)
 
 
 def probabilities(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
-    """The router's distribution over all experts, from what Megatron passes to its top-k."""
+    """Return the router's distribution over all experts, from what Megatron passes to its top-k."""
     router = seam.router
     if router.score_function == "softmax":
         form = "probs" if router.config.moe_router_pre_softmax else "logits"
@@ -105,7 +112,7 @@ def probabilities(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
 
 
 def evenly_spaced(tokens_C: np.ndarray, max_tokens: int) -> np.ndarray:
-    """At most `max_tokens` of the candidates, spread over all of them; 0 takes all."""
+    """Return at most `max_tokens` of the candidates, spread over all of them; 0 takes all."""
     if not max_tokens or len(tokens_C) <= max_tokens:
         return tokens_C
     return tokens_C[np.arange(max_tokens) * len(tokens_C) // max_tokens]

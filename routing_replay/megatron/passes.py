@@ -1,13 +1,14 @@
-"""A pass: one model chunk's forward over one microbatch, and its recomputation in backward.
+"""A forward pass: one model chunk over one microbatch, and its recomputation in backward.
 
-A pass is found by identity, never by order: in the forward it is the one whose chunk is running; in
-a backward it is the one whose output received the gradient.
+A pass is identified, never counted: in the forward it is the one whose chunk is running; in a
+backward it is the one whose output received the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,52 +17,81 @@ from ..errors import ReplayError, RoutesError
 from ..routes.routes import has_duplicates
 from ..routes.table import RouteTable
 from .routers import RouterSeam
-from .selection import LiveTopK, Selection, replay
+from .selection import LiveTopK, Selection, select
+from .transfers import compact_dtype, to_device, to_host
+
+
+class Observer(Protocol):
+    """Compares live with replayed routes during a replaying pass."""
+
+    def observe(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None: ...
 
 
 @dataclass(kw_only=True)
-class Pass:
-    """What every pass is and counts.
+class ForwardPass:
+    """Base of all passes; this one routes live.
 
     Args:
         number: Of the microbatch within its scope and chunk.
         chunk: Index of the model chunk on this rank.
         layers: Global layers of the chunk's routers.
         rows_T: Rows of the tokens in router order, -1 for live; host memory.
-        counts_T: bool, tokens that the metrics look at; None for all.
+        mask_T: bool, tokens that the metrics look at; None for all.
     """
 
     number: int
     chunk: int
     layers: tuple[int, ...]
     rows_T: np.ndarray
-    counts_T: np.ndarray | None = None
+    mask_T: np.ndarray | None = None
     is_closed: bool = False
     forward_calls: dict[int, int] = field(default_factory=dict)
     recompute_calls: dict[int, int] = field(default_factory=dict)
+
+    # Whether the receipt accounts for it.
+    is_counted: ClassVar[bool] = True
 
     @property
     def where(self) -> str:
         return f"chunk {self.chunk}, microbatch {self.number}"
 
+    @property
+    def promised_T(self) -> np.ndarray:
+        """Tokens whose row promises a replay; bool."""
+        return np.zeros(len(self.rows_T), np.bool_)
+
+    def num_replayed(self, layer: int) -> int:
+        """Tokens that took replayed experts in the forward of a layer."""
+        return 0
+
+    def recorded(self) -> Mapping[int, torch.Tensor]:
+        """Live ids [T, K] that the pass kept, by layer, on the host."""
+        return {}
+
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
-        """The selection of one router call."""
+        """Return the selection of one router call."""
         self._count(seam, live, is_recompute)
         return seam.stock(live)
 
     def end_forward(self) -> None:
         """The chunk's forward has returned."""
 
+    def release(self) -> None:
+        """Free the device memory: no recomputation of this pass can follow."""
+
+    def close(self) -> None:
+        """The scope is over: a recomputation that still comes is an error."""
+        self.is_closed = True
+        self.release()
+
+    def begin_backward(self) -> None:
+        """The gradient of the output arrived."""
+
     def _count(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> None:
         where = f"layer {seam.layer}, {self.where}"
         seam.require_idle_stock(where)
         if self.is_closed:
-            raise ReplayError(
-                "a forward is recomputed after its scope was closed",
-                expected="backward within `with replay.replaying(...)`",
-                where=where,
-                fix="Run the whole forward-backward schedule inside the scope",
-            )
+            raise late_backward(where)
         if live.scores_TE.shape[0] != len(self.rows_T):
             raise ReplayError(
                 "the router sees another number of tokens than token_rows name",
@@ -82,119 +112,187 @@ class Pass:
             )
 
 
-class LivePass(Pass):
-    """A forward that routes live within a scope: nothing is promised, so nothing is counted."""
+class LivePass(ForwardPass):
+    """A forward that routes live within a scope: it promises nothing, so nothing is counted."""
+
+    is_counted = False
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         return seam.stock(live)
 
 
 @dataclass(kw_only=True)
-class RecordingPass(Pass):
-    """Selects live and keeps the ids, in the compact dtype, for a table (R2)."""
+class RecordingPass(ForwardPass):
+    """Selects live and keeps the ids for a table (R2)."""
 
-    num_experts: int
-    recorded: dict[int, torch.Tensor] = field(default_factory=dict)
+    record: LiveRecord
+
+    def recorded(self) -> Mapping[int, torch.Tensor]:
+        return self.record.by_layer()
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         self._count(seam, live, is_recompute)
         selection = seam.stock(live)
         if not is_recompute:
-            self.recorded[seam.layer] = compact(selection[1], self.num_experts)
+            self.record.put(seam.layer, selection[1])
         return selection
 
     def end_forward(self) -> None:
-        self.recorded = {layer: _to_host(ids_TK) for layer, ids_TK in self.recorded.items()}
+        self.record.move_to_host()
 
 
 @dataclass(kw_only=True)
-class ReplayingPass(Pass):
+class ReplayingPass(ForwardPass):
     """Replays the table's rows; live selection for the tokens without one.
 
     Device memory: the microbatch's ids of the chunk's layers in the compact dtype, until the
     pass is released; one layer's slice is widened at use.
+
+    Args:
+        table: The routes.
+        num_experts: Of the model.
+        device: Where the routers run.
+        record: Keeps the live ids of the same pass; None keeps none.
+        observer: Compares live with replayed routes; None compares nothing.
+        is_unfused: The router's fused kernel comes back when the scope closes, so that a late
+            recomputation would bypass us.
     """
 
     table: RouteTable
-    seams: Sequence[RouterSeam]
+    num_experts: int
     device: torch.device
-    record_live: bool = False
-    num_experts: int = 0
-    observer: object | None = None
-    live_ids: dict[int, torch.Tensor] = field(default_factory=dict)
-    num_replayed: dict[int, int] = field(default_factory=dict)
+    record: LiveRecord | None = None
+    observer: Observer | None = None
+    is_unfused: bool = False
+    _live_choices: dict[int, torch.Tensor] = field(default_factory=dict)
+    _replayed_layers: set[int] = field(default_factory=set)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids_LTK = self.table.gather(self.layers, self.rows_T)
         self._require_selections(ids_LTK)
-        ids_LTK = torch.from_numpy(ids_LTK)
-        if ids_LTK.dtype == torch.uint16:
-            ids_LTK = ids_LTK.view(torch.int16)  # ids stay below 2**15; few kernels take uint16
-        self._ids_LTK = to_device(ids_LTK, self.device)
+        if ids_LTK.dtype == np.uint16:
+            ids_LTK = ids_LTK.view(np.int16)
+        self._ids_LTK: torch.Tensor | None = to_device(ids_LTK, self.device)
         live_F = np.flatnonzero(self.rows_T < 0)
         self._num_live = len(live_F)
-        self._live_F = to_device(torch.from_numpy(live_F), self.device) if len(live_F) else None
+        self._live_F = to_device(live_F, self.device) if len(live_F) else None
+
+    @property
+    def promised_T(self) -> np.ndarray:
+        return self.rows_T >= 0
+
+    def num_replayed(self, layer: int) -> int:
+        return len(self.rows_T) - self._num_live if layer in self._replayed_layers else 0
+
+    def recorded(self) -> Mapping[int, torch.Tensor]:
+        return {} if self.record is None else self.record.by_layer()
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         self._count(seam, live, is_recompute)
+        assert self._ids_LTK is not None, "a router ran after its pass was released"
         ids_TK = self._ids_LTK[self.layers.index(seam.layer)].long()
+        if self._live_F is not None:
+            ids_MK = self._live_choice(seam.layer, live, self._live_F, is_recompute)
+            ids_TK = ids_TK.index_copy(0, self._live_F, ids_MK)
         if not is_recompute:
-            self.num_replayed[seam.layer] = len(self.rows_T) - self._num_live
+            self._replayed_layers.add(seam.layer)
             self._look_at_live(seam, live, ids_TK)
         # The rollout's slots stay as the engine ordered them, alike in every pass. The trainer's
         # own take the order that a stock pass with gradients has, so that sums round alike; a
         # no-grad pass recorded them in the order that a stock pass without gradients has.
         keep_slots = self.table.source == "rollout" or not torch.is_grad_enabled()
-        return replay(live, ids_TK, self._live_F, keep_slots)
+        return select(live.scores_TE, ids_TK, keep_slots)
 
     def end_forward(self) -> None:
-        self.live_ids = {layer: _to_host(ids_TK) for layer, ids_TK in self.live_ids.items()}
+        if self.record is not None:
+            self.record.move_to_host()
 
     def release(self) -> None:
-        """Free the device memory: no recomputation of this pass can follow."""
         self._ids_LTK = None
         self._live_F = None
+        self._live_choices.clear()
+
+    def begin_backward(self) -> None:
+        if self.is_closed and self.is_unfused:
+            raise late_backward(self.where)
+
+    def _live_choice(
+        self, layer: int, live: LiveTopK, live_F: torch.Tensor, is_recompute: bool
+    ) -> torch.Tensor:
+        """Ids of the live tokens. A recomputation takes the forward's: where sums round
+        otherwise a near tie could flip, and the gradient would belong to other experts."""
+        if is_recompute:
+            return self._live_choices[layer].long()
+        ids_MK = live.ids_of(live_F)
+        self._live_choices[layer] = ids_MK.to(compact_dtype(self.num_experts))
+        return ids_MK
 
     def _require_selections(self, ids_LTK: np.ndarray) -> None:
-        """The rows are checked where they are used: a table may have changed since it was built."""
+        """Check the rows where they are used: a table may have changed since it was built."""
         wrong_LT = has_duplicates(ids_LTK)
         if ids_LTK.max(initial=0) >= self.num_experts:
             wrong_LT |= (ids_LTK >= self.num_experts).any(axis=2)
         wrong_LT &= self.rows_T >= 0
         if not wrong_LT.any():
             return
-        place, token = np.argwhere(wrong_LT)[0]
+        index, token = np.argwhere(wrong_LT)[0]
         raise RoutesError(
             "a row of the table is no selection of experts",
             expected=f"{ids_LTK.shape[2]} distinct experts below {self.num_experts}",
-            got=ids_LTK[place, token].tolist(),
-            where=f"row {self.rows_T[token]}, layer {self.layers[place]}, {self.table.where}",
+            got=ids_LTK[index, token].tolist(),
+            where=f"row {self.rows_T[token]}, layer {self.layers[index]}, {self.table.where}",
             fix="Build tables with RouteTable.from_routes, which checks; change none afterwards",
         )
 
     def _look_at_live(self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor) -> None:
-        if self.record_live:
+        if self.record is not None:
             with torch.no_grad():
-                self.live_ids[seam.layer] = compact(seam.stock(live)[1], self.num_experts)
+                self.record.put(seam.layer, seam.stock(live)[1])
         if self.observer is not None:
             self.observer.observe(seam, live, ids_TK)
 
 
-def compact(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Ids in one byte, or two (int16: few kernels take uint16, and ids stay below 2**15)."""
-    return ids_TK.to(torch.uint8 if num_experts <= 256 else torch.int16)
+class LiveRecord:
+    """The live ids of one pass: one buffer for all layers, so that one copy brings them home.
+
+    A copy for each layer would pin one host buffer per layer and microbatch: tens of thousands.
+
+    Args:
+        layers: Of the chunk.
+        num_experts: Of the model.
+    """
+
+    def __init__(self, layers: tuple[int, ...], num_experts: int):
+        self._layers = layers
+        self._dtype = compact_dtype(num_experts)
+        self._ids_LTK: torch.Tensor | None = None
+        self._seen: list[int] = []
+
+    def put(self, layer: int, ids_TK: torch.Tensor) -> None:
+        """Keep the ids of one layer; nothing waits."""
+        if self._ids_LTK is None:
+            shape = (len(self._layers), *ids_TK.shape)
+            self._ids_LTK = torch.empty(shape, dtype=self._dtype, device=ids_TK.device)
+        self._ids_LTK[self._layers.index(layer)].copy_(ids_TK)
+        self._seen.append(layer)
+
+    def move_to_host(self) -> None:
+        """Free the device's buffer; synchronise before reading."""
+        if self._ids_LTK is not None:
+            self._ids_LTK = to_host(self._ids_LTK)
+
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        """[T, K] by layer."""
+        if self._ids_LTK is None:
+            return {}
+        return {layer: self._ids_LTK[self._layers.index(layer)] for layer in self._seen}
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Host to device without making the host wait."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-def _to_host(values: torch.Tensor) -> torch.Tensor:
-    """Device to pinned host memory, enqueued: whoever reads it synchronises first."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
+def late_backward(where: str) -> ReplayError:
+    """Return the error for a backward that comes after its scope."""
+    return ReplayError(
+        "a forward is recomputed after its scope was closed",
+        expected="backward within `with replay.replaying(...)`",
+        where=where,
+        fix="Run the whole forward-backward schedule inside the scope",
+    )

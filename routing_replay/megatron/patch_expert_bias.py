@@ -30,12 +30,12 @@ def install(router: TopKRouter, is_active: Callable[[], bool]) -> None:
     """
     if not router.enable_expert_bias:
         return
-    found = list(inspect.signature(TopKRouter._apply_expert_bias).parameters)
-    if found != _SIGNATURE:
+    signature = list(inspect.signature(TopKRouter._apply_expert_bias).parameters)
+    if signature != _SIGNATURE:
         raise PreflightError(
             "this megatron-core counts expert loads in another way",
             expected=f"TopKRouter._apply_expert_bias({', '.join(_SIGNATURE)})",
-            got=found,
+            got=signature,
             fix="Install one of the tested versions, or train without a padding mask",
         )
     router._apply_expert_bias = functools.partial(_count, router, is_active)

@@ -9,75 +9,53 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import Version
 
 from ..config import ReplayConfig
 from ..errors import PreflightError
+from ..findings import Finding
 
 # `make test-versions` passed on these. Others within the range may work; beyond it the seam is
 # missing, or unknown.
 TESTED_VERSIONS = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
-OLDEST, NEWEST = (0, 16, 1), (0, 20)
+OLDEST, NEWEST = Version("0.16.1"), Version("0.20")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One result of the preflight.
-
-    Args:
-        name: Short stable name, for scripts.
-        is_error: Replay would be wrong (True), or only something to know (False).
-        what: What was found.
-        cause: Why it matters.
-        fix: What to do.
-    """
-
-    name: str
-    is_error: bool
-    what: str
-    cause: str
-    fix: str
-
-    def __str__(self):
-        kind = "error" if self.is_error else "warning"
-        return f"{kind} {self.name}: {self.what}. {self.cause}. {self.fix}"
-
-
-Rule = Callable[[object, ReplayConfig], Iterator[Finding]]
+Rule = Callable[[Any, ReplayConfig], Iterator[Finding]]
 RULES: list[Rule] = []
 
 
 def rule(function: Rule) -> Rule:
+    """Add a rule to the preflight."""
     RULES.append(function)
     return function
 
 
-def examine(model_config, config: ReplayConfig | None = None, version: str | None = None):
-    """All findings, errors first.
+def examine(
+    model_config: object, config: ReplayConfig | None = None, version: str | None = None
+) -> list[Finding]:
+    """Return all findings, errors first.
 
     Args:
         model_config: TransformerConfig, or any object with Megatron's argument names.
         config: Replay settings.
         version: Version of megatron-core; None reads the installed one.
     """
-    found = [f for r in RULES for f in r(model_config, config or ReplayConfig())]
-    found += list(_version(version or _installed_version()))
-    return sorted(found, key=lambda f: not f.is_error)
+    findings = [f for r in RULES for f in r(model_config, config or ReplayConfig())]
+    findings += _version(version or _installed_version())
+    return sorted(findings, key=lambda finding: finding.rank)
 
 
-def require(model_config, config: ReplayConfig) -> None:
+def require(model_config: object, config: ReplayConfig) -> None:
     """Raise PreflightError on the first error; warn of the rest."""
     for finding in examine(model_config, config):
         if finding.is_error:
-            raise PreflightError(
-                f"{finding.what} ({finding.name})",
-                where=finding.cause,
-                fix=finding.fix,
-            )
+            raise finding.to_error(PreflightError)
         warnings.warn(str(finding), stacklevel=3)
 
 
-def _get(config, *names, default=None):
+def _get(config: object, *names: str, default: Any = None) -> Any:
     """The first attribute that exists: TransformerConfig and arguments differ in a few names."""
     for name in names:
         if hasattr(config, name):
@@ -86,11 +64,11 @@ def _get(config, *names, default=None):
 
 
 @rule
-def _dense_model(config, _):
+def _dense_model(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if not any(hasattr(config, name) for name in ("num_moe_experts", "num_experts")):
         yield Finding(
             name="no-moe-settings",
-            is_error=True,
+            level="error",
             what="the configuration names neither num_moe_experts nor num_experts",
             cause="It is another file, or Megatron's settings lie deeper in it",
             fix="Give the mapping that holds Megatron's names itself, such as moe_router_topk",
@@ -98,7 +76,7 @@ def _dense_model(config, _):
     elif not _get(config, "num_moe_experts", "num_experts"):
         yield Finding(
             name="dense-model",
-            is_error=True,
+            level="error",
             what="the model has no experts",
             cause="There is no route to replay",
             fix="Leave routing replay disabled for dense models",
@@ -106,11 +84,11 @@ def _dense_model(config, _):
 
 
 @rule
-def _router_fusion(config, replay):
+def _router_fusion(config: Any, replay: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_router_fusion") and not replay.unset_router_fusion:
         yield Finding(
             name="router-fusion",
-            is_error=True,
+            level="error",
             what="moe_router_fusion is on",
             cause="The fused kernel selects experts itself and never asks for replayed ones",
             fix="Drop --moe-router-fusion, or set unset_router_fusion to unset it while attached",
@@ -118,13 +96,13 @@ def _router_fusion(config, replay):
 
 
 @rule
-def _balancing(config, _):
+def _balancing(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     types = _get(config, "moe_router_load_balancing_type", default="none")
     for kind in [types] if isinstance(types, str) else types:
         if kind in ("sinkhorn", "quantile_balancing"):
             yield Finding(
                 name=kind.replace("_", "-"),
-                is_error=True,
+                level="error",
                 what=f"moe_router_load_balancing_type is {kind}",
                 cause="This router chooses experts by its own algorithm, not by the top-k seam",
                 fix="Train with aux_loss, seq_aux_loss, expert bias or none",
@@ -132,11 +110,11 @@ def _balancing(config, _):
 
 
 @rule
-def _hash_layers(config, _):
+def _hash_layers(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_n_hash_layers"):
         yield Finding(
             name="hash-layers",
-            is_error=True,
+            level="error",
             what=f"the first {config.moe_n_hash_layers} layers route by a hash of the token",
             cause="They never ask for replayed experts; no released megatron-core has them",
             fix="Use a released version, in which every MoE layer has a learned router",
@@ -144,37 +122,33 @@ def _hash_layers(config, _):
 
 
 @rule
-def _flex(config, _):
-    if _get(config, "moe_token_dispatcher_type") == "flex":
-        yield Finding(
-            name="flex-dispatcher",
-            is_error=False,
-            what="moe_token_dispatcher_type is flex",
-            cause="It finds the experts anew as the top-k of the gates: a replayed expert whose "
-            "gate underflows to 0 is lost, after our receipt",
-            fix="Use alltoall, or keep --moe-router-dtype fp32 and watch live_mass",
-        )
-
-
-@rule
-def _capacity(config, _):
+def _capacity(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_expert_capacity_factor") is not None:
         yield Finding(
             name="capacity",
-            is_error=True,
+            level="error",
             what="moe_expert_capacity_factor is set",
             cause="Tokens beyond the capacity are dropped after replay chose their experts",
             fix="Train without a capacity factor; inference engines drop no tokens",
         )
+    if _get(config, "moe_expert_rank_capacity_factor") is not None:
+        yield Finding(
+            name="rank-capacity",
+            level="error",
+            what="moe_expert_rank_capacity_factor is set",
+            cause="The dispatcher drops tokens beyond a rank's budget after replay chose their "
+            "experts; with moe_paged_stash an overflow also runs the step a second time",
+            fix="Train without a rank capacity factor, and so without moe_paged_stash",
+        )
 
 
 @rule
-def _random_logits(config, _):
+def _random_logits(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     forced = _get(config, "moe_router_force_biased") is not None
     if forced or _get(config, "moe_router_force_load_balancing"):
         yield Finding(
             name="forced-routing",
-            is_error=True,
+            level="error",
             what="the router's logits are replaced by random ones (moe_router_force_...)",
             cause="Gates of replayed experts would be random",
             fix="These options are for benchmarks only: drop them",
@@ -182,21 +156,21 @@ def _random_logits(config, _):
 
 
 @rule
-def _cuda_graphs(config, _):
+def _cuda_graphs(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     impl = _get(config, "cuda_graph_impl", default="none")
     old = _get(config, "enable_cuda_graph") or _get(config, "external_cuda_graph")
     if (impl in (None, "none") and not old) or not _captures_router(config, impl):
         return
     yield Finding(
         name="cuda-graph",
-        is_error=True,
+        level="error",
         what="a CUDA graph captures the router",
         cause="The graph would replay the routes that were present when it was captured",
         fix="Leave moe and moe_router out of --cuda-graph-modules (attn alone is fine)",
     )
 
 
-def _captures_router(config, impl) -> bool:
+def _captures_router(config: Any, impl: str | None) -> bool:
     modules = _get(config, "cuda_graph_modules", "cuda_graph_scope", default="full")
     modules = [modules] if isinstance(modules, str) or modules is None else modules
     names = {str(getattr(m, "name", m)).lower() for m in modules}
@@ -205,11 +179,11 @@ def _captures_router(config, impl) -> bool:
 
 
 @rule
-def _expert_overlap(config, _):
+def _expert_overlap(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "overlap_moe_expert_parallel_comm"):
         yield Finding(
             name="expert-overlap",
-            is_error=True,
+            level="error",
             what="overlap_moe_expert_parallel_comm is on",
             cause="Its schedule runs layers of two microbatches interleaved, outside the model's "
             "forward, so a router cannot tell whose tokens it sees",
@@ -218,11 +192,11 @@ def _expert_overlap(config, _):
 
 
 @rule
-def _jitter(config, _):
+def _jitter(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_input_jitter_eps") is not None:
         yield Finding(
             name="input-jitter",
-            is_error=False,
+            level="warning",
             what="moe_input_jitter_eps is set",
             cause="The gates of replayed experts are noisy, and differ between passes",
             fix="Drop --moe-input-jitter-eps for reinforcement learning",
@@ -230,11 +204,11 @@ def _jitter(config, _):
 
 
 @rule
-def _statistics(config, _):
+def _statistics(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_router_enable_expert_bias"):
         yield Finding(
             name="expert-bias",
-            is_error=False,
+            level="warning",
             what="the expert bias is updated from replayed loads",
             cause="Megatron counts the dispatched tokens, which are the replayed ones",
             fix="Set --moe-router-bias-update-rate 0 to keep the rollout's bias",
@@ -242,11 +216,11 @@ def _statistics(config, _):
 
 
 @rule
-def _stock_replay(config, _):
+def _stock_replay(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "moe_enable_routing_replay"):
         yield Finding(
             name="stock-replay",
-            is_error=False,
+            level="warning",
             what="moe_enable_routing_replay is set: Megatron's own replay objects exist as well",
             cause="They work outside our scopes; switched on inside one they raise a ReplayError",
             fix="Drop --moe-enable-routing-replay: routing_replay does not need it",
@@ -254,11 +228,11 @@ def _stock_replay(config, _):
 
 
 @rule
-def _mtp(config, _):
+def _mtp(config: Any, _: ReplayConfig) -> Iterator[Finding]:
     if _get(config, "mtp_num_layers"):
         yield Finding(
             name="mtp",
-            is_error=False,
+            level="warning",
             what="the model has multi-token-prediction layers",
             cause="No engine returns routes for them: their routers always route live",
             fix="Nothing to do; the receipt covers the decoder's layers",
@@ -266,12 +240,13 @@ def _mtp(config, _):
 
 
 def _version(version: str) -> Iterator[Finding]:
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     tested = ", ".join(TESTED_VERSIONS)
-    if numbers < OLDEST or numbers >= NEWEST:
+    # A release candidate has its release's seam; a build of a commit says so after a plus.
+    release = Version(Version(version).base_version)
+    if release < OLDEST or release >= NEWEST:
         yield Finding(
             name="version",
-            is_error=True,
+            level="error",
             what=f"megatron-core {version} is not supported",
             cause="The replay seam of TopKRouter exists from 0.16.1 and was read up to 0.19",
             fix=f"Install one of the tested versions: {tested}",
@@ -279,9 +254,9 @@ def _version(version: str) -> Iterator[Finding]:
     elif version not in TESTED_VERSIONS:
         yield Finding(
             name="version",
-            is_error=False,
+            level="warning",
             what=f"megatron-core {version} was not tested",
-            cause="Its replay seam is the one that we know, but the suite did not run on it",
+            cause="Its replay seam is the known one, but the suite did not run on it",
             fix=f"Tested versions: {tested}",
         )
 

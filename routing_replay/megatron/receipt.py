@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ReplayError
 from ..metrics.typed import Mean, Metric, Sum
-from .passes import Pass, ReplayingPass
+from .passes import ForwardPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class ReceiptLine:
         num_tokens: Tokens that the router saw: replayed + live.
         num_expected: Tokens whose row promised a replay.
         num_replayed: Tokens that took the replayed experts.
-        num_counted: Tokens that the metrics look at (`counts` of the microbatch; all if None).
-        num_counted_replayed: Those of them that took the replayed experts.
+        num_masked: Tokens that the metrics look at (`mask` of the microbatch; all if None).
+        num_masked_replayed: Those of them that took the replayed experts.
         num_forwards: Forward passes; right is 1.
         num_recomputes: Recomputations in backward; right is 0 or 1.
     """
@@ -39,8 +39,8 @@ class ReceiptLine:
     num_tokens: int
     num_expected: int
     num_replayed: int
-    num_counted: int
-    num_counted_replayed: int
+    num_masked: int
+    num_masked_replayed: int
     num_forwards: int
     num_recomputes: int
 
@@ -64,9 +64,9 @@ class Receipt:
     lines: tuple[ReceiptLine, ...]
 
     @classmethod
-    def of(cls, passes: Iterable[Pass]) -> Receipt:
-        """The receipt of a scope's passes."""
-        return cls(lines=tuple(line for p in passes for line in _lines(p)))
+    def of(cls, passes: Iterable[ForwardPass]) -> Receipt:
+        """Return the receipt of a scope's passes."""
+        return cls(lines=tuple(line for one in passes for line in _lines(one)))
 
     def check(self, rank: int) -> None:
         """Raise ReplayError unless every layer of every microbatch was replayed exactly once."""
@@ -85,24 +85,24 @@ class Receipt:
         )
 
     def metrics(self) -> dict[str, Metric]:
-        """`routing_replay/{coverage,fallback_fraction,replayed_rows,passes}`, typed.
+        """Return `routing_replay/{coverage,fallback_fraction,replayed_rows,passes}`, typed.
 
-        coverage and fallback_fraction are over the tokens that count (`counts` of a microbatch:
-        neither padding nor, usually, prompts), or over all that routers saw if none were given.
+        coverage and fallback_fraction are over the tokens of each microbatch's `mask` (neither
+        padding nor, usually, prompts), or over all that routers saw without one.
         """
-        num_counted = sum(line.num_counted for line in self.lines)
-        num_covered = sum(line.num_counted_replayed for line in self.lines)
+        num_masked = sum(line.num_masked for line in self.lines)
+        num_covered = sum(line.num_masked_replayed for line in self.lines)
         num_replayed = sum(line.num_replayed for line in self.lines)
         num_forwards = sum(line.num_forwards for line in self.lines)
         return {
-            "routing_replay/coverage": _mean(num_covered, num_counted),
-            "routing_replay/fallback_fraction": _mean(num_counted - num_covered, num_counted),
+            "routing_replay/coverage": _mean(num_covered, num_masked),
+            "routing_replay/fallback_fraction": _mean(num_masked - num_covered, num_masked),
             "routing_replay/replayed_rows": Sum(total=torch.tensor(float(num_replayed))),
             "routing_replay/passes": Sum(total=torch.tensor(float(num_forwards))),
         }
 
     def table(self) -> str:
-        """The lines as text, one row per layer, summed over the microbatches."""
+        """Return the lines as text, one row per layer, summed over the microbatches."""
         heading = ("layer", "passes", "tokens", "expected", "replayed", "live", "recomputed")
         sums: dict[int, list[int]] = {}
         for line in self.lines:
@@ -119,26 +119,24 @@ class Receipt:
         return _text(heading, sums)
 
 
-def _lines(p: Pass) -> Iterable[ReceiptLine]:
-    is_replaying = isinstance(p, ReplayingPass)
-    promised_T = (p.rows_T >= 0) & is_replaying
-    num_expected = int(promised_T.sum())
-    counts_T = np.ones(len(p.rows_T), bool) if p.counts_T is None else p.counts_T
-    num_counted_promised = int((promised_T & counts_T).sum())
-    for layer in p.layers:
-        num_replayed = p.num_replayed.get(layer, 0) if is_replaying else 0
+def _lines(one: ForwardPass) -> Iterable[ReceiptLine]:
+    promised_T = one.promised_T
+    mask_T = np.ones(len(one.rows_T), np.bool_) if one.mask_T is None else one.mask_T
+    num_masked_promised = int((promised_T & mask_T).sum())
+    for layer in one.layers:
+        num_replayed = one.num_replayed(layer)
         yield ReceiptLine(
             layer=layer,
-            chunk=p.chunk,
-            microbatch=p.number,
-            num_tokens=len(p.rows_T),
-            num_expected=num_expected,
+            chunk=one.chunk,
+            microbatch=one.number,
+            num_tokens=len(one.rows_T),
+            num_expected=int(promised_T.sum()),
             num_replayed=num_replayed,
-            num_counted=int(counts_T.sum()),
+            num_masked=int(mask_T.sum()),
             # All that were promised, or none: a router replays a microbatch as a whole.
-            num_counted_replayed=num_counted_promised if num_replayed else 0,
-            num_forwards=p.forward_calls.get(layer, 0),
-            num_recomputes=p.recompute_calls.get(layer, 0),
+            num_masked_replayed=num_masked_promised if num_replayed else 0,
+            num_forwards=one.forward_calls.get(layer, 0),
+            num_recomputes=one.recompute_calls.get(layer, 0),
         )
 
 

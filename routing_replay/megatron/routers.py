@@ -1,4 +1,4 @@
-"""Finding a model's routers, and the object that stands at each router's replay seam.
+"""The routers of a model, and the object that stands at each router's replay seam.
 
 Megatron reads `TopKRouter.router_replay` at call time and asks it for the top-k (megatron-core 0.16
 and later). We assign our own object there: no flag, no global list, no monkey-patch.
@@ -6,9 +6,12 @@ and later). We assign our own object there: no flag, no global list, no monkey-p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from ..errors import PreflightError, ReplayError
 from ..routes.shape import MoEShape
+from .layout import router_order
 from .selection import LiveTopK, Selection
 
 
@@ -23,41 +27,49 @@ class RouterSeam:
     """Stands in `TopKRouter.router_replay`: identity of the router, and who selects for it.
 
     Args:
-        router: The stock router.
-        chunk: Index of its model chunk on this rank.
-        layer: Global 0-based layer index.
-        name: Module path, for messages.
+        entry: The stock router, its chunk and layer.
         select: Called as `select(seam, live)` for every top-k of the router.
     """
 
-    def __init__(
-        self,
-        router: TopKRouter,
-        chunk: int,
-        layer: int,
-        name: str,
-        select: Callable[[RouterSeam, LiveTopK], Selection],
-    ):
-        self.router = router
-        self.chunk = chunk
-        self.layer = layer
-        self.layer_number = layer + 1  # Megatron sets and shows this 1-based name
-        self.name = name
+    def __init__(self, entry: RouterEntry, select: Callable[[RouterSeam, LiveTopK], Selection]):
+        self.router = entry.router
+        self.chunk = entry.chunk
+        self.layer = entry.layer
+        self.layer_number = entry.layer + 1  # Megatron sets and shows this 1-based name
+        self.name = entry.name
         self._select = select
-        self._stock = router.router_replay
-        self._stock_config = router.config
+        self._stock = entry.router.router_replay
+        self._stock_config = entry.router.config
 
     def install(self) -> None:
         self.router.router_replay = self
 
     def remove(self) -> None:
         self.router.router_replay = self._stock
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the stock router selects in a fused kernel, which asks no seam."""
+        return bool(self._stock_config.moe_router_fusion)
+
+    def unfuse(self) -> None:
+        """Route through the seam; the configuration is the model's own, so this takes a copy."""
+        if self.is_fused:
+            self.router.config = copy.copy(self._stock_config)
+            self.router.config.moe_router_fusion = False
+
+    def restore_fusion(self) -> None:
         self.router.config = self._stock_config
 
     def get_replay_topk(
-        self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Any = None,
     ) -> Selection:
-        """Megatron's seam, unchanged from 0.16.1 on."""
+        """Select for Megatron; its signature is unchanged from 0.16.1 on."""
         return self._select(
             self, LiveTopK(scores, topk, num_groups, group_topk, default_compute_topk)
         )
@@ -75,7 +87,7 @@ class RouterSeam:
             )
 
     def stock(self, live: LiveTopK) -> Selection:
-        """What happens without us: Megatron's own replay object if it has one, else top-k."""
+        """Select as without us: by Megatron's own replay object if it has one, else by top-k."""
         if self._stock is None:
             return live()
         return self._stock.get_replay_topk(
@@ -84,8 +96,15 @@ class RouterSeam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundRouter:
-    """A router of the live module tree."""
+class RouterEntry:
+    """A router of the live module tree.
+
+    Args:
+        router: The module.
+        chunk: Index of its model chunk on this rank.
+        layer: Global 0-based layer index.
+        name: Module path, for messages.
+    """
 
     router: TopKRouter
     chunk: int
@@ -93,46 +112,79 @@ class FoundRouter:
     name: str
 
 
-def find_routers(model_chunks: Sequence[torch.nn.Module]) -> list[FoundRouter]:
-    """All decoder routers of this rank's model chunks, by walking the live modules.
+@dataclass(frozen=True, kw_only=True)
+class ChunkRouters:
+    """What a pass must know of one model chunk's routers.
+
+    Args:
+        chunk: Index of the model chunk on this rank.
+        layers: Their global layers.
+        tp_size: Ranks that share a sequence: 1 without sequence parallelism.
+        tp_rank: This rank among them.
+        device: Where the routers run.
+        is_unfused: Their fused kernels are off inside scopes only.
+    """
+
+    chunk: int
+    layers: tuple[int, ...]
+    tp_size: int
+    tp_rank: int
+    device: torch.device
+    is_unfused: bool = False
+
+    def order(self, values_BS: np.ndarray) -> np.ndarray:
+        """Values per token of the microbatch, in the order of the routers' tokens."""
+        return router_order(values_BS, self.tp_size, self.tp_rank)
+
+
+def find_routers(model_chunks: Sequence[torch.nn.Module]) -> list[RouterEntry]:
+    """Return all decoder routers of this rank's model chunks, by walking the live modules.
 
     MTP routers are left out: they number their layers from 1 again, and no engine returns routes
-    for them. Routers built elsewhere and thrown away are not in the tree, so never found.
+    for them. Routers built elsewhere and thrown away are not in the tree, so never returned.
 
     Raises:
         PreflightError: No router, a router without a layer number, or two of one layer.
     """
-    found: list[FoundRouter] = []
-    for chunk, model in enumerate(model_chunks):
-        for name, module in model.named_modules():
-            if isinstance(module, TopKRouter) and not _is_mtp(name, module):
-                if module.layer_number is None:
-                    raise PreflightError(
-                        "a router does not know its layer",
-                        expected="router.layer_number, set when the layer is built",
-                        where=f"chunk {chunk}, {name}",
-                    )
-                layer = module.layer_number - 1
-                found.append(FoundRouter(router=module, chunk=chunk, layer=layer, name=name))
-    if not found and not _has_other_stages():
+    entries = [
+        _entry(chunk, name, module)
+        for chunk, model in enumerate(model_chunks)
+        for name, module in model.named_modules()
+        if isinstance(module, TopKRouter) and not _is_mtp(name, module)
+    ]
+    if not entries and not _has_other_stages():
         raise PreflightError(
             "the model has no router that can replay",
             expected="megatron.core TopKRouter modules",
             got="none",
             fix="Pass the list of model chunks that get_model returned, of an MoE model",
         )
-    by_layer: dict[int, FoundRouter] = {}
-    for item in found:
-        other = by_layer.setdefault(item.layer, item)
-        if other is not item:
+    _require_one_per_layer(entries)
+    return entries
+
+
+def _entry(chunk: int, name: str, router: TopKRouter) -> RouterEntry:
+    if router.layer_number is None:
+        raise PreflightError(
+            "a router does not know its layer",
+            expected="router.layer_number, set when the layer is built",
+            where=f"chunk {chunk}, {name}",
+        )
+    return RouterEntry(router=router, chunk=chunk, layer=router.layer_number - 1, name=name)
+
+
+def _require_one_per_layer(entries: Sequence[RouterEntry]) -> None:
+    by_layer: dict[int, RouterEntry] = {}
+    for entry in entries:
+        first = by_layer.setdefault(entry.layer, entry)
+        if first is not entry:
             raise PreflightError(
                 "two routers claim one layer: part of the model was built twice",
                 expected="one router per layer",
-                got=f"{other.name} (chunk {other.chunk}) and {item.name} (chunk {item.chunk})",
-                where=f"layer {item.layer}",
+                got=f"{first.name} (chunk {first.chunk}) and {entry.name} (chunk {entry.chunk})",
+                where=f"layer {entry.layer}",
                 fix="Remove the module that is not used; only one of them would be replayed",
             )
-    return found
 
 
 def _is_mtp(name: str, module: TopKRouter) -> bool:
@@ -147,27 +199,27 @@ def _has_other_stages() -> bool:
 
 
 def describe_model(
-    found: Sequence[FoundRouter], config, model_chunks: Sequence[torch.nn.Module]
+    entries: Sequence[RouterEntry], config: Any, model_chunks: Sequence[torch.nn.Module]
 ) -> MoEShape:
-    """Layers of all pipeline stages, experts and top-k: what a table must agree with.
+    """Return the layers of all pipeline stages, experts and top-k: a table must agree with them.
 
     Collective over the pipeline group.
 
     Raises:
-        PreflightError: Stages that claim the same layer, or layers that are not the ones which
-            the configuration makes MoE layers (orphan or doubled routers).
+        PreflightError: Stages claim the same layer, or the routers are not those of the
+            configuration's MoE layers (orphan or doubled routers).
     """
-    ours = sorted(item.layer for item in found)
-    stages = [ours]
+    layers_here = sorted(entry.layer for entry in entries)
+    stages: list[Any] = [layers_here]
     if _has_other_stages():
         group = parallel_state.get_pipeline_model_parallel_group()
         stages = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, ours, group=group)
+        dist.all_gather_object(stages, layers_here, group=group)
     layers = sorted(layer for stage in stages for layer in stage)
     expected = moe_layers(config, _hybrid_pattern(model_chunks))
     if layers != expected:
         raise PreflightError(
-            "the routers found are not the model's MoE layers",
+            "the model's routers are not its MoE layers",
             expected=f"layers {expected}",
             got=f"layers {layers}",
             where=f"pipeline stages hold {stages}",
@@ -179,7 +231,7 @@ def describe_model(
 
 
 def _hybrid_pattern(model_chunks: Sequence[torch.nn.Module]) -> str | None:
-    """The pattern of HybridModel's (before 0.18 MambaModel's) layers; None for other models."""
+    """Return the layer pattern of a HybridModel (MambaModel before 0.18); None for others."""
     for module in model_chunks[0].modules():
         for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):  # 0.17 on; 0.16
             if getattr(module, name, None):
@@ -187,8 +239,8 @@ def _hybrid_pattern(model_chunks: Sequence[torch.nn.Module]) -> str | None:
     return None
 
 
-def moe_layers(config, hybrid_pattern: str | None = None) -> list[int]:
-    """Global 0-based indices of the MoE layers.
+def moe_layers(config: Any, hybrid_pattern: str | None = None) -> list[int]:
+    """Return the global 0-based indices of the MoE layers.
 
     Args:
         config: Megatron's TransformerConfig: `num_layers` and `moe_layer_freq`.
@@ -202,3 +254,29 @@ def moe_layers(config, hybrid_pattern: str | None = None) -> list[int]:
     if isinstance(frequency, int):
         return [i for i in range(config.num_layers) if i % frequency == 0]
     return [i for i, is_moe in enumerate(frequency) if is_moe]
+
+
+def shape_of_configuration(model_chunks: Sequence[torch.nn.Module]) -> MoEShape:
+    """Return what the configuration says of the routed layers, without looking at a router."""
+    config = config_of(model_chunks)
+    if not config.num_moe_experts:
+        return MoEShape(layers=(), num_experts=1, top_k=1)
+    return MoEShape(
+        layers=tuple(moe_layers(config, _hybrid_pattern(model_chunks))),
+        num_experts=config.num_moe_experts,
+        top_k=config.moe_router_topk,
+    )
+
+
+def config_of(model_chunks: Sequence[torch.nn.Module]) -> Any:
+    """Return the Megatron configuration that the chunks carry.
+
+    Raises:
+        ReplayError: They carry none.
+    """
+    for module in model_chunks[0].modules():
+        if hasattr(module, "config"):
+            return module.config
+    raise ReplayError(
+        "the model chunks carry no Megatron configuration", fix="Pass Megatron models"
+    )

@@ -40,12 +40,16 @@ class LiveTopK:
         self.stock = stock
 
     def __call__(self) -> Selection:
-        """Scores and ids of every token, exactly as without replay."""
+        """Return scores and ids of every token, exactly as without replay."""
         return self.stock(self.scores_TE, self.top_k, self.num_groups, self.group_top_k)
 
     @torch.no_grad()
     def ids_of(self, tokens_M: torch.Tensor) -> torch.Tensor:
-        """Ids [M, K] of some tokens only: top-k works row by row, so they equal the full call's."""
+        """Return ids [M, K] of some tokens; top-k works row by row, so they equal the full call's.
+
+        On CUDA, torch.topk changes its algorithm with the number of rows from 400 experts on, so
+        exact ties in bfloat16 may break otherwise there.
+        """
         scores_ME = self.scores_TE.detach()[tokens_M]
         if not self.group_top_k:
             return self.stock(scores_ME, self.top_k, self.num_groups, self.group_top_k)[1]
@@ -55,24 +59,15 @@ class LiveTopK:
         )[1]
 
 
-def replay(
-    live: LiveTopK,
-    ids_TK: torch.Tensor,
-    live_tokens_F: torch.Tensor | None,
-    keep_slots: bool,
-) -> Selection:
-    """Scores and ids of the replayed experts; gradients flow into the scores.
+def select(scores_TE: torch.Tensor, ids_TK: torch.Tensor, keep_slots: bool) -> Selection:
+    """Return scores and ids of the given experts; gradients flow into the scores.
 
     Args:
-        live: The router call.
-        ids_TK: int64 replayed ids; rows of `live_tokens_F` may hold anything in range.
-        live_tokens_F: Tokens that take the live selection, or None.
+        scores_TE: What the live router would select from.
+        ids_TK: int64 ids.
         keep_slots: Leave the slots in the given order. Otherwise they are put into the stock
             order of a training pass, descending score, so that sums over slots round alike.
     """
-    scores_TE = live.scores_TE
-    if live_tokens_F is not None:
-        ids_TK = ids_TK.index_copy(0, live_tokens_F, live.ids_of(live_tokens_F))
     if not keep_slots:
         with torch.no_grad():
             order_TK = scores_TE.gather(1, ids_TK).argsort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Which pass a router call belongs to: found by identity, never by order.
+"""Which pass a router call belongs to: by identity, never by order.
 
 In a forward it is the pass of the chunk that runs. Inside autograd a router call is a
 recomputation, and its pass is the one whose output received the gradient: that gradient arrives
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from .passes import Pass, ReplayingPass
+from .passes import ForwardPass
 
 
 class PassTracker:
@@ -22,12 +24,12 @@ class PassTracker:
         begin: Called with a chunk's index before its forward: its pass, or None outside scopes.
     """
 
-    def __init__(self, begin: Callable[[int], Pass | None]):
+    def __init__(self, begin: Callable[[int], ForwardPass | None]):
         self._begin = begin
-        self._forward: Pass | None = None  # the pass whose chunk is running
-        self._backward: Pass | None = None  # the pass whose backward is running
+        self._forward: ForwardPass | None = None  # the pass whose chunk is running
+        self._backward: ForwardPass | None = None  # the pass whose backward is running
         self._backward_task = -1  # autograd's number of that backward
-        self._hooks: list = []
+        self._hooks: list[RemovableHandle] = []
 
     def watch(self, model_chunks: Sequence[torch.nn.Module]) -> None:
         for chunk, model in enumerate(model_chunks):
@@ -47,25 +49,25 @@ class PassTracker:
         """The scope is over."""
         self._forward = self._backward = None
 
-    def find(self) -> tuple[Pass | None, bool]:
-        """The pass of the router call that is running, and whether it is a recomputation."""
+    def find(self) -> tuple[ForwardPass | None, bool]:
+        """Return the pass of the running router call, and whether it is a recomputation."""
         task = torch._C._current_graph_task_id()
         if task == -1:
             return self._forward, False
-        found = self._backward
-        if found is not None and found.is_closed:
+        current = self._backward
+        if current is not None and current.is_closed:
             self._backward = None
             if task != self._backward_task:
                 return None, True  # left behind by a late backward that failed
-        return found, True
+        return current, True
 
-    def _before_chunk(self, chunk: int):
-        def hook(module, arguments):
+    def _before_chunk(self, chunk: int) -> Callable[[torch.nn.Module, Any], None]:
+        def hook(module: torch.nn.Module, arguments: Any) -> None:
             self._forward = self._begin(chunk)
 
         return hook
 
-    def _after_chunk(self, module, arguments, output) -> None:
+    def _after_chunk(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
         done, self._forward = self._forward, None
         if done is None:
             return
@@ -74,22 +76,22 @@ class PassTracker:
         for tensor in tensors:
             # A hook's return value would replace the gradient: this one returns None.
             tensor.register_hook(lambda gradient: self._begin_backward(done))
-        if not tensors and isinstance(done, ReplayingPass):
+        if not tensors:
             done.release()
 
-    def _begin_backward(self, begun: Pass) -> None:
+    def _begin_backward(self, begun: ForwardPass) -> None:
+        begun.begin_backward()
         self._backward, self._backward_task = begun, torch._C._current_graph_task_id()
         done = functools.partial(self._end_backward, begun)
         torch.autograd.Variable._execution_engine.queue_callback(done)
 
-    def _end_backward(self, ended: Pass) -> None:
-        if isinstance(ended, ReplayingPass):
-            ended.release()
+    def _end_backward(self, ended: ForwardPass) -> None:
+        ended.release()
         if self._backward is ended:
             self._backward = None
 
 
-def _tensors(output) -> Iterator[torch.Tensor]:
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, dict):

@@ -284,7 +284,12 @@ class LayerAgreement:
             for x, name in enumerate(self.statistics)
         }
 
-    def reduced(self, group=None, device=None, table_group=None) -> dict[str, Metric]:
+    def reduced(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        table_groups: Sequence[dist.ProcessGroup] | None = None,
+    ) -> dict[str, Metric]:
         """The metrics over all ranks; collective: every rank of both groups must call it.
 
         Adds what only all stages together know, over the table rows that were observed:
@@ -294,13 +299,14 @@ class LayerAgreement:
         Args:
             group: Process group of the sums; the world if None.
             device: Where the communication happens, as in `metrics.all_reduce`.
-            table_group: Ranks that share one table; the world if None. It must hold all pipeline
-                stages of its tokens.
+            table_groups: Groups whose product is the ranks that share one table, all pipeline
+                stages of its tokens among them; the world if None, this rank alone if empty.
         """
         first_T = self._first_T[:-1]
         if len(first_T) and dist.is_available() and dist.is_initialized():
             first_T = first_T.to(device or "cpu")
-            dist.all_reduce(first_T, op=dist.ReduceOp.MIN, group=table_group)
+            for table_group in (None,) if table_groups is None else table_groups:
+                dist.all_reduce(first_T, op=dist.ReduceOp.MIN, group=table_group)
         # Ranks that share a table now hold equal sums; a mean is not changed by equal copies.
         return all_reduce({**self.metrics(), **self._row_metrics(first_T)}, group, device)
 

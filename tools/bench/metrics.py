@@ -26,7 +26,7 @@ from routing_replay.routes.table import RouteTable
 
 from recipes.model import parallel  # isort: skip
 from recipes.model.model import build_model, transformer_config
-from routing_replay.megatron.replay import attach
+from routing_replay.megatron import attach
 
 VOCAB = 4096
 

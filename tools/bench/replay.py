@@ -31,7 +31,7 @@ import torch
 from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
 from routing_replay.config import ReplayConfig
-from routing_replay.megatron.replay import attach
+from routing_replay.megatron import attach
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 

@@ -1,0 +1,182 @@
+"""What stands on the chunks of an attached model: seams at its routers, hooks on its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import ReplayConfig
+from ..errors import ReplayError
+from ..routes.shape import MoEShape
+from . import patch_expert_bias as expert_bias
+from . import preflight
+from .passes import ForwardPass
+from .ranks import RankGrid
+from .routers import (
+    ChunkRouters,
+    RouterEntry,
+    RouterSeam,
+    config_of,
+    describe_model,
+    find_routers,
+)
+from .selection import LiveTopK, Selection
+from .step import Step
+from .tracking import PassTracker
+from .watching import RouterCall, Watcher
+
+
+class Attachment:
+    """Seams and hooks on one model; outside an open step the model is stock.
+
+    Args:
+        model_chunks: All chunks of this rank.
+        config: Replay settings.
+
+    Attributes:
+        shape: Layers of all pipeline stages, number of experts, top-k.
+        chunks: Routers of each model chunk.
+        grid: Ranks that hold other tokens or layers of this rank's table.
+        step: The open one, or None.
+        watcher: Sees the router calls of announced forwards, or None.
+
+    Raises:
+        PreflightError: Replay would be wrong under the model's configuration.
+        ReplayError: The model is attached already.
+    """
+
+    def __init__(self, model_chunks: Sequence[torch.nn.Module], config: ReplayConfig):
+        self.step: Step | None = None
+        self.watcher: Watcher | None = None
+        entries = find_routers(model_chunks)
+        if any(isinstance(entry.router.router_replay, RouterSeam) for entry in entries):
+            raise ReplayError(
+                "routing replay is attached to this model already",
+                expected="one attach for a model",
+                fix="Use the first handle, or call its .remove() before attaching again",
+            )
+        model_config = _config_of(model_chunks, entries)
+        preflight.require(model_config, config)
+        self.shape: MoEShape = describe_model(entries, model_config, model_chunks)
+        self.grid = RankGrid.of_megatron()
+        self.device = next(model_chunks[0].parameters()).device
+        self._has_split_sequences = bool(model_config.sequence_parallel)
+        self._tracker = PassTracker(self._begin)
+        self._seams = self._install(entries)
+        self._tracker.watch(model_chunks)
+        self.chunks = [self._routers_of(chunk) for chunk in range(len(model_chunks))]
+        self._is_removed = False
+
+    @property
+    def is_writer(self) -> bool:
+        """Tensor-parallel ranks without sequence parallelism see the same tokens: one records."""
+        if not self._seams or self._has_split_sequences:
+            return True
+        return bool(self._seams[0].router.tp_group.rank() == 0)
+
+    def open(self, step: Step) -> None:
+        """Let the step select.
+
+        Raises:
+            ReplayError: Another step is open, or the handle was removed.
+        """
+        if self._is_removed:
+            raise ReplayError("routing replay was removed from this model", fix="attach() again")
+        if self.step is not None:
+            raise ReplayError(
+                "a scope is open already",
+                expected="recording and replaying one after the other",
+                fix="Use replaying(table, record_live=True) to do both in one pass",
+            )
+        self.step = step
+        for seam in self._seams:
+            seam.unfuse()
+
+    def close(self) -> None:
+        """Make the model stock again; a late recomputation of a closed pass raises."""
+        for seam in self._seams:
+            seam.restore_fusion()
+        if self.step is not None:
+            self.step.close()
+        self.step = None
+        self._tracker.forget()
+
+    def leave_forward(self) -> None:
+        """The announced microbatch is over, with an exception or without."""
+        self._tracker.leave_forward()
+
+    def remove(self) -> None:
+        """Take everything off the model; calling it twice does nothing.
+
+        Raises:
+            ReplayError: A step is open: its backward would route live, unnoticed.
+        """
+        if self.step is not None:
+            raise ReplayError(
+                "routing replay is removed in mid-step",
+                expected="no open scope",
+                fix="Leave `with replay.replaying(...)` or `recording(...)` first",
+            )
+        self._tracker.remove()
+        for seam in self._seams:
+            expert_bias.remove(seam.router)
+            seam.remove()
+        self._seams = []
+        self._is_removed = True
+
+    def _install(self, entries: Sequence[RouterEntry]) -> list[RouterSeam]:
+        for entry in entries:  # may refuse, on the first: nothing is left half attached
+            expert_bias.install(entry.router, is_active=lambda: self.step is not None)
+        seams = [RouterSeam(entry, self._select) for entry in entries]
+        for seam in seams:
+            seam.install()
+        return seams
+
+    def _routers_of(self, chunk: int) -> ChunkRouters:
+        seams = [seam for seam in self._seams if seam.chunk == chunk]
+        is_split = bool(seams) and self._has_split_sequences
+        group = seams[0].router.tp_group if is_split else None
+        return ChunkRouters(
+            chunk=chunk,
+            layers=tuple(seam.layer for seam in seams),
+            tp_size=1 if group is None else group.size(),
+            tp_rank=0 if group is None else group.rank(),
+            device=self.device,
+            is_unfused=any(seam.is_fused for seam in seams),
+        )
+
+    def _begin(self, chunk: int) -> ForwardPass | None:
+        return None if self.step is None else self.step.begin(chunk)
+
+    def _select(self, seam: RouterSeam, live: LiveTopK) -> Selection:
+        forward_pass, is_recompute = self._tracker.find()
+        if forward_pass is not None:
+            selection = forward_pass.select(seam, live, is_recompute)
+            if self.watcher is not None and not is_recompute and len(forward_pass.rows_T):
+                call = RouterCall(
+                    seam=seam, live=live, ids_TK=selection[1], forward_pass=forward_pass
+                )
+                self.watcher.see(call)
+            return selection
+        if self.step is None:
+            return seam.stock(live)
+        raise ReplayError(
+            "a router ran outside every announced microbatch of its scope",
+            expected="routers run inside a forward of the attached chunks, or its recomputation",
+            where=f"layer {seam.layer} ({seam.name}), rank {this_rank()}",
+            fix="Attach to the modules that forward_step_func calls",
+        )
+
+
+def _config_of(model_chunks: Sequence[torch.nn.Module], entries: Sequence[RouterEntry]) -> Any:
+    if entries:
+        return entries[0].router.config
+    return config_of(model_chunks)  # a stage without routed layers
+
+
+def this_rank() -> int:
+    """Return the rank of this process, for messages."""
+    return dist.get_rank() if dist.is_initialized() else 0
