@@ -124,7 +124,7 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
             metrics |= policy.replay.metrics()
         routes = table if replayed is None else replayed
         if routes is not None:
-            metrics |= expert_load(routes)
+            metrics |= policy.reduce(expert_load(routes))
     is_measured_live = is_due(step, config.run.measure_live_every, config.run.steps)
     if is_measured_live:
         with clock("live log-probs"):

@@ -21,8 +21,8 @@ def expert_load(table: RouteTable) -> dict[str, Metric]:
     - `routing_replay/dead_experts`: share of a layer's experts that no token selects.
     - `routing_replay/max_load`: largest share of a layer's selections that one expert takes.
 
-    Host work on the table, outside of every forward pass: no device is touched. Every rank holds
-    the whole step's table, so all ranks get the same values and need no reduction.
+    Host work on the table, outside of every forward pass: no device is touched. Where ranks hold
+    tables of their own rows (`Recording.own_table`), the reduced value is the mean over ranks.
 
     Args:
         table: The routes that the step's updates take: the rollout's, or recorded ones.
