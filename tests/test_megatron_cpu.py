@@ -95,9 +95,9 @@ def test_a_layout_that_does_not_fit_names_the_fix():
         ParallelLayout(tensor=2, pipeline=2).check_world(2)
     with pytest.raises(ConfigError, match=r"expert_tensor \* expert \* pipeline = 8 ranks"):
         ParallelLayout(tensor=2, expert=4).check_world(4)
-    with pytest.raises(ConfigError, match="`pipeline` or leave `virtual_pipeline`"):
+    with pytest.raises(ConfigError, match="Raise pipeline, or leave virtual_pipeline at 1"):
         ParallelLayout(virtual_pipeline=2)
-    with pytest.raises(ConfigError, match=r"`expert` cannot be used; expected an integer"):
+    with pytest.raises(ConfigError, match=r"size expert is out of range; expected an integer"):
         ParallelLayout(expert=0)
 
 
@@ -130,3 +130,22 @@ def test_a_process_without_torchrun_is_a_world_of_one():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=240
     )
     assert result.stdout.split() == ["1", "False"], result.stderr
+
+
+IMPORTED_FIRST = """
+import torch
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+from recipes.model.cpu import enable_cpu
+
+print(enable_cpu())
+print(swiglu(torch.tensor([[0.0, 2.0]], requires_grad=True)).item())
+print(sum(torch._dynamo.utils.counters["frames"].values()))
+"""
+
+
+def test_megatron_may_be_imported_first_and_is_still_not_compiled():
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTED_FIRST], capture_output=True, text=True, timeout=240
+    )
+    # silu(0) * 2 = 0, and torch.compile has seen no frame.
+    assert result.stdout.split() == ["True", "0.0", "0"], result.stderr

@@ -167,7 +167,7 @@ def _attention(config: ModelConfig, tensor: int) -> int:
     qkv = queries + 2 * config.num_query_groups * head
     bias = qkv // tensor if config.add_qkv_bias else 0
     norms = 2 * hidden + (2 * head if config.qk_layernorm else 0)
-    return hidden * (qkv + queries) // tensor + bias + norms
+    return int(hidden * (qkv + queries) // tensor + bias + norms)
 
 
 def _router_and_shared(config: ModelConfig, tensor: int) -> int:
@@ -203,7 +203,8 @@ def _activations(
     else:
         stored = boundary + attention + moe
     in_flight = layout.pipeline - stage  # 1F1B: the first stage holds most
-    return len(_layers(config, layout, stage)) * stored * in_flight + attention + 2 * moe
+    num_layers = len(_layers(config, layout, stage))
+    return int(num_layers * stored * in_flight + attention + 2 * moe)
 
 
 def _logits(config: ModelConfig, layout: ParallelLayout, workload: Workload) -> int:
@@ -211,7 +212,7 @@ def _logits(config: ModelConfig, layout: ParallelLayout, workload: Workload) -> 
     element = config.params_dtype.itemsize
     copy = FP32_BYTES if workload.fp32_logits and element < FP32_BYTES else 0
     tokens = workload.microbatch_tokens // layout.context
-    return tokens * (config.padded_vocab_size // layout.tensor) * (2 * element + copy)
+    return int(tokens * (config.padded_vocab_size // layout.tensor) * (2 * element + copy))
 
 
 def _routes(config: ModelConfig, layout: ParallelLayout, workload: Workload, stage: int) -> int:
@@ -219,4 +220,5 @@ def _routes(config: ModelConfig, layout: ParallelLayout, workload: Workload, sta
     stored = 1 if config.num_moe_experts <= 256 else 2
     tokens = workload.microbatch_tokens // (layout.context * layout.tensor)
     per_layer = tokens * config.moe_router_topk
-    return per_layer * (sum(_layers(config, layout, stage)) * stored + torch.int64.itemsize)
+    num_moe = sum(_layers(config, layout, stage))
+    return int(per_layer * (num_moe * stored + torch.int64.itemsize))
