@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class RoutingReplayError(Exception):
@@ -17,8 +18,8 @@ class RoutingReplayError(Exception):
     Args:
         what: One clause that names the problem.
         expected: What would have been right.
-        got: What was found.
-        where: Layer, microbatch, rank, file and line, URL: whatever finds the place.
+        got: What came instead.
+        where: Layer, microbatch, rank, file and line, or URL.
         fix: The next step for the user.
     """
 
@@ -44,13 +45,15 @@ class RoutingReplayError(Exception):
         super().__init__(message)
         self.what, self.expected, self.got, self.where, self.fix = what, expected, got, where, fix
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders; default pickling would pass the message as `what`.
         fields = {"expected": self.expected, "got": self.got, "where": self.where, "fix": self.fix}
         return _rebuild, (type(self), self.what, fields)
 
 
-def _rebuild(kind: type[RoutingReplayError], what: str, fields: dict) -> RoutingReplayError:
+def _rebuild(
+    kind: type[RoutingReplayError], what: str, fields: dict[str, Any]
+) -> RoutingReplayError:
     return kind(what, **fields)
 
 
@@ -113,7 +116,7 @@ def unknown_name(kind: str, name: object, known: Iterable[object]) -> ConfigErro
 
 @contextmanager
 def reading(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     what: str,
     error_class: type[RoutingReplayError],
     *,
@@ -138,7 +141,7 @@ def reading(
 
 @contextmanager
 def writing(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     what: str,
     error_class: type[RoutingReplayError],
     *,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success sync it and rename it to `path`.
 
     Use it with any writer: `with atomic_write(path) as partial: partial.write_text(...)`. After an

@@ -59,7 +59,7 @@ def test_inspect_prints_text_and_json(capsys, table):
 def test_a_file_that_is_not_ours_exits_with_one_and_a_message(capsys, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK not ours")
     assert main(["inspect", str(tmp_path / "x.pt")]) == 1
-    assert "routing-replay: the routes file" in capsys.readouterr().err
+    assert "routing-replay: the file is no safetensors file" in capsys.readouterr().err
     code, found = run_json(capsys, "inspect", tmp_path / "x.pt")
     assert (code, found["error"]) == (1, "TableError")
 

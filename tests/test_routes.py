@@ -141,5 +141,7 @@ def test_every_half_is_a_probability_or_refused():
         if is_good:
             make([[[0, 1]]], gate_probs_TLK=gates_TLK)
             continue
-        with pytest.raises(RoutesError, match="gate probabilities; expected finite values in 0..1"):
+        with pytest.raises(
+            RoutesError, match="gate probabilities are out of range; expected finite"
+        ):
             make([[[0, 1]]], gate_probs_TLK=gates_TLK)

@@ -111,7 +111,14 @@ def test_every_flipped_byte_is_noticed(path, tmp_path):
     assert noticed > 250
 
 
-@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+@pytest.mark.parametrize("content", [b"", b"short", b"PK\x03\x04 a zip file, say", b"{}" * 99])
+def test_a_file_that_is_no_safetensors_file_is_told_so(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(TableError, match="the file is no safetensors file.*first bytes b'"):
+        RouteTable.open(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kept", [200, -1])
 def test_a_file_cut_short_is_damaged(path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(TableError, match="damaged"):
@@ -148,7 +155,7 @@ def test_a_full_disk_leaves_the_earlier_file_whole(path, sequences):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
     try:
-        with pytest.raises(TableError, match="could not be saved.*earlier file of this name"):
+        with pytest.raises(TableError, match="cannot be written.*earlier file of this name"):
             table.save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

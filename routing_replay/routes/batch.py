@@ -39,7 +39,7 @@ class RolloutBatch:
     fingerprint: str = ""
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> RolloutBatch:
+    def open(cls, path: str | os.PathLike[str]) -> RolloutBatch:
         """Read `batch.safetensors` as the recipe writes it; further columns are ignored.
 
         Raises:

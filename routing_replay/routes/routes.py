@@ -12,8 +12,8 @@ from ..errors import RoutesError
 from .shape import MoEShape
 
 ONE_BITS, MINUS_ZERO_BITS = 0x3C00, 0x8000  # as float16
-# Rows that are searched for doubled experts at a time: with 8 slots of one byte, half of a
-# processor's first or second cache.
+# Rows that are searched for doubled experts at a time: with 8 slots of one byte they fill half of
+# a processor's first or second cache.
 CHUNK_ROWS = 1 << 14
 COMPACT_LIMIT = 256  # the largest number of experts whose ids fit in one byte
 
@@ -27,7 +27,7 @@ class Origin(IntEnum):
 
 
 def compact_dtype(num_experts: int) -> np.dtype:
-    """uint8 up to 256 experts, uint16 above: the only two types in which ids are kept."""
+    """Return the type in which ids are kept: uint8 up to 256 experts, uint16 above."""
     return np.dtype(np.uint8 if num_experts <= COMPACT_LIMIT else np.uint16)
 
 
@@ -43,14 +43,20 @@ class RouterLogits:
     rows_N: np.ndarray
     values_NLE: np.ndarray
 
+    def select(self, is_kept_N: np.ndarray, start: int = 0) -> RouterLogits:
+        """Return the sampled rows of a mask, numbered from row `start` on."""
+        return RouterLogits(
+            rows_N=self.rows_N[is_kept_N] - start, values_NLE=self.values_NLE[is_kept_N]
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routes:
     """The experts that every routed layer chose for the tokens of one sequence.
 
     Row t is the routing of the forward pass that consumed token t. A sequence of n tokens has at
-    most n - 1 rows: the last sampled token was never fed to the model. Nobody may read a row that
-    is not covered: replay uses the live routes there.
+    most n - 1 rows: the last sampled token was never fed to the model. The content of a row that is
+    not covered means nothing: replay routes its token live.
 
     Args:
         expert_ids_TLK: uint8 (num_experts <= 256) or uint16, slots in the order the engine chose.
@@ -72,14 +78,14 @@ class Routes:
     expert_ids_TLK: np.ndarray
     layers: tuple[int, ...]
     num_experts: int
-    # The three columns that are None here are filled before anybody can read them.
+    # The three columns that are None here are filled in __post_init__.
     covered_T: np.ndarray = None  # type: ignore[assignment]
     gate_probs_TLK: np.ndarray | None = None
     router_logits: RouterLogits | None = None
     origin_T: np.ndarray = None  # type: ignore[assignment]
     weight_version_T: np.ndarray = None  # type: ignore[assignment]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         _check_shape(self)
         _fill_defaults(self)
@@ -93,11 +99,11 @@ class Routes:
 
     @property
     def num_rows(self) -> int:
-        return self.expert_ids_TLK.shape[0]
+        return int(self.expert_ids_TLK.shape[0])
 
     @property
     def top_k(self) -> int:
-        return self.expert_ids_TLK.shape[2]
+        return int(self.expert_ids_TLK.shape[2])
 
     @property
     def size_bytes(self) -> int:
@@ -107,25 +113,30 @@ class Routes:
         return sum(array.nbytes for array in arrays)
 
     def __getitem__(self, rows: slice) -> Routes:
-        """The routes of a contiguous range of rows."""
+        """Return the routes of a contiguous range of rows."""
         start, stop, step = rows.indices(self.num_rows)
         if step != 1:
-            raise RoutesError("routes are sliced contiguously", expected="step 1", got=step)
-        logits = self.router_logits
+            raise RoutesError("routes can only be sliced contiguously", expected="step 1", got=step)
+        rows, gates, logits = slice(start, stop), self.gate_probs_TLK, self.router_logits
         if logits is not None:
-            kept_N = (logits.rows_N >= start) & (logits.rows_N < stop)
-            logits = RouterLogits(
-                rows_N=logits.rows_N[kept_N] - start, values_NLE=logits.values_NLE[kept_N]
-            )
-        return _select(self, slice(start, stop), logits)
+            is_kept_N = (logits.rows_N >= start) & (logits.rows_N < stop)
+            logits = logits.select(is_kept_N, start)
+        return replace(
+            self,
+            expert_ids_TLK=self.expert_ids_TLK[rows],
+            covered_T=self.covered_T[rows],
+            gate_probs_TLK=None if gates is None else gates[rows],
+            router_logits=logits,
+            origin_T=self.origin_T[rows],
+            weight_version_T=self.weight_version_T[rows],
+        )
 
     def with_turn(self, turn: Routes, start: int) -> Routes:
-        """These routes, with those of a later request from row `start` on.
+        """Return these routes up to row `start`, followed by those of a later request.
 
-        One operation serves both uses: a turn that was asked for as a delta (`start` is the number
-        of rows known so far), and a resumed partial rollout that returned earlier rows again
-        (`start` lies within, and the later rows replace ours: they belong to the forward passes
-        that the continued sequence really attended to).
+        `start` is the number of rows known so far for a turn that was requested as a delta. It is
+        smaller for a resumed partial rollout that returned earlier rows again. The later rows then
+        replace ours: the continued sequence attended to their forward passes.
 
         Raises:
             RoutesError: `start` leaves a gap, or the turn is of another model.
@@ -140,11 +151,11 @@ class Routes:
         return concatenate([self[:start], turn])
 
     def without_versions_before(self, weight_version: int) -> Routes:
-        """Rows computed by older weights (or by unknown ones) become uncovered."""
+        """Return these routes with rows of older or unknown weights uncovered."""
         return self.uncover(np.less(self.weight_version_T, weight_version))
 
     def uncover(self, rows_T: np.ndarray) -> Routes:
-        """The rows selected by a bool mask become uncovered and their content zero."""
+        """Return these routes with the rows of a bool mask uncovered and their content zero."""
         if rows_T.shape != (self.num_rows,) or rows_T.dtype != np.bool_:
             raise RoutesError(
                 "the rows to uncover must be a mask over all rows",
@@ -152,19 +163,16 @@ class Routes:
                 got=f"{rows_T.dtype} {rows_T.shape}",
             )
 
-        def blank(values_TLK):
-            return None if values_TLK is None else np.where(rows_T[:, None, None], 0, values_TLK)
-
-        logits = self.router_logits
+        ids_TLK, gates, logits = self.expert_ids_TLK.copy(), self.gate_probs_TLK, self.router_logits
+        ids_TLK[rows_T] = 0
+        if gates is not None:
+            gates = np.where(rows_T[:, None, None], np.float16(0), gates)
         if logits is not None:
-            kept_N = ~rows_T[logits.rows_N]
-            logits = RouterLogits(
-                rows_N=logits.rows_N[kept_N], values_NLE=logits.values_NLE[kept_N]
-            )
+            logits = logits.select(~rows_T[logits.rows_N])
         return replace(
             self,
-            expert_ids_TLK=blank(self.expert_ids_TLK).astype(self.expert_ids_TLK.dtype),
-            gate_probs_TLK=blank(self.gate_probs_TLK),
+            expert_ids_TLK=ids_TLK,
+            gate_probs_TLK=gates,
             covered_T=self.covered_T & ~rows_T,
             origin_T=np.where(rows_T, Origin.ABSENT, self.origin_T).astype(np.uint8),
             router_logits=logits,
@@ -172,7 +180,7 @@ class Routes:
 
 
 def concatenate(parts: Sequence[Routes]) -> Routes:
-    """Routes one after another; gates and logits survive only where every part has them."""
+    """Join routes; gates and logits survive only where every part has them."""
     first = parts[0]
     for part in parts[1:]:
         first.shape.require_equal(part.shape, "the routes belong to different models")
@@ -191,26 +199,13 @@ def concatenate(parts: Sequence[Routes]) -> Routes:
 
 
 def concatenate_logits(parts: Sequence[Routes], starts: np.ndarray) -> RouterLogits | None:
-    """The logits of all parts, their rows shifted to each part's start; None if one has none."""
+    """Join the logits of all parts, shifted to each part's start; None if a part has none."""
     logits = [part.router_logits for part in parts if part.router_logits is not None]
     if len(logits) < len(parts):
         return None
     return RouterLogits(
-        rows_N=np.concatenate([x.rows_N + at for x, at in zip(logits, starts, strict=True)]),
+        rows_N=np.concatenate([x.rows_N + start for x, start in zip(logits, starts, strict=True)]),
         values_NLE=np.concatenate([x.values_NLE for x in logits]),
-    )
-
-
-def _select(routes: Routes, rows: slice, logits: RouterLogits | None) -> Routes:
-    gates = routes.gate_probs_TLK
-    return replace(
-        routes,
-        expert_ids_TLK=routes.expert_ids_TLK[rows],
-        covered_T=routes.covered_T[rows],
-        gate_probs_TLK=None if gates is None else gates[rows],
-        router_logits=logits,
-        origin_T=routes.origin_T[rows],
-        weight_version_T=routes.weight_version_T[rows],
     )
 
 
@@ -245,10 +240,10 @@ def _fill_defaults(routes: Routes) -> None:
     _check_column("weight_version_T", routes.weight_version_T, num_rows, np.int64)
 
 
-def _check_column(name: str, column: np.ndarray, num_rows: int, dtype) -> None:
+def _check_column(name: str, column: np.ndarray, num_rows: int, dtype: type) -> None:
     if column.shape != (num_rows,) or column.dtype != dtype:
         raise RoutesError(
-            f"{name} of the routes",
+            f"{name} of the routes has another shape or type",
             expected=f"{np.dtype(dtype)} ({num_rows},)",
             got=f"{column.dtype} {column.shape}",
         )
@@ -262,7 +257,7 @@ def _check_rows(routes: Routes) -> None:
     if int(ids_CLK.max()) >= routes.num_experts:
         row, layer, slot = np.argwhere(ids_CLK >= routes.num_experts)[0]
         raise RoutesError(
-            "expert id out of range",
+            "an expert id is out of range",
             expected=f"below {routes.num_experts}",
             got=int(ids_CLK[row, layer, slot]),
             where=f"row {rows[row]}, layer {routes.layers[layer]}, slot {slot}",
@@ -271,7 +266,8 @@ def _check_rows(routes: Routes) -> None:
     doubled_CL = has_duplicates(ids_CLK)
     if not doubled_CL.any():
         return
-    # The commonest cause has its own name: engines leave layers that they did not capture at zero.
+    # The most common cause gets its own message: engines leave layers at zero that they did not
+    # capture.
     for column, layer in enumerate(routes.layers):
         if routes.top_k > 1 and not ids_CLK[:, column].any():
             raise RoutesError(
@@ -292,11 +288,11 @@ def _check_rows(routes: Routes) -> None:
 
 
 def has_duplicates(expert_ids_XK: np.ndarray) -> np.ndarray:
-    """True where the last axis holds some id twice.
+    """Return where the last axis holds some id twice: bool, without that axis.
 
-    Slot by slot over a chunk that stays in the cache: comparisons of whole columns of bytes are
-    the one thing here that a processor does 32 at a time. Sorting, bit sets and tables of seen
-    experts were 5 to 20 times slower.
+    Compares slot by slot over a chunk that stays in the cache, because a processor compares
+    columns of bytes 32 at a time. Sorting, bit sets and tables of seen experts were 5 to 20 times
+    slower.
     """
     ids_XK = expert_ids_XK.reshape(-1, expert_ids_XK.shape[-1])
     doubled_X = np.zeros(len(ids_XK), np.bool_)
@@ -310,9 +306,9 @@ def has_duplicates(expert_ids_XK: np.ndarray) -> np.ndarray:
 
 
 def are_probabilities(gates: np.ndarray) -> bool:
-    """Whether all are finite and in 0..1."""
-    # As integers the float16 from 0 to 1 are 0..ONE_BITS, and negative ones, infinity and nan lie
-    # above: one pass over integers instead of three over halves, which processors convert first.
+    """Return whether all float16 values are finite and in 0..1."""
+    # Seen as integers, the float16 from 0 to 1 are 0..ONE_BITS; negative ones, infinity and nan
+    # lie above. One pass over integers replaces three over halves, which processors convert first.
     bits = gates.view(np.uint16)
     if not bits.size or bits.max() <= ONE_BITS:
         return True
@@ -324,19 +320,24 @@ def _check_gates(routes: Routes) -> None:
     if gates is not None:
         if gates.shape != routes.expert_ids_TLK.shape or gates.dtype != np.float16:
             raise RoutesError(
-                "gate probabilities of the routes",
+                "gate probabilities of the routes have another shape or type",
                 expected=f"float16 {routes.expert_ids_TLK.shape}",
                 got=f"{gates.dtype} {gates.shape}",
             )
         if not are_probabilities(gates):
-            raise RoutesError("gate probabilities", expected="finite values in 0..1", got="others")
+            wrong = gates[~((gates >= 0) & (gates <= 1))]
+            raise RoutesError(
+                "gate probabilities are out of range",
+                expected="finite values in 0..1",
+                got=f"{len(wrong)} other values, the first of them {wrong[0]}",
+            )
     logits = routes.router_logits
     if logits is None:
         return
     shape = (len(logits.rows_N), len(routes.layers), routes.num_experts)
     if logits.values_NLE.shape != shape or not np.isfinite(logits.values_NLE).all():
         raise RoutesError(
-            "router logits of the routes",
+            "router logits of the routes have another shape or are not finite",
             expected=f"finite values of shape {shape}",
             got=f"{logits.values_NLE.dtype} {logits.values_NLE.shape}",
         )
@@ -347,7 +348,7 @@ def _check_gates(routes: Routes) -> None:
         and routes.covered_T[logits.rows_N].all()
     ):
         raise RoutesError(
-            "rows of the router logits",
+            "the rows of the router logits are out of order or not covered",
             expected=f"ascending covered rows below {routes.num_rows}",
             got=logits.rows_N.tolist()[:8],
         )

@@ -7,6 +7,7 @@ rows are true.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from .routes import Routes, compact_dtype
 from .shape import MoEShape
 
 
-def decode_stock(data: bytes, meta_info: Mapping, num_rows: int, shape: MoEShape | None) -> Routes:
+def decode_stock(
+    data: bytes, meta_info: Mapping[str, Any], num_rows: int, shape: MoEShape | None
+) -> Routes:
     """Return the routes of SGLang's own payload, which is the array without a header.
 
     Args:
@@ -79,7 +82,9 @@ def from_wide(ids_TLK: np.ndarray, shape: MoEShape, *, is_retracted: bool = Fals
     ids_TLK = ids_TLK.astype(compact_dtype(shape.num_experts))
     ids_TLK = ids_TLK.reshape(num_rows, len(shape.layers), shape.top_k)
     # A row that is zero everywhere was never captured; with one slot zero may be a choice.
-    covered_T = ids_TLK.any((1, 2)) if shape.top_k > 1 else np.ones(num_rows, np.bool_)
+    covered_T = np.ones(num_rows, np.bool_)
+    if shape.top_k > 1:
+        covered_T = np.asarray(ids_TLK.any((1, 2)))
     # After a retraction a stock server returns rows of another forward pass and cannot say which.
     covered_T &= not is_retracted
     return Routes(

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import TableError
+from ..errors import TableError, unknown_name, writing
+from ..files import atomic_write
 from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
 from .shape import MoEShape
-from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, header, read
+from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, read, write
 from .token_rows import RowSource
 
 
@@ -49,7 +50,7 @@ class RouteTable(RowSource):
         where: str = "memory",
     ):
         if source not in SOURCES:
-            raise TableError("source of a table", expected=f"one of {SOURCES}", got=repr(source))
+            raise unknown_name("source of a table", source, SOURCES)
         self.shape = shape
         self.source = source
         self.where = where
@@ -65,7 +66,7 @@ class RouteTable(RowSource):
 
     @property
     def num_rows(self) -> int:
-        return self.expert_ids_LTK.shape[1]
+        return int(self.expert_ids_LTK.shape[1])
 
     @property
     def num_sequences(self) -> int:
@@ -73,7 +74,7 @@ class RouteTable(RowSource):
 
     @classmethod
     def from_routes(cls, sequences: Sequence[Routes], source: str = "rollout") -> RouteTable:
-        """The table of a step, from the routes of its sequences.
+        """Return the table of a step, from the routes of its sequences.
 
         Raises:
             TableError: No sequence, or sequences of different models.
@@ -92,7 +93,7 @@ class RouteTable(RowSource):
 
     @classmethod
     def empty(cls, shape: MoEShape, lengths: Sequence[int], source: str = "training") -> RouteTable:
-        """A table with room for the given numbers of rows, none covered yet (R2 fills it).
+        """Return a table with room for the given numbers of rows, none covered yet (R2 fills it).
 
         Args:
             shape: Layers, number of experts and top-k.
@@ -113,7 +114,7 @@ class RouteTable(RowSource):
         return cls(shape, tensors, source)
 
     def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
-        """`token_rows` of a sequence: for each of its tokens the row in this table, or -1.
+        """Return for each token of a sequence its row in this table, or -1.
 
         Args:
             sequence: Its number in the table.
@@ -137,7 +138,7 @@ class RouteTable(RowSource):
         start, stop = self.offsets_S1[sequence], self.offsets_S1[sequence + 1]
         if stop - start > num_tokens - 1:
             raise TableError(
-                "more rows than tokens that were fed to the model",
+                "the sequence has more rows than tokens that were fed to the model",
                 expected=f"at most {num_tokens - 1} rows for {num_tokens} tokens",
                 got=int(stop - start),
                 where=f"sequence {sequence} of {self.where}",
@@ -149,7 +150,7 @@ class RouteTable(RowSource):
         return rows
 
     def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
-        """Expert ids of some layers and rows, in the compact dtype; reads nothing else.
+        """Return the expert ids of some layers and rows, in the compact dtype; read nothing else.
 
         Args:
             layers: Global layer indices.
@@ -158,20 +159,20 @@ class RouteTable(RowSource):
         Returns:
             [len(layers), T, K], uint8 or uint16.
         """
-        return _take_rows(self.expert_ids_LTK, self._places(layers), rows_T)
+        return _take_rows(self.expert_ids_LTK, self._indices(layers), rows_T)
 
     def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
-        """Gate probabilities like `gather`, float16; None if they were not captured."""
+        """Return gate probabilities like `gather`, float16; None if they were not captured."""
         if self.gate_probs_LTK is None:
             return None
-        return _take_rows(self.gate_probs_LTK, self._places(layers), rows_T)
+        return _take_rows(self.gate_probs_LTK, self._indices(layers), rows_T)
 
-    def _places(self, layers: Sequence[int]) -> list[int]:
-        place = {layer: i for i, layer in enumerate(self.shape.layers)}
-        return [place[layer] for layer in layers]
+    def _indices(self, layers: Sequence[int]) -> list[int]:
+        index = {layer: i for i, layer in enumerate(self.shape.layers)}
+        return [index[layer] for layer in layers]
 
     def sequence(self, number: int) -> Routes:
-        """The routes of one sequence."""
+        """Return the routes of one sequence."""
         rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
         gates = self.gate_probs_LTK
         return Routes(
@@ -188,7 +189,7 @@ class RouteTable(RowSource):
         )
 
     def sequences(self) -> Iterable[Routes]:
-        """The routes of all sequences, one at a time."""
+        """Return the routes of all sequences, one at a time."""
         return (self.sequence(number) for number in range(self.num_sequences))
 
     def check_shape(self, shape: MoEShape) -> None:
@@ -201,35 +202,21 @@ class RouteTable(RowSource):
             fix="Roll out and train the same checkpoint; name the routed layers the same way",
         )
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file: under a temporary name, checksummed, synchronised, then renamed.
 
         Raises:
             TableError: The disk is full or not writable; an earlier file stays whole.
         """
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tensors = {**self._tensors, "checksums": checksums(self._description(), self._tensors)}
-        try:
-            with open(partial, "wb") as file:
-                file.write(header(self._description(), tensors))
-                for tensor in tensors.values():
-                    file.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise TableError(
-                "the routes could not be saved",
-                got=error.strerror,
-                where=path,
-                fix="Free space or choose another folder; an earlier file of this name is whole",
-            ) from error
+        path, description = Path(path), self._description()
+        tensors = {**self._tensors, "checksums": checksums(description, self._tensors)}
+        fix = "Free space or choose another folder; an earlier file of this name is whole"
+        with writing(path, "the routes file", TableError, fix=fix), atomic_write(path) as partial:
+            write(partial, description, tensors)
         return path
 
     @classmethod
-    def open(cls, path: str | os.PathLike, verify: bool = True) -> RouteTable:
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> RouteTable:
         """Memory-map a file: the ranks of a node share one copy, and read what they touch.
 
         Args:
@@ -245,7 +232,7 @@ class RouteTable(RowSource):
         saved = tensors.pop("checksums")
         table = cls(shape, tensors, source, where=str(path))
         if verify and not np.array_equal(saved, checksums(table._description(), tensors)):
-            raise damaged(path, "matching checksums", "others")
+            raise damaged(path, "the checksums in the file", "other ones")
         return table
 
     def _description(self) -> dict[str, str]:
@@ -268,14 +255,14 @@ class RouteTable(RowSource):
         )
 
 
-def _take_rows(values_LTK: np.ndarray, places: list[int], rows_T: np.ndarray) -> np.ndarray:
+def _take_rows(values_LTK: np.ndarray, indices: list[int], rows_T: np.ndarray) -> np.ndarray:
     num_rows, top_k = values_LTK.shape[1:]
-    taken_LTK = np.zeros((len(places), len(rows_T), top_k), values_LTK.dtype)
+    taken_LTK = np.zeros((len(indices), len(rows_T), top_k), values_LTK.dtype)
     # A row as one opaque item: numpy copies items five times faster than rows of K numbers.
     item = np.dtype((np.void, top_k * values_LTK.itemsize))
     if num_rows:
-        for taken_TK, place in zip(taken_LTK, places, strict=True):
-            rows_of_layer_T = np.asarray(values_LTK[place]).view(item)[:, 0]
+        for taken_TK, layer in zip(taken_LTK, indices, strict=True):
+            rows_of_layer_T = np.asarray(values_LTK[layer]).view(item)[:, 0]
             # "clip" reads row 0 for -1, and unlike "raise" needs no buffer for `out`.
             np.take(rows_of_layer_T, rows_T, out=taken_TK.view(item)[:, 0], mode="clip")
     return taken_LTK
@@ -305,8 +292,9 @@ def _layer_first(parts_TLK: list[np.ndarray]) -> np.ndarray:
     num_rows = sum(part.shape[0] for part in parts_TLK)
     _, num_layers, top_k = parts_TLK[0].shape
     whole_LTK = np.empty((num_layers, num_rows, top_k), parts_TLK[0].dtype)
-    at = 0
-    for part in parts_TLK:
-        whole_LTK[:, at : at + part.shape[0]] = part.swapaxes(0, 1)
-        at += part.shape[0]
+    start = 0
+    for part_TLK in parts_TLK:
+        stop = start + part_TLK.shape[0]
+        whole_LTK[:, start:stop] = part_TLK.swapaxes(0, 1)
+        start = stop
     return whole_LTK

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import RoutesError, TableError
+from ..errors import RoutesError, TableError, reading
 from .routes import compact_dtype
 from .shape import MoEShape
 
 FORMAT, VERSION = "routing_replay.table", "1"
 # Who selected the experts: the inference engine (R3 replays these) or the training engine (R2).
 SOURCES = ("rollout", "training")
-SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES: dict[str, type[np.generic]] = {
     "U8": np.uint8,
     "U16": np.uint16,
     "I64": np.int64,
@@ -27,42 +29,30 @@ SAFETENSORS_DTYPES = {
 NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 # A safetensors header is a few hundred bytes here; anything huge is another file or damage.
 MAX_HEADER_BYTES = 1 << 24
+CONVERT = "`routing-replay convert` imports the files of other tools"
 SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
 
 
-def crc(array: np.ndarray) -> int:
-    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-
-
 def checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """One number for the description, each small column, and each layer of each large one."""
+    """Return the CRC-32 of the description, of each small column, and of each layer."""
     sums = [zlib.crc32(json.dumps(description).encode())]
-    sums += [crc(tensors[name]) for name in SMALL_COLUMNS]
+    sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
     for name in ("expert_ids_LTK", "gate_probs_LTK"):
-        sums += [crc(layer_TK) for layer_TK in tensors.get(name, ())]
-    sums += [crc(tensors[name]) for name in ("logit_rows_N", "logits_NLE") if name in tensors]
+        sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
+    sums += [_crc(tensors[name]) for name in ("logit_rows_N", "logits_NLE") if name in tensors]
     return np.array(sums, np.int64)
 
 
-def header(description: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes:
-    """The safetensors header: names, types, shapes and places of the tensors, in their order."""
-    header: dict = {"__metadata__": description}
-    at = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": NAMES_OF_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
-    text = json.dumps(header).encode()
-    # Padding so that the data, and with it every int64 column in our order, starts at 8 bytes.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def write(path: Path, description: dict[str, str], tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file: header and tensors, without a copy of the whole."""
+    with open(path, "wb") as file:
+        file.write(_header(description, tensors))
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
 
 
 def read(path: Path) -> tuple[MoEShape, str, dict[str, np.ndarray]]:
-    """Model, source and memory-mapped tensors of a file, checksums not compared.
+    """Return model shape, source and memory-mapped tensors of a file, checksums not compared.
 
     Raises:
         TableError: Not a routes file, of another version, or damaged.
@@ -71,22 +61,22 @@ def read(path: Path) -> tuple[MoEShape, str, dict[str, np.ndarray]]:
     description = header.pop("__metadata__", None)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise TableError(
-            "not a routes file",
+            "the file is not a routes file",
             expected=f"a safetensors file with format {FORMAT!r}",
             got=description and description.get("format"),
             where=path,
-            fix="`routing-replay convert` imports the files of other tools",
+            fix=CONVERT,
         )
     if description.get("version") != VERSION:
         raise TableError(
-            "a routes file of another version",
+            "the routes file is of another version",
             expected=VERSION,
             got=description.get("version"),
             where=path,
             fix="Read it with the routing_replay that wrote it",
         )
     try:
-        model = MoEShape(
+        shape = MoEShape(
             layers=tuple(json.loads(description["layers"])),
             num_experts=int(description["num_experts"]),
             top_k=int(description["top_k"]),
@@ -95,33 +85,70 @@ def read(path: Path) -> tuple[MoEShape, str, dict[str, np.ndarray]]:
         tensors = {name: _map_tensor(path, data, entry) for name, entry in header.items()}
     except (KeyError, ValueError, TypeError, RoutesError) as error:
         raise damaged(path, "a complete header", error) from error
-    _check_columns(path, model, tensors)
-    return model, source, tensors
+    _check_columns(path, shape, tensors)
+    return shape, source, tensors
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
+def damaged(path: Path, expected: object, got: object) -> TableError:
+    """Return the error of a routes file that was complete once."""
+    return TableError(
+        "the routes file is damaged",
+        expected=expected,
+        got=got,
+        where=path,
+        fix="Write it again; a file under its final name is always complete, so look at the copy",
+    )
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(_bytes(array))
+
+
+def _header(description: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes:
+    """The safetensors header: names, types, shapes and offsets of the tensors, in their order."""
+    header: dict[str, Any] = {"__metadata__": description}
+    start = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    # Padding so that the data, and with it every int64 column in our order, starts at 8 bytes.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    with reading(path, "the routes file", TableError), open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        text = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    if not text.startswith(b"{"):
+        raise TableError(
+            "the file is no safetensors file",
+            expected="a routes file, which is one",
+            got=f"the first bytes {(prefix + text)[:16]!r}",
+            where=path,
+            fix=CONVERT,
+        )
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise damaged(path, f"a header of at most {MAX_HEADER_BYTES} bytes", length)
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise TableError("the routes file cannot be read", got=error, where=path) from error
+        return json.loads(text), 8 + length
     except ValueError as error:
-        raise damaged(path, "a safetensors header", error) from error
-    if not isinstance(header, dict):
-        raise damaged(path, "a safetensors header", type(header).__name__)
-    return header, 8 + length
+        raise damaged(path, "a header in JSON", error) from error
 
 
-def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
+def _map_tensor(path: Path, data: int, entry: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
     shape = tuple(int(size) for size in entry["shape"])
     start, stop = entry["data_offsets"]
-    size_bytes = dtype.itemsize
-    for size in shape:  # Python integers: a lying shape cannot overflow
-        size_bytes *= size
+    size_bytes = dtype.itemsize * prod(shape)  # Python integers: a lying shape cannot overflow
     if min(shape, default=0) < 0 or stop - start != size_bytes:
         raise ValueError(f"shape {shape} does not fit {stop - start} bytes")
     if start < 0 or data + stop > os.path.getsize(path):
@@ -131,33 +158,23 @@ def _map_tensor(path: Path, data: int, entry: dict) -> np.ndarray:
     return np.memmap(path, dtype, "r", data + start, shape)
 
 
-def _check_columns(path: Path, model: MoEShape, tensors: dict[str, np.ndarray]) -> None:
+def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) -> None:
     missing = [n for n in ("expert_ids_LTK", "checksums", *SMALL_COLUMNS) if n not in tensors]
     if missing:
         raise damaged(path, "all columns", f"no {', '.join(missing)}")
     ids = tensors["expert_ids_LTK"]
     num_rows = ids.shape[1] if ids.ndim == 3 else -1
-    shape = (len(model.layers), num_rows, model.top_k)
+    shape_LTK = (len(shape.layers), num_rows, shape.top_k)
     offsets_S1 = tensors["offsets_S1"]
     fits = (
-        ids.shape == shape
-        and ids.dtype == compact_dtype(model.num_experts)
+        ids.shape == shape_LTK
+        and ids.dtype == compact_dtype(shape.num_experts)
         and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
-        and tensors.get("gate_probs_LTK", ids).shape == shape
+        and tensors.get("gate_probs_LTK", ids).shape == shape_LTK
         and len(offsets_S1) >= 1
         and offsets_S1[0] == 0
         and offsets_S1[-1] == num_rows
         and bool((np.diff(offsets_S1) >= 0).all())
     )
     if not fits:
-        raise damaged(path, f"columns of one shape for {model}", f"expert ids {ids.shape}")
-
-
-def damaged(path: Path, expected, got) -> TableError:
-    return TableError(
-        "the routes file is damaged",
-        expected=expected,
-        got=got,
-        where=path,
-        fix="Write it again; a file under its final name is always complete, so look at the copy",
-    )
+        raise damaged(path, f"columns of one shape for {shape}", f"expert ids {ids.shape}")
