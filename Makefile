@@ -10,7 +10,7 @@ SOURCES := routing_replay recipes tools tests
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help env recipe test-fast test test-matrix test-versions check bench clean
+.PHONY: help env recipe test-fast test test-matrix test-versions check docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,12 +41,16 @@ check: env  ## lint, format and types, without changing a file
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(PY) -m mypy
 
+# Not --quiet: it hides the warnings from the strict mode too. Material warns of a future MkDocs 2 on every build; constraints.txt holds MkDocs at 1.
+docs: env  ## the documentation as a site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: env  ## the benchmarks of tools/bench/, one after another
 	@set -e; for file in $(filter-out %/__init__.py,$(wildcard tools/bench/*.py)); do \
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
 clean:  ## remove the environments and all caches; the runs in runs/ stay
-	rm -rf $(VENV) .venv-versions build dist .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
+	rm -rf $(VENV) .venv-versions build dist site .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Rebuilt when the metadata or the pins change. The stamp is written last, so that an interrupted

@@ -1,0 +1,65 @@
+"""The documentation site: it builds in strict mode, and its pages hold what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build as `make docs` does, into another folder."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    return subprocess.run(
+        [*command, "--config-file", config, "--site-dir", site],
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make env installs it")
+    folder = tmp_path_factory.mktemp("site")
+    result = build(ROOT / "mkdocs.yml", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_holds_every_page_of_docs(site):
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        parts = name.parent if name.name == "index" else name
+        assert (site / parts / "index.html").is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("page", "signature"),
+    [
+        ("routes", r"token_rows.*cu_seqlens"),
+        ("megatron", r"attach.*model_chunks"),
+        ("rollout", r"RolloutClient"),
+        ("errors", r"PreflightError"),
+    ],
+)
+def test_the_api_reference_shows_the_signatures_of_the_source(site, page, signature):
+    html = (site / "api" / page / "index.html").read_text()
+    text = re.sub(r"<[^>]+>", "", html)
+    assert re.search(signature, text, re.DOTALL)
+
+
+def test_strict_mode_refuses_a_broken_link(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make env installs it")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[gone](nowhere.md)\n")
+    settings = "site_name: x\nvalidation: {links: {not_found: warn}}\n"
+    (tmp_path / "mkdocs.yml").write_text(settings)
+    result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert result.returncode != 0
+    assert "nowhere.md" in result.stderr
