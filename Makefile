@@ -41,7 +41,8 @@ check: env  ## lint, format and types, without changing a file
 	$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
 	$(PY) -m mypy
 
-# Not --quiet: it hides the warnings from the strict mode too. Material warns of a future MkDocs 2 on every build; constraints.txt holds MkDocs at 1.
+# Not --quiet: it hides warnings from the strict mode too. The variable silences an announcement of
+# MkDocs 2; constraints.txt holds MkDocs at 1.
 docs: env  ## the documentation as a site, in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
