@@ -79,5 +79,3 @@ def check_router(device, router, num_experts, dtype, top_k=None):
         if ours.dtype != stock.dtype or not error <= TIMES_OWN_ERROR * own_error:
             wrong.append((name, error, own_error))
     return wrong
-
-
