@@ -4,6 +4,8 @@ Run by path, with the standard library only: `python -I guard.py COMMAND...`. It
 a pipe whose other end its owner holds; the pipe closes when the owner dies, however it dies.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
@@ -27,14 +29,14 @@ def main(command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def end_when_abandoned(child: subprocess.Popen) -> None:
+def end_when_abandoned(child: subprocess.Popen[bytes]) -> None:
     """End the command when the owner's end of the pipe closes."""
     while os.read(0, 4096):
         pass
     end(child)
 
 
-def end(child: subprocess.Popen) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
     """Terminate the whole session; kill what remains after GRACE_S."""
     signal_group(child, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
@@ -43,7 +45,7 @@ def end(child: subprocess.Popen) -> None:
     signal_group(child, signal.SIGKILL)
 
 
-def signal_group(child: subprocess.Popen, number: int) -> None:
+def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, number)
 

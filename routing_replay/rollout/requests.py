@@ -112,7 +112,7 @@ def request_fields(capture: str = "ids", start: int = 0) -> dict[str, Any]:
         raise unknown_name("capture level", capture, CAPTURES)
     if capture == "off":
         return {}
-    fields = {"return_routed_experts": True, "routed_experts_start_len": start}
+    fields: dict[str, Any] = {"return_routed_experts": True, "routed_experts_start_len": start}
     if capture in OURS:
         fields["custom_params"] = {REQUEST_KEY: capture}
     return fields
@@ -135,7 +135,7 @@ def completion_of(
     """
     meta_info = answer.get("meta_info") if isinstance(answer, Mapping) else None
     logprobs = meta_info.get("output_token_logprobs") if isinstance(meta_info, Mapping) else None
-    if logprobs is None:
+    if meta_info is None or logprobs is None:
         raise ServerError(
             "the answer has no log-probs",
             expected="meta_info.output_token_logprobs",

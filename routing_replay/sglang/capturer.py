@@ -16,10 +16,10 @@ from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
 from ..capture import CaptureSettings
 from ..errors import ServerError
-from ..routes.routes import Origin
+from ..routes.routes import Origin, RouterLogits
 from . import versions
 from .gates import gate_probs, pack, parse_version, score_function, unpack
-from .logits import LogitSampler, SampledLogits
+from .logits import LogitSampler
 from .refusals import refuse_unsupported
 from .slots import KeptRows, SlotRows
 
@@ -53,7 +53,8 @@ class CaptureOutput(TopkCaptureOutput):
         self.extents = list(zip(starts or (), counts or (), strict=True))
         # A mixed batch ends with one row for each of its decoding requests.
         self.num_decode_rows = 0
-        self.logit_rows_N, self.logits_NLE = None, None
+        self.logit_rows_N: np.ndarray | None = None
+        self.logits_NLE: torch.Tensor | None = None
         if capturer.sampler is not None:
             self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(ids_TLK))
 
@@ -69,7 +70,8 @@ class CaptureOutput(TopkCaptureOutput):
 
     def copy_now(self) -> None:
         """Without overlap nobody else copies."""
-        self.out_cache_loc, self.topk = self.out_cache_loc.cpu(), self.topk.cpu()
+        self.out_cache_loc: torch.Tensor = self.out_cache_loc.cpu()
+        self.topk: torch.Tensor = self.topk.cpu()
         self._copy_ours(torch.Tensor.cpu)
 
     def _copy_ours(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -89,8 +91,8 @@ class CaptureOutput(TopkCaptureOutput):
         if self.num_decode_rows:
             stamp_T[-self.num_decode_rows :] = stamps.stamp(Origin.DECODE, self.weight_version)
         logits = None
-        if self.logits_NLE is not None:
-            logits = SampledLogits(rows_N=self.logit_rows_N, values_NLE=self.logits_NLE.numpy())
+        if self.logits_NLE is not None and self.logit_rows_N is not None:
+            logits = RouterLogits(rows_N=self.logit_rows_N, values_NLE=self.logits_NLE.numpy())
         return KeptRows(
             start=0,
             ids_TLK=self.topk.numpy().view(self.capturer.slots.ids_NLK.dtype),

@@ -12,6 +12,8 @@ changes what is written and what is known about it:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 GATE_BITS = 16
@@ -19,13 +21,13 @@ GATE_BITS = 16
 NO_GATE = 0x7E00
 
 
-def score_function(topk_config) -> str | None:
-    """How this router scores its experts; None if it is the model's own function."""
+def score_function(topk_config: Any) -> str | None:
+    """Return how this router scores its experts; None if it is the model's own function."""
     if topk_config.custom_routing_function is not None:
         return None
     if topk_config.use_grouped_topk and topk_config.correction_bias is not None:
         return "sigmoid"  # SGLang's biased grouped router, whatever the configuration says
-    return topk_config.scoring_func
+    return str(topk_config.scoring_func)
 
 
 def gate_probs(
@@ -69,9 +71,9 @@ def unpack(packed_TLK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return halves_TLK2[..., 1], halves_TLK2.view(torch.float16)[..., 0]
 
 
-def parse_version(text) -> int:
-    """A weight version as a number; -1 where nobody named it or it is none."""
+def parse_version(text: str | int | None) -> int:
+    """Return a weight version as a number; -1 if it has no name or one that is no number."""
     try:
-        return int(text)
+        return int(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return -1

@@ -7,29 +7,14 @@ its logits, and a full ring forgets its oldest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+
+from ..routes.routes import RouterLogits
 
 # A ring as large as the expected sample would forget live rows half of the time.
 RING_SLACK = 1.5
 NONE = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledLogits:
-    """Logits of some rows of a range of rows; the rows are ascending."""
-
-    rows_N: np.ndarray
-    values_NLE: np.ndarray
-
-    def within(self, low: int, high: int, shift: int) -> SampledLogits:
-        """Those of the rows low .. high - 1, with their numbers moved by `shift`."""
-        kept_N = (self.rows_N >= low) & (self.rows_N < high)
-        return SampledLogits(
-            rows_N=self.rows_N[kept_N] + shift, values_NLE=self.values_NLE[kept_N].copy()
-        )
 
 
 class LogitSampler:
@@ -42,7 +27,13 @@ class LogitSampler:
         device: Where the model runs.
     """
 
-    def __init__(self, shape: tuple[int, int, int], num_slots: int, fraction: float, device):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_slots: int,
+        fraction: float,
+        device: torch.device | str,
+    ):
         # float32: the exact divergence is the purpose, and routers compute in it anyway.
         self.step_TLE = torch.zeros(shape, dtype=torch.float32, device=device)
         num_kept = max(1, int(num_slots * fraction * RING_SLACK))
@@ -91,8 +82,8 @@ class LogitSampler:
         self.slot_of_entry[entries_N] = slots_T[rows_N]
         self.entry_of_slot[slots_T[rows_N]] = entries_N
 
-    def of_slots(self, slots_T: np.ndarray) -> SampledLogits:
+    def of_slots(self, slots_T: np.ndarray) -> RouterLogits:
         """The logits that are known of some slots; rows are positions in `slots_T`."""
         entries_T = self.entry_of_slot[slots_T]
         rows_N = np.flatnonzero(entries_T != NONE)
-        return SampledLogits(rows_N=rows_N, values_NLE=self.ring_RLE[entries_T[rows_N]])
+        return RouterLogits(rows_N=rows_N, values_NLE=self.ring_RLE[entries_T[rows_N]])

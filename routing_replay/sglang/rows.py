@@ -15,44 +15,26 @@ was returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..capture import OURS, REQUEST_KEY
 from ..routes.payload import encode
-from ..routes.routes import Origin, are_probabilities
+from ..routes.routes import Origin, RouterLogits, Routes, are_probabilities
 from . import versions
-from .logits import SampledLogits
 from .slots import NOT_WRITTEN, KeptRows
 
+if TYPE_CHECKING:
+    from .capturer import Capturer
+
+# The attribute of SGLang's requests that holds their own rows.
 ATTRIBUTE = "routing_replay_rows"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CollectedRows:
-    """What `payload.encode` reads; the fields of `Routes`, not validated in the server's loop."""
-
-    expert_ids_TLK: np.ndarray
-    layers: tuple[int, ...]
-    num_experts: int
-    covered_T: np.ndarray
-    gate_probs_TLK: np.ndarray | None
-    router_logits: object | None
-    origin_T: np.ndarray
-    weight_version_T: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.covered_T)
-
-    @property
-    def top_k(self) -> int:
-        return self.expert_ids_TLK.shape[2]
-
-
-def keep_prefill(batch, result) -> None:
+def keep_prefill(batch: Any, result: Any) -> None:
     """Keep the rows that the requests of a prefill batch computed themselves.
 
     Runs before SGLang processes the result: that inserts the prompts into the radix tree.
@@ -72,7 +54,7 @@ def keep_prefill(batch, result) -> None:
         at += num_rows
 
 
-def keep_retracted(capturer, req, req_to_token_pool) -> None:
+def keep_retracted(capturer: Capturer, req: Any, req_to_token_pool: Any) -> None:
     """Keep all rows of a request that is about to lose its slots.
 
     Under overlap a step may be in flight; its token is thrown away and computed again, and so is
@@ -89,7 +71,7 @@ def keep_retracted(capturer, req, req_to_token_pool) -> None:
     setattr(req, ATTRIBUTE, [_rows(capturer, req, req_to_token_pool, 0, stop)])
 
 
-def collect(capturer, req, req_to_token_pool) -> torch.Tensor:
+def collect(capturer: Capturer, req: Any, req_to_token_pool: Any) -> torch.Tensor:
     """What the request's answer carries: our payload, or stock's rows if it asked for those."""
     start = req.routed_experts_start_len
     stop = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
@@ -98,18 +80,18 @@ def collect(capturer, req, req_to_token_pool) -> torch.Tensor:
     level = level_of(req)
     if level is None:
         return _stock_rows(rows)
-    payload = encode(_collected(capturer, rows, level), start=start)
+    payload = encode(_routes_of(capturer, rows, level), start=start)
     return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
-def level_of(req) -> str | None:
+def level_of(req: Any) -> str | None:
     """The capture level that the request named; None for SGLang's own clients."""
     named = req.sampling_params.custom_params
     level = named.get(REQUEST_KEY) if isinstance(named, dict) else None
     return level if level in OURS else None
 
 
-def _keep(req, new: KeptRows) -> None:
+def _keep(req: Any, new: KeptRows) -> None:
     kept = getattr(req, ATTRIBUTE, None)
     if kept is None:
         kept = []
@@ -120,7 +102,7 @@ def _keep(req, new: KeptRows) -> None:
         kept.append(new if known <= new.start else new.part(known, new.stop))
 
 
-def _rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
+def _rows(capturer: Capturer, req: Any, req_to_token_pool: Any, start: int, stop: int) -> KeptRows:
     """The rows start .. stop - 1: what was kept, and the slots for the rest."""
     rows = _slot_rows(capturer, req, req_to_token_pool, start, stop)
     logits = [] if rows.logits is None else [rows.logits]
@@ -128,36 +110,38 @@ def _rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
         low, high = max(start, kept.start), min(stop, kept.stop)
         if low >= high:
             continue
-        to, of = slice(low - start, high - start), slice(low - kept.start, high - kept.start)
-        rows.ids_TLK[to] = kept.ids_TLK[of]
-        rows.stamp_T[to] = kept.stamp_T[of]
-        if rows.gates_TLK is not None:
-            rows.gates_TLK[to] = kept.gates_TLK[of]
-        if kept.logits is not None:
-            logits = [*_outside(logits, low, high), kept.logits.within(low, high, shift=0)]
+        part, target = kept.part(low, high), slice(low - start, high - start)
+        rows.ids_TLK[target] = part.ids_TLK
+        rows.stamp_T[target] = part.stamp_T
+        if rows.gates_TLK is not None and part.gates_TLK is not None:
+            rows.gates_TLK[target] = part.gates_TLK
+        if part.logits is not None:
+            logits = [*_outside(logits, low, high), part.logits]
     return replace(rows, logits=_joined(logits) if logits else None)
 
 
-def _slot_rows(capturer, req, req_to_token_pool, start: int, stop: int) -> KeptRows:
+def _slot_rows(
+    capturer: Capturer, req: Any, req_to_token_pool: Any, start: int, stop: int
+) -> KeptRows:
     pool_index = versions.req_pool_index(req)
     if pool_index is None or not req.output_ids:
         # Without slots, or ended before its prefill was complete: they hold anything.
-        return capturer.slots.nothing(stop - start, start)
+        return capturer.slots.unwritten(stop - start, start)
     slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long().numpy()
     return capturer.slots.take(slots_T, start)
 
 
-def _outside(parts: list[SampledLogits], low: int, high: int) -> list[SampledLogits]:
+def _outside(parts: list[RouterLogits], low: int, high: int) -> list[RouterLogits]:
     """The logits of rows before `low` and from `high` on."""
     sides = ((0, low), (high, np.iinfo(np.int64).max))
-    return [part.within(*side, shift=0) for part in parts for side in sides]
+    return [part.within(*side) for part in parts for side in sides]
 
 
-def _joined(parts: list[SampledLogits]) -> SampledLogits:
+def _joined(parts: list[RouterLogits]) -> RouterLogits:
     rows_N = np.concatenate([part.rows_N for part in parts])
     order_N = np.argsort(rows_N)
     values_NLE = np.concatenate([part.values_NLE for part in parts])
-    return SampledLogits(rows_N=rows_N[order_N], values_NLE=values_NLE[order_N])
+    return RouterLogits(rows_N=rows_N[order_N], values_NLE=values_NLE[order_N])
 
 
 def _stock_rows(rows: KeptRows) -> torch.Tensor:
@@ -167,35 +151,35 @@ def _stock_rows(rows: KeptRows) -> torch.Tensor:
     return torch.from_numpy(ids_TLK)
 
 
-def _collected(capturer, rows: KeptRows, level: str) -> CollectedRows:
+def _routes_of(capturer: Capturer, rows: KeptRows, level: str) -> Routes:
     layers = sorted(capturer.layers)
-    has_gates = level != "ids" and rows.gates_TLK is not None
-    ids_TLK, gates_TLK = rows.ids_TLK, rows.gates_TLK if has_gates else None
+    ids_TLK, gates_TLK = rows.ids_TLK, rows.gates_TLK if level != "ids" else None
+    stamps, covered_T = capturer.slots.stamps, rows.stamp_T != NOT_WRITTEN
     if len(layers) < ids_TLK.shape[1]:
         ids_TLK = ids_TLK.take(layers, axis=1)
-        gates_TLK = gates_TLK.take(layers, axis=1) if has_gates else None
-    stamps, covered_T = capturer.slots.stamps, rows.stamp_T != NOT_WRITTEN
+        gates_TLK = None if gates_TLK is None else gates_TLK.take(layers, axis=1)
     if not covered_T.all():
         ids_TLK[~covered_T] = 0
-        if has_gates:
+        if gates_TLK is not None:
             gates_TLK[~covered_T] = 0
-    return CollectedRows(
+    # All or none: one router of the model's own leaves nan.
+    has_gates = gates_TLK is not None and are_probabilities(gates_TLK)
+    return Routes.unchecked(
         expert_ids_TLK=ids_TLK,
         layers=tuple(layers),
         num_experts=capturer.num_experts,
         covered_T=covered_T,
-        # All or none: one router of the model's own leaves nan.
-        gate_probs_TLK=gates_TLK if has_gates and are_probabilities(gates_TLK) else None,
+        gate_probs_TLK=gates_TLK if has_gates else None,
         router_logits=_logits_of(rows, layers, covered_T) if level == "logits" else None,
         origin_T=np.where(covered_T, stamps.origin(rows.stamp_T), Origin.ABSENT),
         weight_version_T=stamps.weight_version(rows.stamp_T),
     )
 
 
-def _logits_of(rows: KeptRows, layers: list[int], covered_T) -> SampledLogits | None:
+def _logits_of(rows: KeptRows, layers: list[int], covered_T: np.ndarray) -> RouterLogits | None:
     if rows.logits is None:
         return None
     rows_N, values_NLE = rows.logits.rows_N - rows.start, rows.logits.values_NLE[:, layers]
     # nan: a router of that row told no logits.
     known_N = covered_T[rows_N] & ~np.isnan(values_NLE).any((1, 2))
-    return SampledLogits(rows_N=rows_N[known_N], values_NLE=values_NLE[known_N])
+    return RouterLogits(rows_N=rows_N[known_N], values_NLE=values_NLE[known_N])

@@ -1,7 +1,7 @@
-"""What is known of each KV slot: the row that was captured there, and what wrote it.
+"""The row of each KV slot, and the forward pass that wrote it.
 
-In compact types on the host: SGLang's own buffer takes four bytes for an id, this one or two, and
-two more for a gate. Host memory only, not pinned: rows arrive here from a copy on the host.
+Rows lie in compact types: SGLang's own buffer takes four bytes for an id, this one or two, and two
+more for a gate. The memory is not pinned: rows arrive here from a copy on the host.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..routes.routes import Origin, compact_dtype
-from .logits import LogitSampler, SampledLogits
+from ..routes.routes import Origin, RouterLogits, compact_dtype
+from .logits import LogitSampler
 
 NOT_WRITTEN = 0
 
@@ -32,14 +32,14 @@ class KeptRows:
     ids_TLK: np.ndarray
     gates_TLK: np.ndarray | None
     stamp_T: np.ndarray
-    logits: SampledLogits | None
+    logits: RouterLogits | None
 
     @property
     def stop(self) -> int:
         return self.start + len(self.stamp_T)
 
     def part(self, low: int, high: int, shift: int = 0) -> KeptRows:
-        """The rows low .. high - 1, renumbered by `shift`; copies, the step's buffers are huge."""
+        """Return copies of the rows low .. high - 1, renumbered by `shift`."""
         rows = slice(low - self.start, high - self.start)
         return KeptRows(
             start=low + shift,
@@ -53,7 +53,7 @@ class KeptRows:
 class Stamps:
     """Origin and weight version of a forward pass, in four bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.versions: list[int] = []
 
     def stamp(self, origin: Origin, weight_version: int) -> int:
@@ -101,16 +101,16 @@ class SlotRows:
         return self.ids_NLK.nbytes + gates_bytes + self.stamp_N.nbytes + logits_bytes
 
     def put(self, slots_T: np.ndarray, step: KeptRows) -> None:
-        """A step wrote these slots."""
+        """Store the rows of a step at the slots that it wrote."""
         self.ids_NLK[slots_T] = step.ids_TLK
         if self.gates_NLK is not None:
             self.gates_NLK[slots_T] = step.gates_TLK
         self.stamp_N[slots_T] = step.stamp_T
-        if step.logits is not None:
+        if self.sampler is not None and step.logits is not None:
             self.sampler.keep(slots_T, step.logits.rows_N, step.logits.values_NLE)
 
     def take(self, slots_T: np.ndarray, start: int) -> KeptRows:
-        """The rows of these slots, the first being row `start` of a request; copies."""
+        """Return copies of the rows of these slots; the first is row `start` of a request."""
         logits = None
         if self.sampler is not None:
             logits = self.sampler.of_slots(slots_T).within(0, len(slots_T), shift=start)
@@ -123,8 +123,8 @@ class SlotRows:
             logits=logits,
         )
 
-    def nothing(self, num_rows: int, start: int) -> KeptRows:
-        """Rows of which nothing is known."""
+    def unwritten(self, num_rows: int, start: int) -> KeptRows:
+        """Return rows that no forward pass wrote."""
         shape = (num_rows, *self.ids_NLK.shape[1:])
         return KeptRows(
             start=start,

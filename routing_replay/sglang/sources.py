@@ -41,7 +41,7 @@ def _wanted(targets: versions.Targets) -> dict[str, tuple[str, ...]]:
     """Return the parameters that each target must have."""
     capturer = targets.capturer
     is_method = targets.release.endswith("ScheduleBatch.release_req")
-    wanted = {
+    wanted: dict[str, tuple[str, ...]] = {
         capturer: (),
         f"{capturer}.create": ("model_config",),
         f"{capturer}.__init__": ("model_config", "num_tokens"),
@@ -58,8 +58,11 @@ def _wanted(targets: versions.Targets) -> dict[str, tuple[str, ...]]:
         "managers.schedule_batch.Req.output_ids_through_stop": (),
         "plugins.hook_registry.HookRegistry.register": ("target", "hook", "hook_type"),
     }
-    optional = {targets.rename: ("recv_req",), targets.output: ("reqs",)}
-    return wanted | {name: names for name, names in optional.items() if name is not None}
+    if targets.rename is not None:
+        wanted[targets.rename] = ("recv_req",)
+    if targets.output is not None:
+        wanted[targets.output] = ("reqs",)
+    return wanted
 
 
 def _bad_calls(folder: Path, target: str) -> Iterator[str]:

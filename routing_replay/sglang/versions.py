@@ -140,11 +140,11 @@ def has_compiled_prefill(server_args: Any) -> bool:
     """
     config = getattr(server_args, "cuda_graph_config", None)
     if config is not None:
-        return config.prefill.backend == "tc_piecewise"
+        return bool(config.prefill.backend == "tc_piecewise")
     return not getattr(server_args, "disable_piecewise_cuda_graph", True)
 
 
-def req_pool_index(req: Any) -> int | None:
+def req_pool_index(req: Any) -> Any:
     """Return the request's row of `req_to_token`, None without slots. In `req.kv` since 0.5.19."""
     if installed() < (0, 5, 19):
         return req.req_pool_idx
