@@ -5,9 +5,11 @@ import json
 import pytest
 import yaml
 
+from recipes.minirl.checks import require_own_devices
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
-from recipes.minirl.config import RecipeConfig, known_settings
-from recipes.minirl.inputs import inputs_of
+from recipes.minirl.config import RecipeConfig
+from recipes.minirl.inputs import load_inputs
+from recipes.minirl.settings import known_settings
 from routing_replay import objectives
 from routing_replay.errors import CheckpointError, ConfigError
 
@@ -65,24 +67,36 @@ def test_the_help_text_explains_every_key():
         (["--minibatch-size", "100"], "expected a divisor of 512; got 100"),
         (["--nproc", "3", "--tensor-parallel", "2"], "expected a multiple of 2; got 3"),
         (["--objective-parameters", "eps=3"], "got 'eps'. Did you mean 'eps_low'?"),
-        (["--objective-parameters", "cap"], "expected name=value; got 'cap'"),
+        (["--objective-parameters", "cap"], "has no value; expected name=value; got 'cap'"),
         (["--resume"], "expected --run-dir DIR --resume, without --preset"),
-        (["--temperature", "0"], "'temperature'; expected above 0"),
-        (["--prompts", "x.jsonl"], "prompts and heldout_prompts go together"),
+        (["--temperature", "0"], "'temperature' is out of range; expected above 0"),
+        (["--prompts", "x.jsonl"], "only one of prompts and heldout_prompts is set"),
         (["--objective", "minrl"], "got 'minrl'. Did you mean 'minirl'?"),
         (["--objective", "gsop"], "got 'gsop'. Did you mean 'gspo'?"),
         (
             ["--objective-parameters", "advantage=gae"],
             "'advantage' is not one of its values; expected group-mean, ",
         ),
-        (["--objective", "dppo_topk", "--topk-logprobs", "0"], "'topk_logprobs'; expected >= 1"),
+        (
+            ["--objective", "dppo_topk", "--topk-logprobs", "0"],
+            "'topk_logprobs' is out of range",
+        ),
         (["--top-p", "0.9"], "mask only for requests with a finite top_k; expected --top-k N"),
-        (["--top-p", "0"], "'top_p'; expected above 0, at most 1; got 0.0"),
-        (["--top-k", "1"], "'top_k'; expected 0 (all), or 2 and more; got 1"),
-        (["--dynamic-sampling", "-1"], "'dynamic_sampling'; expected >= 0; got -1"),
-        (["--overlong-cache", "6"], "'overlong_cache'; expected 0..5, the longest response; got 6"),
-        (["--smoothing-wrong", "-0.1"], "'smoothing_wrong'; expected >= 0; got -0.1"),
-        (["--reward-kl-coefficient", "-1"], "'reward_kl_coefficient'; expected >= 0"),
+        (["--top-p", "0"], "'top_p' is out of range; expected above 0, at most 1; got 0.0"),
+        (["--top-k", "1"], "'top_k' is out of range; expected 0 (all), or 2 and more; got 1"),
+        (["--dynamic-sampling", "-1"], "'dynamic_sampling' is out of range; expected >= 0; got -1"),
+        (
+            ["--overlong-cache", "6"],
+            "of range; expected 0..5, the longest response; got 6",
+        ),
+        (
+            ["--smoothing-wrong", "-0.1"],
+            "out of range; expected >= 0; got -0.1",
+        ),
+        (
+            ["--reward-kl-coefficient", "-1"],
+            "'reward_kl_coefficient' is out of range",
+        ),
         (["--internal-layer", "1"], "objective 'minirl' with these parameters compares more than"),
         (
             ["--internal-layer", "1", "--objective", "grpo", "--recompute", "full"],
@@ -101,6 +115,37 @@ def test_a_wrong_command_line_is_answered_with_what_to_do(argv, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--rollout-gpus", "0,1", "--trainer-gpus", "1,2"],
+            "the server and the trainer share GPUs; expected disjoint --rollout-gpus and "
+            "--trainer-gpus; got 1 in both",
+        ),
+        (
+            ["--nproc", "4", "--trainer-gpus", "4,5,6"],
+            "fewer GPUs than trainer processes; expected 4 in --trainer-gpus",
+        ),
+        (["--nnodes", "2", "--tensor-parallel", "4"], "must divide nnodes * nproc; expected a mul"),
+    ],
+)
+def test_ranks_and_devices_that_do_not_fit_are_refused(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    assert message in str(caught.value)
+
+
+def test_a_server_is_not_launched_on_the_gpus_of_the_trainer():
+    divided = ["--rollout-gpus", "0,1", "--trainer-gpus", "2,3"]
+    for argv in (divided, ["--rollout-url", "http://a"]):
+        require_own_devices(parse(argv), has_cuda=True)
+    require_own_devices(parse([]), has_cuda=False)
+    for argv in ([], ["--rollout-gpus", "0"], ["--trainer-gpus", "1"]):
+        with pytest.raises(ConfigError, match="would share GPUs.*--trainer-gpus 4,5,6,7"):
+            require_own_devices(parse(argv), has_cuda=True)
+
+
 def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
     config = write(tmp_path / "c.yaml", "learning_rat: 1\n")
     with pytest.raises(ConfigError, match=r"'learning_rat' \[.*c\.yaml\]\. Did you mean 'learn"):
@@ -109,7 +154,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
 
 def test_a_value_of_the_wrong_kind_is_refused(tmp_path):
     config = write(tmp_path / "c.yaml", "steps: many\n")
-    with pytest.raises(ConfigError, match="'steps'; expected int; got 'many'"):
+    with pytest.raises(ConfigError, match="'steps' has the wrong type; expected int; got 'many'"):
         parse(["--config", config])
 
 
@@ -137,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_trained_is_refused_before_a_server_starts(
     path = str(tmp_path / "a.jsonl")
     config = parse(["--model", str(tmp_path), "--prompts", path, "--heldout-prompts", path])
     with pytest.raises(CheckpointError, match=message):
-        inputs_of(config)
+        load_inputs(config)
 
 
 def as_text(value):

@@ -15,13 +15,13 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}\n'
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"prompt": "1+1=", "answer"', "a broken line"),
-        ('["1+1=", "2"]', "a broken line"),
-        ('{"prompt": "1+1="}', "a broken line"),
-        ('{"prompt": "1+1=", "answer": 2}', "an answer or verifier that cannot be used"),
-        ('{"prompt": "", "answer": "2"}', "a prompt that is no text"),
-        ('{"prompt": [{"role": "user"}], "answer": "2"}', "a prompt that is no text"),
-        ('{"prompt": "a", "answer": "2", "verifier": "exakt"}', "an answer or verifier"),
+        ('{"prompt": "1+1=", "answer"', "the line is no JSON"),
+        ('["1+1=", "2"]', "the line is no prompt"),
+        ('{"prompt": "1+1="}', "the line is no prompt"),
+        ('{"prompt": "1+1=", "answer": 2}', "the answer or the verifier cannot be used"),
+        ('{"prompt": "", "answer": "2"}', "the prompt is no text"),
+        ('{"prompt": [{"role": "user"}], "answer": "2"}', "the prompt is no text"),
+        ('{"prompt": "a", "answer": "2", "verifier": "exakt"}', "the answer or the verifier"),
         ('{"prompt": "a", "answer": "2", "verifer": "math"}', "unknown key 'verifer'"),
     ],
 )

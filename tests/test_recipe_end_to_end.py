@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -159,3 +160,43 @@ def test_a_dead_rollout_server_is_one_clear_message(run, tmp_path):
     assert status == 1
     assert "http://127.0.0.1:9" in output
     assert "Traceback" not in output
+
+
+RUNS = {
+    "masked": [
+        *("--objective", "dapo", "--top-p", "0.95", "--top-k", "12"),
+        *("--objective-parameters", "kl_coefficient=0.01", "entropy_coefficient=0.001"),
+        *("--dynamic-sampling", "1", "--overlong-cache", "2", "--reward-kl-coefficient", "0.01"),
+    ],
+    "bupo": ["--preset", "tiny_bupo", "--internal-steps", "1"],
+}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_whole_recipe_runs(name, tmp_path):
+    flags = [*SMALL, *RUNS[name], "--steps", "2", "--cache-dir", str(tmp_path / "cache")]
+    output, status = finish(start(tmp_path / "run", *flags, *write_prompts(tmp_path)))
+    assert status == 0, output
+    steps = records(tmp_path / "run")[1:]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert math.isfinite(step["objective/loss"])
+        assert step["objective/nonfinite_tokens"] == 0
+        if name == "bupo":
+            # The inner layer's policy has no mu to be compared with.
+            assert ("off_policy/kl_k3" in step) == (step["step"] == 2)
+            continue
+        assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
+        assert 0.9 < step["rollout/sampling_mask_mass"] < 1
+        assert 1 <= step["rollout/sampling_rounds"] <= 2
+        assert step["rollout/replaced_groups"] >= 0
+        assert -1 <= step["reward/overlong_penalty"] <= 0
+        assert "reward/kl_penalty" in step
+    if name == "masked":
+        # Before the first step the policy is the reference; afterwards it has moved away.
+        assert abs(steps[0]["reward/kl_penalty"]) < 0.01
+        assert steps[1]["objective/kl_ref"] > 0
+        state = tmp_path / "run" / "checkpoints" / "step_000002" / "trainer" / "state.json"
+        consumed = 16 + sum(step["rollout/replaced_groups"] for step in steps)
+        assert json.loads(state.read_text())["prompts_consumed"] == consumed

@@ -1,26 +1,33 @@
-"""Every objective in the recipe: real samples of a real server, real updates in Megatron."""
+"""Every objective in the recipe: real samples of a real server, real updates in Megatron.
 
+One trainer process runs the jobs of all selected tests, and only these: `-k m2po` runs one.
+"""
+
+import contextlib
 import dataclasses
-import json
 import math
+import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from megatron_worlds import run_world
+from megatron_worlds import run_world, selected
+from recipe_rollouts import (
+    GROUP,
+    MASKED,
+    MINIBATCH,
+    NEW_TOKENS,
+    PROMPTS,
+    configuration,
+    prompts_of,
+    rollout_of,
+)
 from sglang_servers import MODEL
 
 from routing_replay import objectives
-from routing_replay.errors import ConfigError, DataError
-from routing_replay.routes.batch import RolloutBatch
 
-PROMPTS, GROUP, MINIBATCH, NEW_TOKENS = 4, 4, 8, 8
-SIZES = ["--prompts-per-step", str(PROMPTS), "--samples-per-prompt", str(GROUP)]
-SIZES += ["--minibatch-size", str(MINIBATCH), "--microbatch-size", "4", "--nproc", "1"]
-SIZES += ["--max-new-tokens", str(NEW_TOKENS), "--topk-logprobs", "5"]
-# The model is unsure: 100 of its 128 tokens hold nearly everything, and top-p is what cuts.
-MASKED = ["--top-p", "0.6", "--top-k", "100"]
+__all__ = ["rollout_of"]  # a fixture
+
 # Where a published default would choose none of so few tokens.
 PARAMETERS = {
     "clip_cov": ["fraction=0.2", "cov_low=-1"],
@@ -28,44 +35,6 @@ PARAMETERS = {
 }
 MODES = ("disabled", "R2", "R3")
 INNER_LAYER = 1
-
-
-def configuration(*flags):
-    from recipes.minirl.command_line import parse
-
-    return parse([*SIZES, *flags])
-
-
-def prompts_of(answers):
-    from recipes.minirl.prompts import Prompt
-
-    rng = np.random.default_rng(3)
-    texts = [" ".join(f"t{n}" for n in rng.integers(3, 128, 6)) for _ in answers]
-    return [
-        Prompt(prompt=text, answer=answer, verifier="parity")
-        for text, answer in zip(texts, answers, strict=True)
-    ]
-
-
-def parity(response, answer):
-    """1 for an even sum of the tokens' numbers; "always" accepts every response."""
-    even = sum(int(word.removeprefix("t")) for word in response.split()) % 2 == 0
-    return float(even or answer == "always")
-
-
-@pytest.fixture(scope="module")
-def rollout_of(sglang_server):
-    """Makes the recipe's Rollout for some flags, on the shared server with its first weights."""
-    from recipes.minirl.rollout import Rollout
-    from recipes.minirl.verifiers import VERIFIERS
-
-    sglang_server.restore()
-    VERIFIERS["parity"] = parity
-    checkpoint = sglang_server.checkpoints[0]
-    yield lambda *flags: Rollout(
-        configuration(*flags), [sglang_server.server.url], checkpoint, MODEL
-    )
-    del VERIFIERS["parity"]
 
 
 def save_step(rollout, folder):
@@ -83,32 +52,52 @@ def save_step(rollout, folder):
     return samples
 
 
+def needs(*jobs):
+    """Parametrize a test with the outcomes of jobs: a function below and its argument."""
+    return pytest.mark.parametrize("outcome", jobs, indirect=True, ids="-".join)
+
+
 @pytest.fixture(scope="module")
-def steps(rollout_of, sglang_server, tmp_path_factory):
+def outcomes(request, rollout_of, sglang_server, tmp_path_factory):
     """What one trainer rank makes of two batches of the server: one plain, one under a mask."""
     folder = tmp_path_factory.mktemp("objectives")
     save_step(rollout_of("--objective", "dppo_topk"), folder / "plain")
     save_step(rollout_of(*MASKED), folder / "masked")
     checkpoints = [str(path) for path in sglang_server.checkpoints]
-    (found,) = run_world(on_one_rank, 1, str(folder), checkpoints, timeout_s=600)
-    return found
+    arguments = str(folder), checkpoints, selected(request, "outcome")
+    (by_job,) = run_world(on_one_rank, 1, *arguments, timeout_s=600)
+    return by_job
+
+
+@pytest.fixture
+def outcome(request, outcomes):
+    """The outcome of one job; an error in it fails this test alone."""
+    error, value = outcomes[request.param]
+    if error:
+        pytest.fail(error, pytrace=False)
+    return value
 
 
 # --- in the trainer's process -------------------------------------------------------------------
 
 
-def on_one_rank(rank, folder, checkpoints):
-    folder = Path(folder)
-    found = {"objectives": {}, "ratios": {}}
-    for name in objectives.names():
-        found["objectives"][name] = two_updates(folder / "plain", checkpoints[0], name)
-    for mode in MODES:
-        found["ratios"][mode] = ratios(folder / "plain", checkpoints[0], mode)
-    found["masked"] = under_a_mask(folder / "masked", checkpoints[0])
-    found["reference"] = with_a_reference(folder / "plain", checkpoints)
-    found["inner"] = of_an_inner_layer(folder / "plain", checkpoints[0])
-    found["shift"] = router_shift(folder / "plain", checkpoints[0])
-    return found
+def on_one_rank(rank, folder, checkpoints, jobs):
+    by_job = {}
+    for name, *arguments in jobs:
+        try:
+            value = globals()[name](Path(folder), checkpoints, *arguments)
+            by_job[name, *arguments] = None, value
+        except Exception:
+            by_job[name, *arguments] = traceback.format_exc(), None
+            close_policy()
+    return by_job
+
+
+def close_policy():
+    from recipes.model import parallel
+
+    with contextlib.suppress(Exception):
+        parallel.destroy(keep_world=True)
 
 
 class Step:
@@ -125,24 +114,25 @@ class Step:
         self.policy = Policy(config, Path(checkpoint), reference and Path(reference))
         batch = Batch.open(folder / "batch.safetensors")
         table = RouteTable.open(folder / "routes.safetensors") if mode == "R3" else None
-        self.old, self.replayed, self.rows_ST = score_old(self.policy, batch, table, folder)
+        self.old = score_old(self.policy, batch, table)
         has_reference = self.policy.reference is not None
         self.reference = self.policy.score_reference(batch) if has_reference else None
-        self.batch, self.shaping = with_advantages(self.policy, batch, self.old, self.reference)
+        scores = self.old.scores
+        self.batch, self.shaping = with_advantages(self.policy, batch, scores, self.reference)
         self.chosen = []
 
     def update(self, number, objective=None, old=None):
-        from recipes.minirl.policy import Given
+        from recipes.minirl.policy import FixedScores
         from recipes.minirl.step_choices import choose
         from recipes.minirl.train import replaying
 
-        old = old or self.old
+        old = old or self.old.scores
         objective = objective or self.policy.config.make_objective()
-        chosen = choose(self.policy, self.batch, self.replayed, old, number, (0, 1, number))
+        chosen = choose(self.policy, self.batch, self.old.table, old, number, (0, 1, number))
         self.chosen.append(chosen)
-        given = Given(old=old, reference=self.reference, chosen=chosen)
-        with replaying(self.policy, self.replayed):
-            return self.policy.update(self.batch, self.rows_ST, given, objective, number)
+        fixed = FixedScores(old=old, reference=self.reference, chosen=chosen)
+        with replaying(self.policy, self.old.table):
+            return self.policy.update(self.batch, self.old.token_rows_ST, fixed, objective, number)
 
     def weights(self):
         from recipes.model.weights import named_hf_tensors
@@ -151,19 +141,17 @@ class Step:
         return {name: tensor.clone() for name, tensor in tensors if tensor is not None}
 
     def close(self):
-        from recipes.model import parallel
-
         self.policy.replay.remove()
-        parallel.destroy(keep_world=True)
+        close_policy()
 
 
-def two_updates(folder, checkpoint, name):
+def two_updates(folder, checkpoints, name):
     from routing_replay.metrics.typed import merge, to_floats
 
     flags = ["--objective", name]
     if name in PARAMETERS:
         flags += ["--objective-parameters", *PARAMETERS[name]]
-    step = Step(folder, checkpoint, *flags)
+    step = Step(folder / "plain", checkpoints[0], *flags)
     before = step.weights()
     metrics = merge(step.update(0), step.update(1))
     after = step.weights()
@@ -174,12 +162,12 @@ def two_updates(folder, checkpoint, name):
     return to_floats(metrics), moved, finite, chosen
 
 
-def ratios(folder, checkpoint, mode):
+def ratios(folder, checkpoints, mode):
     """What an objective sees in both updates; the metrics; and transformers' own log-probs."""
     from routing_replay.metrics.typed import merge, to_floats
     from routing_replay.objectives.tokens import Tokens
 
-    step = Step(folder, checkpoint, mode=mode)
+    step = Step(folder / "plain", checkpoints[0], mode=mode)
     seen, objective = [], step.policy.config.make_objective()
 
     def watch(inputs):
@@ -188,12 +176,12 @@ def ratios(folder, checkpoint, mode):
         seen[-1].append(torch.stack([value_T.detach()[mask_T] for value_T in logs]))
         return objective(inputs)
 
-    metrics = step.policy.discrepancy(step.batch, step.old)
+    metrics = step.policy.discrepancy(step.batch, step.old.scores)
     for number in range(2):
         seen.append([])
         metrics = merge(metrics, step.update(number, watch))
     step.close()
-    live = transformers_logp(checkpoint, step.batch)
+    live = transformers_logp(checkpoints[0], step.batch)
     return [torch.cat(of_update, dim=1) for of_update in seen], to_floats(metrics), live
 
 
@@ -217,20 +205,20 @@ def transformers_logp(checkpoint, batch, layer=None):
     return torch.cat(found)
 
 
-def under_a_mask(folder, checkpoint):
+def under_a_mask(folder, checkpoints):
     """The first update's metrics with the rollout's mask applied to the trainer, and without."""
     from routing_replay.metrics.typed import to_floats
 
-    found = {}
+    metrics_of = {}
     for is_kept in (True, False):
-        step = Step(folder, checkpoint, *MASKED)
+        step = Step(folder / "masked", checkpoints[0], *MASKED)
         if not is_kept:
             bare = dict.fromkeys(("support_ids_N", "support_starts_ST", "support_counts_ST"))
             step.batch = dataclasses.replace(step.batch, **bare)
-        metrics = step.policy.discrepancy(step.batch, step.old) if is_kept else {}
-        found[is_kept] = to_floats(metrics | step.update(0))
+        metrics = step.policy.discrepancy(step.batch, step.old.scores) if is_kept else {}
+        metrics_of[is_kept] = to_floats(metrics | step.update(0))
         step.close()
-    return found
+    return metrics_of
 
 
 def with_a_reference(folder, checkpoints):
@@ -238,54 +226,54 @@ def with_a_reference(folder, checkpoints):
     from routing_replay.metrics.typed import merge, to_floats
 
     flags = ["--objective-parameters", "kl_coefficient=0.1", "--reward-kl-coefficient", "0.5"]
-    step = Step(folder, checkpoints[0], *flags, reference=checkpoints[1])
-    shape, mask_ST = step.batch.mask_ST.shape, step.batch.mask_ST
-    with step.policy.replay.replaying(step.replayed):
+    step = Step(folder / "plain", checkpoints[0], *flags, reference=checkpoints[1])
+    mask_ST = step.batch.mask_ST
+    with step.policy.replay.replaying(step.old.table):
         # Even within a scope of the policy the reference is a stock model.
         again = step.policy.score_reference(step.batch)
-        step.policy.score(step.batch, step.rows_ST)
-    scores = [step.policy.dense(s, shape)[mask_ST] for s in (step.reference, again, step.old)]
+        step.policy.score(step.batch, step.old.token_rows_ST)
+    passes = step.reference, again, step.old.scores
+    scores = [step.policy.dense(s, step.batch)[mask_ST] for s in passes]
     metrics = merge(step.update(0), step.update(1))
     step.close()
     expected = transformers_logp(checkpoints[1], step.batch)
     return scores, expected, to_floats(metrics), to_floats(step.shaping), step.batch
 
 
-def of_an_inner_layer(folder, checkpoint):
+def of_an_inner_layer(folder, checkpoints):
     """BuPO's first step: the scores of an inner layer's policy, and which weights it moves."""
-    from recipes.minirl.train import old_of_update
+    from recipes.minirl.train import score_replayed
 
     flags = ["--objective", "grpo", "--internal-layer", str(INNER_LAYER)]
-    step = Step(folder, checkpoint, *flags)
+    step = Step(folder / "plain", checkpoints[0], *flags)
     before = step.weights()
-    with step.policy.reading(INNER_LAYER):
-        old = old_of_update(step.policy, step.batch, step.replayed, step.rows_ST, step.old, 1)
-        logp_ST = step.policy.dense(old, step.batch.mask_ST.shape)
+    with step.policy.logits_from_layer(INNER_LAYER):
+        old = score_replayed(step.policy, step.batch, step.old)
+        logp_ST = step.policy.dense(old, step.batch)
         step.update(0, old=old)
     after = step.weights()
-    whole = step.policy.dense(
-        step.policy.score(step.batch, step.batch.token_rows(None)), step.batch.mask_ST.shape
-    )
+    live = step.policy.score(step.batch, step.batch.token_rows(None))
+    whole = step.policy.dense(live, step.batch)
     step.close()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    expected = transformers_logp(checkpoint, step.batch, INNER_LAYER)
+    expected = transformers_logp(checkpoints[0], step.batch, INNER_LAYER)
     mask_ST = step.batch.mask_ST
     return logp_ST[mask_ST], expected, whole[mask_ST], moved
 
 
-def router_shift(folder, checkpoint):
+def router_shift(folder, checkpoints):
     """gamma of the second minibatch after one update: the recipe's, and transformers'."""
     from recipes.model.weights import save_hf
 
-    step = Step(folder, checkpoint, "--objective", "rspo", mode="disabled")
+    step = Step(folder / "plain", checkpoints[0], "--objective", "rspo", mode="disabled")
     step.update(0)
-    save_hf(step.policy.chunks, folder / "updated", source=checkpoint)
+    save_hf(step.policy.chunks, folder / "updated", source=checkpoints[0])
     step.update(1)
     batch, gamma_ST = step.batch, step.chosen[1]["router_shift_T"]
     step.close()
     half = slice(MINIBATCH, None)
     ids_ST, mask_ST = batch.input_ids_ST[half], batch.mask_ST[half]
-    old, new = (router_logs(path, ids_ST) for path in (checkpoint, folder / "updated"))
+    old, new = (router_logs(path, ids_ST) for path in (checkpoints[0], folder / "updated"))
     moved = []
     for old_SXE, new_SXE in zip(old, new, strict=True):  # layer by layer
         experts = old_SXE.topk(MODEL.top_k, dim=-1).indices
@@ -313,12 +301,12 @@ def router_logs(checkpoint, ids_ST):
     return found
 
 
-# --- what was found -----------------------------------------------------------------------------
+# --- the outcomes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", objectives.names())
-def test_every_objective_takes_two_real_updates(steps, name):
-    metrics, moved, finite, _ = steps["objectives"][name]
+@needs(*(("two_updates", name) for name in objectives.names()))
+def test_an_objective_takes_two_real_updates(outcome):
+    metrics, moved, finite, _ = outcome
     assert finite
     assert moved > 1e-3  # Adam moves a weight by up to the learning rate, 0.01, per update
     assert metrics["grad_norm"] > 0
@@ -328,9 +316,10 @@ def test_every_objective_takes_two_real_updates(steps, name):
     assert metrics["staleness/logp_abs_diff_max"] > 0
 
 
-@pytest.mark.parametrize("name", ["m2po", "clip_cov", "kl_cov", "rspo"])
-def test_methods_of_the_whole_step_are_given_their_choice(steps, name):
-    chosen = steps["objectives"][name][3]
+@needs(*(("two_updates", name) for name in ("m2po", "clip_cov", "kl_cov", "rspo")))
+def test_methods_of_the_whole_step_are_given_their_choice(outcome, request):
+    name = request.node.callspec.params["outcome"][1]
+    chosen = outcome[3]
     field = {"kl_cov": "penalised_T", "rspo": "router_shift_T"}.get(name, "keep_T")
     assert [list(of_update) for of_update in chosen] == [[field]] * 2
     first, second = (of_update[field] for of_update in chosen)
@@ -348,15 +337,16 @@ def test_methods_of_the_whole_step_are_given_their_choice(steps, name):
         assert 0.6 < first[:num_tokens].double().mean() < 0.95
 
 
-def test_router_shift_is_that_of_transformers_routers(steps):
-    found_T, expected_T = steps["shift"]
+@needs(("router_shift",))
+def test_router_shift_is_that_of_transformers_routers(outcome):
+    gamma_T, expected_T = outcome
     assert expected_T.mean() < 0.999
-    torch.testing.assert_close(found_T, expected_T, atol=1e-4, rtol=0)
+    torch.testing.assert_close(gamma_T, expected_T, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_log_w_is_log_m_plus_log_r_token_by_token(steps, mode):
-    updates, metrics, live = steps["ratios"][mode]
+@needs(*(("ratios", mode) for mode in MODES))
+def test_log_w_is_log_m_plus_log_r_token_by_token(outcome):
+    updates, metrics, live = outcome
     for log_w_T, log_m_T, log_r_T, _ in updates:
         torch.testing.assert_close(log_w_T, log_m_T + log_r_T, atol=2e-6, rtol=0)
     # The old pass took the routes of the update: before the first one pi_theta is pi_old.
@@ -372,8 +362,9 @@ def test_log_w_is_log_m_plus_log_r_token_by_token(steps, mode):
     assert metrics["train_infer/kl_k3"] < 1e-8
 
 
-def test_under_the_sampling_mask_w_is_one_on_the_first_update(steps):
-    kept, dropped = (steps["masked"][is_kept] for is_kept in (True, False))
+@needs(("under_a_mask",))
+def test_under_the_sampling_mask_w_is_one_on_the_first_update(outcome):
+    kept, dropped = (outcome[is_kept] for is_kept in (True, False))
     assert kept["train_infer/kl_k3"] < 1e-8
     assert kept["off_policy/kl_k3"] < 1e-8
     assert kept["off_policy/logp_abs_diff_max"] < 1e-3
@@ -383,8 +374,9 @@ def test_under_the_sampling_mask_w_is_one_on_the_first_update(steps):
     assert 0.03 < dropped["off_policy/kl_k3"] < 0.11
 
 
-def test_the_reference_is_a_stock_model_without_replay(steps):
-    (reference, again, old), expected, metrics, shaping, batch = steps["reference"]
+@needs(("with_a_reference",))
+def test_the_reference_is_a_stock_model_without_replay(outcome):
+    (reference, again, old), expected, metrics, shaping, batch = outcome
     torch.testing.assert_close(reference, expected, atol=1e-4, rtol=0)
     assert torch.equal(reference, again)
     assert (reference - old).abs().max() > 0.1  # other weights
@@ -398,8 +390,9 @@ def test_the_reference_is_a_stock_model_without_replay(steps):
     torch.testing.assert_close(batch.advantages_S.double(), centred_S, atol=1e-4, rtol=1e-4)
 
 
-def test_bupo_trains_the_layers_up_to_its_own_and_the_output(steps):
-    logp, expected, whole, moved = steps["inner"]
+@needs(("of_an_inner_layer",))
+def test_bupo_trains_the_layers_up_to_its_own_and_the_output(outcome):
+    logp, expected, whole, moved = outcome
     torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-4)
     assert (whole - logp).abs().max() > 0.1  # after the scope the logits are the model's again
     layers = {int(name.split(".")[2]) for name in moved if name.startswith("model.layers.")}
@@ -408,208 +401,3 @@ def test_bupo_trains_the_layers_up_to_its_own_and_the_output(steps):
         "model.embed_tokens.weight",
         "lm_head.weight",
     }
-
-
-# --- sampling -----------------------------------------------------------------------------------
-
-
-def test_a_mask_holds_every_sampled_token_and_most_of_the_probability(rollout_of):
-    samples = rollout_of(*MASKED).sample(prompts_of([""] * 2), 4, for_training=True)
-    for sample in samples:
-        assert all(y in ids for y, ids in zip(sample.response_ids, sample.support, strict=True))
-        assert all(1 <= len(ids) < 100 for ids in sample.support)
-        # The smallest set with 0.6: its last token takes it beyond that.
-        assert 0.6 < sample.support_mass < 0.75
-
-
-def test_likely_tokens_are_log_probs_within_the_mask(rollout_of):
-    rollout = rollout_of(*MASKED, "--objective", "dppo_topk")
-    (sample,) = rollout.sample(prompts_of([""]), 1, for_training=True)
-    assert sample.top_ids.shape == sample.top_logp_mu.shape == (NEW_TOKENS, 5)
-    rows = zip(sample.response_ids, sample.logp_mu, sample.support, strict=True)
-    for t, (token, logp, ids) in enumerate(rows):
-        is_inside = np.isin(sample.top_ids[t], ids)
-        assert (np.isfinite(sample.top_logp_mu[t]) == is_inside).all()
-        assert np.exp(sample.top_logp_mu[t]).sum() < 1 + 1e-5
-        if token in sample.top_ids[t]:
-            (place,) = np.flatnonzero(sample.top_ids[t] == token)
-            assert sample.top_logp_mu[t, place] == pytest.approx(logp, abs=1e-5)
-
-
-def test_evaluation_asks_for_no_routes_and_no_mask(rollout_of):
-    (sample,) = rollout_of(*MASKED).sample(prompts_of([""]), 1, for_training=False)
-    assert sample.routes is None
-    assert sample.support is None
-    assert len(sample.response_ids) == NEW_TOKENS
-
-
-def test_a_mask_larger_than_the_server_allows_is_an_error_at_the_start(rollout_of):
-    with pytest.raises(Exception, match="top_k") as caught:
-        rollout_of("--top-p", "0.9", "--top-k", "5000")
-    assert type(caught.value).__module__ == "routing_replay.errors"
-
-
-def test_more_likely_tokens_than_there_are_is_an_error_at_the_start(rollout_of):
-    with pytest.raises(ConfigError, match="'topk_logprobs' asks for more.*at most 128; got 200"):
-        rollout_of("--objective", "dppo_topk", "--topk-logprobs", "200")
-
-
-def test_a_masked_batch_is_refused_where_mu_must_be_of_the_whole_vocabulary(tmp_path):
-    batch = a_batch()
-    batch.save(tmp_path / "plain.safetensors")
-    assert RolloutBatch.open(tmp_path / "plain.safetensors").lengths_S.tolist() == [9, 8, 7, 5]
-    masked = {name: torch.zeros(1, dtype=torch.int32) for name in ("support_ids_N",)}
-    dataclasses.replace(batch, **masked).save(tmp_path / "masked.safetensors")
-    with pytest.raises(DataError, match="sampled under a sampling mask.*without --top-p"):
-        RolloutBatch.open(tmp_path / "masked.safetensors")
-
-
-def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
-    from recipes.minirl.rollout import sample_groups
-
-    rollout = rollout_of()
-    answers = ["always", "", "always", ""] + [""] * 20
-    stream = prompts_of(answers)
-    drawn = []
-
-    def draw(offset, count):
-        drawn.append((offset, count))
-        return stream[offset : offset + count]
-
-    groups = sample_groups(rollout, draw, PROMPTS, rounds=4)
-    rewards_GS = torch.tensor([s.reward for s in groups.samples]).view(PROMPTS, GROUP)
-    assert ((rewards_GS > 0).any(1) & (rewards_GS < 1).any(1)).all()
-    # The first round misses the two that every response solves, and perhaps more.
-    assert drawn[0] == (0, PROMPTS)
-    assert drawn[1][0] == PROMPTS
-    assert drawn[1][1] >= 2
-    assert groups.num_rounds == len(drawn) <= 5
-    assert groups.num_prompts == sum(count for _, count in drawn)
-    # In the order of sampling: prompts' tokens identify them.
-    encoded = [tuple(rollout.encode(p)) for p in stream]
-    places = [encoded.index(s.prompt_ids) for s in groups.samples[::GROUP]]
-    assert places == sorted(places)
-    assert not {0, 2} & set(places)
-
-
-def test_dynamic_sampling_gives_up_after_its_rounds_with_a_full_batch(rollout_of):
-    from recipes.minirl.rollout import sample_groups
-
-    stream = prompts_of(["always"] * 12)
-    groups = sample_groups(rollout_of(), lambda o, c: stream[o : o + c], PROMPTS, rounds=2)
-    assert (groups.num_rounds, groups.num_prompts) == (3, 12)
-    assert len(groups.samples) == PROMPTS * GROUP
-    assert all(sample.reward == 1 for sample in groups.samples)
-
-
-def test_without_dynamic_sampling_a_batch_is_its_prompts_in_order(rollout_of):
-    from recipes.minirl.rollout import sample_groups
-
-    rollout = rollout_of()
-    stream = prompts_of(["always", "", "always", ""])
-    groups = sample_groups(rollout, lambda o, c: stream[o : o + c], PROMPTS, rounds=0)
-    assert (groups.num_rounds, groups.num_prompts) == (1, PROMPTS)
-    expected = [tuple(rollout.encode(p)) for p in stream for _ in range(GROUP)]
-    assert [s.prompt_ids for s in groups.samples] == expected
-
-
-# --- from rewards to advantages -----------------------------------------------------------------
-
-
-class LastStage:
-    """What `with_advantages` asks of a policy, with log-probs that are given."""
-
-    is_last_stage = True
-
-    def __init__(self, config):
-        self.config = config
-
-    def dense(self, scores, shape):
-        return scores
-
-
-def a_batch():
-    from recipes.minirl.batch import Batch, Sample
-
-    lengths, rewards = (8, 7, 6, 4), (1.0, 0.0, 0.0, 1.0)
-    samples = [
-        Sample(prompt_ids=(1,), response_ids=(2,) * n, logp_mu=(-1.0,) * n, reward=r)
-        for n, r in zip(lengths, rewards, strict=True)
-    ]
-    return Batch.from_samples(samples, 4, 1)
-
-
-def test_overlong_responses_lose_reward_on_the_slope_only():
-    from recipes.minirl.shaping import with_advantages
-
-    config = configuration("--overlong-cache", "4")
-    batch, metrics = with_advantages(LastStage(config), a_batch(), None, None)
-    # Longest 8, slope 4: lengths 8, 7, 6, 4 lose 1, 3/4, 1/2, 0.
-    rewards = torch.tensor([1.0 - 1.0, 0.0 - 0.75, 0.0 - 0.5, 1.0])
-    torch.testing.assert_close(batch.advantages_S, rewards - rewards.mean())
-    assert metrics["reward/overlong_penalty"].value() == pytest.approx(-2.25 / 4)
-
-
-def test_differential_smoothing_lifts_rare_right_answers_and_sinks_common_wrong_ones():
-    from recipes.minirl.shaping import with_advantages
-
-    config = configuration("--smoothing-correct", "0.1", "--smoothing-wrong", "0.2")
-    batch = a_batch()
-    logp_ST = torch.where(batch.mask_ST, -0.5, 99.0)
-    shaped, _ = with_advantages(LastStage(config), batch, logp_ST, None)
-    # log pi_old(y|x) = -0.5 * length: -4, -3.5, -3, -2. Group means are 0.5.
-    expected = torch.tensor([0.5 + 0.4, -0.5 - 0.7, -0.5 - 0.6, 0.5 + 0.2])
-    torch.testing.assert_close(shaped.advantages_S, expected)
-
-
-def test_earlier_pipeline_stages_need_no_advantages():
-    from recipes.minirl.shaping import with_advantages
-
-    policy = LastStage(configuration())
-    policy.is_last_stage = False
-    batch = a_batch()
-    assert with_advantages(policy, batch, None, None) == (batch, {})
-
-
-# --- the whole recipe ---------------------------------------------------------------------------
-
-RUNS = {
-    "masked": [
-        *("--objective", "dapo", "--top-p", "0.95", "--top-k", "12"),
-        *("--objective-parameters", "kl_coefficient=0.01", "entropy_coefficient=0.001"),
-        *("--dynamic-sampling", "1", "--overlong-cache", "2", "--reward-kl-coefficient", "0.01"),
-    ],
-    "bupo": ["--preset", "tiny_bupo", "--internal-steps", "1"],
-}
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", RUNS)
-def test_the_whole_recipe_runs(name, tmp_path):
-    from test_recipe_end_to_end import SMALL, finish, records, start, write_prompts
-
-    flags = [*SMALL, *RUNS[name], "--steps", "2", "--cache-dir", str(tmp_path / "cache")]
-    output, status = finish(start(tmp_path / "run", *flags, *write_prompts(tmp_path)))
-    assert status == 0, output
-    steps = records(tmp_path / "run")[1:]
-    assert [step["step"] for step in steps] == [1, 2]
-    for step in steps:
-        assert math.isfinite(step["objective/loss"])
-        assert step["objective/nonfinite_tokens"] == 0
-        if name == "bupo":
-            # The inner layer's policy has no mu to be compared with.
-            assert ("off_policy/kl_k3" in step) == (step["step"] == 2)
-            continue
-        assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
-        assert 0.9 < step["rollout/sampling_mask_mass"] < 1
-        assert 1 <= step["rollout/sampling_rounds"] <= 2
-        assert step["rollout/replaced_groups"] >= 0
-        assert -1 <= step["reward/overlong_penalty"] <= 0
-        assert "reward/kl_penalty" in step
-    if name == "masked":
-        # Before the first step the policy is the reference; afterwards it has moved away.
-        assert abs(steps[0]["reward/kl_penalty"]) < 0.01
-        assert steps[1]["objective/kl_ref"] > 0
-        state = tmp_path / "run" / "checkpoints" / "step_000002" / "trainer" / "state.json"
-        consumed = 16 + sum(step["rollout/replaced_groups"] for step in steps)
-        assert json.loads(state.read_text())["prompts_consumed"] == consumed

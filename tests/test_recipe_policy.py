@@ -18,6 +18,13 @@ LAYOUTS = {
     "dp2": {},
     "ep2": {"expert_parallel": 2},
     "cp2": {"context_parallel": 2},
+    "vp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    # Packed: the longest sequence has 9 positions, so that two or three share a microbatch.
+    "packed_tp2": {"tensor_parallel": 2, "microbatch_tokens": 16},
+    "packed_pp2": {"pipeline_parallel": 2, "microbatch_tokens": 16},
+    "packed_dp2": {"microbatch_tokens": 16},
+    "packed_ep2": {"expert_parallel": 2, "microbatch_tokens": 16},
+    "packed_cp2": {"context_parallel": 2, "microbatch_tokens": 24},
 }
 # Objectives that look at the whole step, at routers, at a reference or at mu's likely tokens; the
 # fractions choose some of the few tokens here.
@@ -114,29 +121,31 @@ def likely_tokens(rng, response):
 
 def take_step(policy, folder):
     """The old pass and both updates; the metrics over all ranks."""
-    from recipes.minirl.policy import Given
+    from recipes.minirl.policy import FixedScores
     from recipes.minirl.shaping import with_advantages
     from recipes.minirl.step_choices import choose
     from recipes.minirl.train import replaying, score_old
     from routing_replay.metrics.typed import merge, to_floats
 
-    batch, table = make_step(policy.length_multiple)
+    batch, table = make_step(policy.sharding.multiple)
     table = table if policy.config.replay.mode == "R3" else None
-    old, replayed, rows_ST = score_old(policy, batch, table, folder)
+    old = score_old(policy, batch, table)
     live = policy.score(batch, batch.token_rows(None))
-    metrics = policy.reduce(policy.discrepancy(batch, old))
+    metrics = policy.reduce(policy.discrepancy(batch, old.scores))
     reference = policy.score_reference(batch) if policy.reference else None
     if policy.config.objective.reward_kl_coefficient:
-        batch, shaping = with_advantages(policy, batch, old, reference)
+        batch, shaping = with_advantages(policy, batch, old.scores, reference)
         metrics |= policy.reduce(shaping)
     updates = {}
     for number in range(2):
         updates = merge(updates, policy.live_ratios(batch, live, number))
-        chosen = choose(policy, batch, replayed, old, number, (0, 1, number))
-        given = Given(old=old, reference=reference, chosen=chosen)
-        with replaying(policy, replayed):
+        chosen = choose(policy, batch, old.table, old.scores, number, (0, 1, number))
+        fixed = FixedScores(old=old.scores, reference=reference, chosen=chosen)
+        with replaying(policy, old.table):
             objective = policy.config.make_objective()
-            updates = merge(updates, policy.update(batch, rows_ST, given, objective, number))
+            updates = merge(
+                updates, policy.update(batch, old.token_rows_ST, fixed, objective, number)
+            )
     return to_floats(metrics | policy.reduce(updates))
 
 
@@ -181,6 +190,11 @@ def on_two_ranks(rank, checkpoint, folder, layouts):
 def worlds(checkpoint, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("steps"))
     single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")} | WHOLE_STEP
+    for mode in ("R3", "R2"):
+        single[f"packed_{mode}"] = (mode, {"microbatch_tokens": 16})
+    for name in ("rspo", "dppo_topk", "kl_cov", "shaped"):
+        mode, settings = WHOLE_STEP[name]
+        single[f"packed_{name}"] = (mode, settings | {"microbatch_tokens": 16})
     double = {name: ("R3", settings) for name, settings in LAYOUTS.items()}
     double["pp2_R2"] = ("R2", {"pipeline_parallel": 2})
     for name, layout in WHOLE_STEP_ON:
@@ -227,6 +241,12 @@ def test_two_ranks_take_the_step_of_one(outcomes, layout):
     assert_same_step(outcomes[layout], outcomes["single_R3"])
 
 
+@pytest.mark.parametrize("name", ["rspo", "dppo_topk", "kl_cov", "shaped", "R3", "R2"])
+def test_a_step_of_packed_sequences_is_that_of_padded_ones(outcomes, name):
+    padded = outcomes[f"single_{name}" if name in ("R2", "R3") else name]
+    assert_same_step(outcomes[f"packed_{name}"], padded)
+
+
 @pytest.mark.parametrize(("name", "layout"), WHOLE_STEP_ON)
 def test_choices_over_the_whole_step_are_those_of_one_rank(outcomes, name, layout):
     assert_same_step(outcomes[f"{name}_{layout}"], outcomes[name])
@@ -253,6 +273,31 @@ def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
     # R2's old pass routes live, as that of the disabled mode; R3 was given random experts.
     assert r2["train_infer/kl_k3"] == live["train_infer/kl_k3"]
     assert r3["train_infer/kl_k3"] != pytest.approx(live["train_infer/kl_k3"], rel=1e-3)
+
+
+def scores_in_bf16(rank, checkpoint):
+    """Log-probs of a bf16 policy, those from an fp32 copy of the logits, and the logits' dtypes."""
+    from recipes.minirl import policy as module
+
+    policy = make_policy(checkpoint, "disabled", nproc=1, trainer_dtype="bfloat16")
+    dtypes, token_logprobs = [], module.token_logprobs
+
+    def watch(logits_TV, *args, **kwargs):
+        dtypes.append(logits_TV.dtype)
+        return token_logprobs(logits_TV, *args, **kwargs)
+
+    module.token_logprobs = watch
+    batch, _ = make_step(policy.sharding.multiple)
+    ours = policy.dense(policy.score(batch, batch.token_rows(None), 0), batch)
+    policy._forward_options = lambda m: {}
+    from_fp32_copy = policy.dense(policy.score(batch, batch.token_rows(None), 0), batch)
+    return ours, from_fp32_copy, dtypes
+
+
+def test_logits_of_a_bf16_policy_are_not_copied_to_fp32_as_a_whole(checkpoint):
+    ((ours, from_fp32_copy, dtypes),) = run_world(scores_in_bf16, 1, checkpoint)
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert torch.equal(ours, from_fp32_copy)
 
 
 def test_the_updates_moved_the_policy(outcomes):
@@ -323,3 +368,9 @@ def test_a_checkpoint_is_a_hugging_face_model(resumption):
 def test_the_optimizer_state_of_another_layout_is_refused_on_every_rank(resumption):
     for of_rank in resumption[1]:
         assert "the optimizer state is of another parallel layout" in of_rank[-1]
+
+
+def test_the_weight_names_of_every_supported_architecture_are_known():
+    from recipes.model import model, weight_names
+
+    assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)

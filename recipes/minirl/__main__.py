@@ -1,10 +1,11 @@
-"""The launcher: `python -m recipes.minirl`. Prepares, starts servers and trainer, watches both."""
+"""The launcher, `python -m recipes.minirl`: prepare a run, start server and trainer, watch both."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -13,29 +14,37 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from recipes.serving.children import Child
 from recipes.serving.server import Server, ServerOptions, launch
-from routing_replay.errors import ConfigError, RoutingReplayError
+from routing_replay.capture import CaptureSettings
+from routing_replay.errors import ConfigError, RoutingReplayError, writing
+from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from . import journal
-from .command_line import parse
+from . import checks, journal
+from .command_line import parse_command
 from .config import RecipeConfig
-from .inputs import inputs_of
+from .inputs import load_inputs
 
 POLL_S = 0.25
-# How long the other side of a broken connection gets to say itself why it ended.
+# How long the other side of a broken connection gets to report its own error.
 GRACE_S = 3.0
 
 
 class TrainingError(RoutingReplayError):
-    """A trainer that ended without a message of its own."""
+    """A trainer or a preparation that failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run(parse(argv))
+        command = parse_command(argv)
+        if command.prepare_only:
+            print_node_commands(*prepare(command.config))
+        else:
+            run(command.config)
     except RoutingReplayError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -48,12 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: RecipeConfig) -> None:
     """Prepare, start the servers, train under torchrun, report."""
     start = time.monotonic()
-    config = resolve_mode(config)
-    journal.check_telemetry(config.telemetry)
-    run_dir = open_run(config)
-    print(f"Run: {run_dir}", flush=True)
-    prepare(config, run_dir)
-    base = inputs_of(config).base
+    require_one_node(config)
+    checks.require_own_devices(config, torch.cuda.is_available())
+    config, run_dir = prepare(config)
+    base = load_inputs(config).base
     with contextlib.ExitStack() as stack:
         servers = [] if config.rollout.rollout_url else [start_server(config, run_dir, base)]
         for server in servers:
@@ -61,13 +68,36 @@ def run(config: RecipeConfig) -> None:
         urls = config.rollout.rollout_url or [server.url for server in servers]
         trainer = stack.enter_context(start_trainer(config, run_dir, urls))
         watch(trainer, servers, run_dir)
-    report = write_report([run_dir], run_dir / "report.html")
+    report = run_dir / "report.html"
+    write_report([run_dir], report)
     print(result_line(run_dir, time.monotonic() - start))
-    print(f"Report: {report or run_dir / 'report.html'}")
+    print(f"Report: {report}")
+
+
+def require_one_node(config: RecipeConfig) -> None:
+    """Raise ConfigError for a trainer of several machines, of which this is only one."""
+    if config.run.nnodes > 1:
+        raise ConfigError(
+            "the launcher starts a trainer on this machine only",
+            expected="--nnodes 1",
+            got=config.run.nnodes,
+            fix="Prepare the run with --prepare-only; it prints the command of each node",
+        )
+
+
+def prepare(config: RecipeConfig) -> tuple[RecipeConfig, Path]:
+    """Resolve the configuration, make the run's folder and, if needed, the tiny model."""
+    config = resolve_mode(config)
+    journal.check_telemetry(config.telemetry)
+    run_dir = open_run(config)
+    print(f"Run: {run_dir}", flush=True)
+    make_tiny_model(config, run_dir)
+    load_inputs(config)
+    return config, run_dir
 
 
 def resolve_mode(config: RecipeConfig) -> RecipeConfig:
-    """The configuration with `auto` decided, and said why."""
+    """Resolve `auto` and print the reason."""
     resolved = config.replay.resolve(config.num_mini_batches)
     if resolved.mode != config.replay.mode:
         print(
@@ -75,6 +105,43 @@ def resolve_mode(config: RecipeConfig) -> RecipeConfig:
             f"{config.batch_size} / {config.training.minibatch_size} = {config.num_mini_batches}"
         )
     return replace(config, replay=resolved)
+
+
+def print_node_commands(config: RecipeConfig, run_dir: Path) -> None:
+    """Print what to start where, for a run whose folder all nodes see."""
+    urls = config.rollout.rollout_url or ("http://SERVER:30000",)
+    print("\nServer, on its own GPUs:\n  " + shlex.join(server_command(config)))
+    for node in range(config.run.nnodes):
+        print(f"\nNode {node}:\n  " + shlex.join(node_command(config, run_dir, urls, node)))
+    print(f"\nReport afterwards:\n  routing-replay report {run_dir} -o {run_dir}/report.html")
+
+
+def server_command(config: RecipeConfig) -> list[str]:
+    """Return the command of a server that the run can use, without addresses and parallelism."""
+    capture = CaptureSettings(level=config.rollout_capture).to_environment()
+    command = ["env", *(f"{name}={value}" for name, value in capture.items())]
+    command += [config.rollout.rollout_python or "python", "-m", "sglang.launch_server"]
+    command += ["--model-path", str(load_inputs(config).base), "--host", "0.0.0.0"]
+    command += ["--port", "30000", "--dtype", config.rollout.rollout_dtype]
+    if config.rollout_capture != "off":
+        command.append("--enable-return-routed-experts")
+    return [*command, "--skip-tokenizer-init", *config.rollout.server_arguments]
+
+
+def node_command(
+    config: RecipeConfig, run_dir: Path, urls: Sequence[str], node: int, address: str = "NODE0"
+) -> list[str]:
+    """Return torchrun's command for one node of the trainer."""
+    command = ["python", "-m", "torch.distributed.run"]
+    command += ["--nnodes", str(config.run.nnodes), "--node-rank", str(node)]
+    command += ["--master-addr", address, "--master-port", "29500"]
+    return [*command, *trainer_arguments(config, run_dir, urls)]
+
+
+def trainer_arguments(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> list[str]:
+    """Return torchrun's arguments that are alike on all nodes."""
+    ranks = ["--nproc-per-node", str(config.run.nproc)]
+    return [*ranks, "-m", "recipes.minirl.train", str(run_dir), "--rollout-url", *urls]
 
 
 def open_run(config: RecipeConfig) -> Path:
@@ -90,19 +157,16 @@ def open_run(config: RecipeConfig) -> Path:
             where=run_dir,
             fix="Continue it with --resume, or choose another --run-dir",
         )
-    try:
+    with writing(run_dir, "the run's folder", ConfigError):
         run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / "config.json.tmp"
-        partial.write_text(json.dumps(config.to_mapping(), indent=2) + "\n")
-        partial.replace(run_dir / "config.json")
-    except OSError as error:
-        raise ConfigError("the run's folder cannot be used", got=error, where=run_dir) from error
+        with atomic_write(run_dir / "config.json") as partial:
+            partial.write_text(json.dumps(config.to_mapping(), indent=2) + "\n")
     for stale in run_dir.glob("error_rank_*.txt"):
         stale.unlink()
     return run_dir
 
 
-def prepare(config: RecipeConfig, run_dir: Path) -> None:
+def make_tiny_model(config: RecipeConfig, run_dir: Path) -> None:
     """Make the tiny model in a child process: its memory is free again before the engines start."""
     if config.model.model != "tiny":
         return
@@ -121,19 +185,22 @@ def prepare(config: RecipeConfig, run_dir: Path) -> None:
 
 
 def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
-    """One SGLang server with our plugin, on a free port."""
+    """Start one SGLang server with our plugin, on a free port."""
     print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
+    rollout = config.rollout
     options = ServerOptions(
-        port=config.rollout.server_port or None,
+        port=rollout.server_port or None,
+        python=rollout.rollout_python or sys.executable,
         capture=config.rollout_capture,
         log_path=run_dir / "logs" / "sglang.log",
         arguments=(
-            *("--dtype", config.rollout.rollout_dtype),
+            *("--dtype", rollout.rollout_dtype),
             "--skip-tokenizer-init",  # token ids in and out: nothing to detokenize
             *("--log-level-http", "warning"),  # a line per request would bury the rest
-            *config.rollout.server_arguments,
+            *rollout.server_arguments,
         ),
-        environment=thread_environment(config, 1),
+        environment=thread_environment(config, 1) | visible_devices(rollout.rollout_gpus),
+        ready_timeout_s=rollout.ready_timeout_s,
     )
     server = launch(base, options)
     print(f"SGLang serves at {server.url}, log {server.log_path}", flush=True)
@@ -141,23 +208,28 @@ def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
 
 
 def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> Child:
-    """torchrun with one process per rank."""
+    """Start torchrun with one process per rank."""
     print("Starting the trainer ...", flush=True)
-    nproc = config.run.nproc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc), "-m", "recipes.minirl.train", str(run_dir)]
-    command += ["--rollout-url", *urls]
-    return Child(command, run_dir / "logs" / "trainer.log", thread_environment(config, nproc))
+    command += trainer_arguments(config, run_dir, urls)
+    environment = thread_environment(config, config.run.nproc)
+    environment |= visible_devices(config.run.trainer_gpus)
+    return Child(command, run_dir / "logs" / "trainer.log", environment)
+
+
+def visible_devices(gpus: str) -> dict[str, str]:
+    """Return the environment that restricts a process to some CUDA devices; empty: all of them."""
+    return {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
 
 
 def thread_environment(config: RecipeConfig, num_processes: int) -> dict[str, str]:
-    """How many threads each of several processes shall use."""
+    """Return the environment that shares the cores among several processes."""
     threads = config.run.cpu_threads or max(1, (os.cpu_count() or 1) // num_processes)
     return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
-    """Wait for the trainer; raise if it or a server ends badly, and say how to go on."""
+    """Wait for the trainer; raise if it or a server fails, with how to resume."""
     try:
         while trainer.status is None:
             check_all(servers)
@@ -168,7 +240,7 @@ def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
         while time.monotonic() < deadline:
             check_all(servers)  # a dead server explains the trainer's complaint better than it does
             time.sleep(POLL_S)
-        raise of_trainer(trainer, run_dir)
+        raise trainer_error(trainer, run_dir)
     except RoutingReplayError as error:
         if not (run_dir / "metrics.jsonl").exists():
             raise
@@ -182,8 +254,8 @@ def check_all(servers: Sequence[Server]) -> None:
         server.check()
 
 
-def of_trainer(trainer: Child, run_dir: Path) -> TrainingError:
-    """The error for a trainer that failed: the message that it left, or its last lines."""
+def trainer_error(trainer: Child, run_dir: Path) -> TrainingError:
+    """Return the error of a failed trainer: the message that it left, or its last lines."""
     messages = sorted(run_dir.glob("error_rank_*.txt"), key=os.path.getmtime)
     if messages:
         return TrainingError(messages[0].read_text())
@@ -195,7 +267,7 @@ def of_trainer(trainer: Child, run_dir: Path) -> TrainingError:
 
 
 def result_line(run_dir: Path, seconds: float) -> str:
-    """The run in one line."""
+    """Describe the run in one line."""
     records = journal.read(run_dir / "metrics.jsonl")
     evaluations = [r["eval/reward"] for r in records if "eval/reward" in r]
     parts = [f"{records[-1]['step']} steps in {seconds / 60:.1f} min"]
@@ -209,7 +281,7 @@ def result_line(run_dir: Path, seconds: float) -> str:
     ]
     if pairs:
         replayed, live = (statistics.mean(column) for column in zip(*pairs, strict=True))
-        # k3 has a heavy tail, one token can outweigh a run: the median of the ratios is said too.
+        # k3 has a heavy tail: one token can outweigh a run, which the median of the ratios shows.
         ratio = statistics.median(b / a for a, b in pairs)
         parts.append(
             f"k3 KL {live:.2e} live, {replayed:.2e} as trained "

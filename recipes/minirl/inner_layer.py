@@ -1,4 +1,4 @@
-"""BuPO: the policy of an inner layer, softmax(H_l E_u^T), in the place of the whole model's.
+"""BuPO: the policy of an inner layer, softmax(H_l E_u^T), instead of the whole model's.
 
 H_l is the hidden state after layer l, E_u the output layer; the final norm is left out, as in the
 paper (2512.19673). Layers above l still run and get no gradient.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 @contextlib.contextmanager
-def reading_layer(model_chunks: Sequence[torch.nn.Module], layer: int) -> Iterator[None]:
+def inner_logits(model_chunks: Sequence[torch.nn.Module], layer: int) -> Iterator[None]:
     """Within: the model's logits are those of layer `layer`.
 
     Args:
@@ -41,13 +42,13 @@ def reading_layer(model_chunks: Sequence[torch.nn.Module], layer: int) -> Iterat
         raise ConfigError(
             "the model has no such inner layer", expected=f"0..{max(layers)}", got=layer
         )
-    found: list[torch.Tensor] = []
+    hidden: list[torch.Tensor] = []
 
-    def keep(module, arguments, output):
-        found[:] = [output[0] if isinstance(output, tuple) else output]
+    def keep(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        hidden[:] = [output[0] if isinstance(output, tuple) else output]
 
-    def replace(module, arguments, output):
-        return found.pop()
+    def replace(module: torch.nn.Module, arguments: Any, output: Any) -> torch.Tensor:
+        return hidden.pop()
 
     hooks = [
         layers[layer].register_forward_hook(keep),

@@ -31,8 +31,8 @@ class Inputs:
     heldout: list[Prompt]
 
 
-def inputs_of(config: RecipeConfig) -> Inputs:
-    """The inputs of a configuration; a tiny model must have been prepared.
+def load_inputs(config: RecipeConfig) -> Inputs:
+    """Read the inputs of a configuration; a tiny model must have been prepared.
 
     Raises:
         CheckpointError: There is no checkpoint.
@@ -60,7 +60,7 @@ def inputs_of(config: RecipeConfig) -> Inputs:
 
 
 def _check_architecture(path: Path) -> None:
-    """Said here, in a second, rather than by a trainer that has waited for its server."""
+    """Refuse an unknown architecture here, before a server has been waited for."""
     try:
         model_type = json.loads(path.read_text()).get("model_type")
     except (OSError, ValueError) as error:

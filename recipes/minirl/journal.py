@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ from routing_replay.errors import ConfigError
 from routing_replay.metrics.sinks import open_sinks, scalars
 from routing_replay.metrics.typed import LayerValues, Value
 
-from .config import TelemetrySettings
+from .settings import TelemetrySettings
 
 WORST_LAYERS = 2
 
@@ -72,7 +73,7 @@ class Journal:
 
 
 def check_telemetry(telemetry: TelemetrySettings) -> None:
-    """Refuse what makes no sense in the recipe, which has its own folder and its own writers."""
+    """Refuse sinks and folders of other jobs: the recipe has its own folder and writers."""
     if "megatron" in telemetry.sinks:
         raise ConfigError(
             "the sink 'megatron' writes to the writers of Megatron's own training script",
@@ -107,8 +108,8 @@ class Clock:
         return {"time_s": time.monotonic() - self._start} | phases
 
 
-def read(path: Path) -> list[dict]:
-    """All whole records of a metrics file."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read all whole records of a metrics file."""
     if not path.is_file():
         return []
     records = []
@@ -129,7 +130,7 @@ def truncate(path: Path, last_step: int) -> None:
 
 
 def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
-    """One step in one line; a value that is not finite is not shown."""
+    """Describe a step in one line; leave out values that are not finite."""
     metrics = scalars(values)
     parts = [f"step {step:3d}/{num_steps}"]
     for name, label, form in (
@@ -152,7 +153,7 @@ def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
 
 
 def worst_layers(metrics: Mapping[str, Value]) -> list[tuple[int, float]]:
-    """The layers whose live routes overlap least with the replayed ones."""
+    """Return the layers whose live routes overlap least with the replayed ones."""
     overlap = metrics.get("routing_replay/overlap")
     if not isinstance(overlap, LayerValues):
         return []

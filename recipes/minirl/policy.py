@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,40 +23,35 @@ from routing_replay.objectives.logprobs import TokenScores, logprobs_at, token_l
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from . import models
-from .batch import Batch, Cut, Microbatch
+from .batch import Batch
 from .config import RecipeConfig
-from .inner_layer import reading_layer
+from .inner_layer import inner_logits
+from .microbatches import Microbatch, Sharding
+
+# Log-probs and entropies of this rank's tokens, by the sequences of their microbatch. Ranks before
+# the last pipeline stage have none.
+Scores = dict[tuple[int, ...], TokenScores]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Log-probs and entropies of this rank's tokens, per minibatch and microbatch.
-
-    Args:
-        parts: Empty on ranks before the last pipeline stage.
-        numbers: The minibatches that were scored.
-    """
-
-    parts: list[list[TokenScores]]
-    numbers: Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Given:
+class FixedScores:
     """What an update takes as constant.
 
     Args:
         old: pi_old's scores of the batch.
         reference: Those of the frozen reference, where the loss has a KL to it.
         chosen: [S, T] by name in LossInputs: what was chosen or measured over the whole step.
+        has_mu: The trained policy is the one that sampled. An inner layer's policy did not.
     """
 
     old: Scores
     reference: Scores | None = None
     chosen: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    has_mu: bool = True
 
 
 class Policy:
@@ -85,14 +80,16 @@ class Policy:
                 got=t.tensor_parallel,
             )
         self.model_config.finalize_model_grads_func = finalize_model_grads
+        # Microbatches are as long as their own longest sequence.
+        self.model_config.variable_seq_lengths = self.layout.pipeline > 1
         self.chunks = models.trained(self.model_config, self.layout, checkpoint, t)
         self.optimizer = models.optimizer_of(self.chunks, t, dtype)
         has_router_shift = "router_shift_T" in config.make_objective().needs
-        replay = config.replay
-        if has_router_shift and replay.mode == "disabled":
+        replay_config = config.replay
+        if has_router_shift and replay_config.mode == "disabled":
             # RSPO names its tokens by a recording's rows, even where no route is replayed.
-            replay = dataclasses.replace(replay, mode="R2")
-        self.replay = attach(self.chunks, replay)
+            replay_config = replace(replay_config, mode="R2")
+        self.replay = attach(self.chunks, replay_config)
         self.router_shift = RouterShift(self.replay) if has_router_shift else None
         self.reference = None
         if config.needs_reference:
@@ -100,28 +97,23 @@ class Policy:
             self.reference = models.frozen(self.model_config, self.layout, folder)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self.cut = Cut(
+        self.sharding = Sharding(
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             context_rank=parallel_state.get_context_parallel_rank(),
             context_size=parallel_state.get_context_parallel_world_size(),
             minibatch_size=t.minibatch_size,
             microbatch_size=t.microbatch_size,
+            microbatch_tokens=t.microbatch_tokens,
+            multiple=self.layout.tensor
+            * (2 * self.layout.context if self.layout.context > 1 else 1),
             device=next(self.chunks[0].parameters()).device,
         )
-
-    @property
-    def length_multiple(self) -> int:
-        """What the layout divides a padded sequence by: tensor ranks, two chunks per context."""
-        context = self.layout.context
-        return self.layout.tensor * (2 * context if context > 1 else 1)
-
-    # Passes
 
     def score(
         self, batch: Batch, token_rows_ST: torch.Tensor, minibatch: int | None = None
     ) -> Scores:
-        """Forward passes over this rank's part of the batch, without gradient.
+        """Score this rank's part of the batch by forward passes without gradient.
 
         Which routes are taken is decided by the scope of `self.replay` that is open around it.
 
@@ -133,55 +125,47 @@ class Policy:
         return self._score(self.chunks, batch, token_rows_ST, minibatch)
 
     def score_reference(self, batch: Batch) -> Scores:
-        """The frozen reference's scores; nothing is attached to it, so it routes live always."""
+        """Score with the frozen reference. Nothing is attached to it: it always routes live."""
+        assert self.reference is not None
         return self._score(self.reference, batch, batch.token_rows(None), None)
 
     def update(
         self,
         batch: Batch,
         token_rows_ST: torch.Tensor,
-        given: Given,
+        fixed: FixedScores,
         objective: Objective,
         number: int,
     ) -> dict[str, Metric]:
-        """One optimizer step on one minibatch.
+        """Take one optimizer step on one minibatch.
 
         Args:
             batch: The whole step's batch.
             token_rows_ST: Rows of the table that is replayed around this call, or -1.
-            given: What is constant: other policies' scores, choices over the step.
+            fixed: What is constant: other policies' scores, choices over the step.
             objective: The loss.
             number: Of the minibatch.
 
         Returns:
             This rank's metrics.
         """
-        plan = self.cut.sequences(len(batch.lengths_S))[number]
-        microbatches = [self.cut.microbatch(batch, s, token_rows_ST) for s in plan]
-        first = number * self.cut.minibatch_size
-        mask_ST = batch.mask_ST[first : first + self.cut.minibatch_size]
-        denominators = Denominators(
-            num_sequences=len(mask_ST),
-            num_tokens=int(mask_ST.sum()),
-            max_length=self.config.rollout.max_new_tokens,
-        )
-        # Megatron averages over microbatches and data-parallel ranks; our denominators are global.
-        scale = len(microbatches) * self.cut.data_size
-        others = iter(self._others(given, number))
-
-        def on_output(microbatch: Microbatch, logits):
-            scores = self._token_scores(microbatch, logits)
-            more = next(others) | self._chosen(microbatch, given.chosen)
-            more |= self._most_likely(microbatch, logits)
-            inputs = self._loss_inputs(microbatch, scores, denominators, more)
-            outputs = objective(inputs)
-            ratios = update_metrics(
-                scores.logp_T,
-                inputs.logp_old_T,
-                inputs.logp_mu_T,
-                inputs.mask_T,
-                sequences=self._sequences(microbatch),
+        microbatches = [
+            self._with_fixed(
+                self.sharding.microbatch(batch, sequences, token_rows_ST), batch, fixed
             )
+            for sequences in self.sharding.plan(batch.lengths_S)[number]
+        ]
+        denominators = self._denominators(batch, number)
+        # Megatron averages over microbatches and data-parallel ranks; our denominators are global.
+        scale = len(microbatches) * self.sharding.data_size
+
+        def on_output(
+            m: Microbatch, logits_BTV: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, Metric]]:
+            inputs = self._loss_inputs(m, logits_BTV, denominators)
+            outputs = objective(inputs)
+            logp_mu_T = inputs.logp_mu_T if fixed.has_mu else None
+            ratios = self._ratios(m, inputs.logp_theta_T, inputs.logp_old_T, logp_mu_T)
             return outputs.loss * scale, outputs.metrics | ratios
 
         for chunk in self.chunks:
@@ -196,143 +180,193 @@ class Policy:
             metrics["grad_norm"] = masked_mean(torch.tensor([grad_norm]), torch.ones(1))
         return metrics
 
-    def remembering_routers(self, num_rows: int):
-        """Around the old policy's pass, in a scope of so many rows: for RSPO's router shift."""
+    def remembering_routers(self, num_rows: int) -> contextlib.AbstractContextManager[None]:
+        """Open the scope around the old policy's pass that RSPO's router shift compares with."""
         if self.router_shift is None:
             return contextlib.nullcontext()
         return self.router_shift.remembering(num_rows)
 
-    def reading(self, layer: int):
+    def logits_from_layer(self, layer: int) -> contextlib.AbstractContextManager[None]:
         """Within: logits are those of an inner layer; -1: of the whole model."""
-        return reading_layer(self.chunks, layer) if layer >= 0 else contextlib.nullcontext()
+        return inner_logits(self.chunks, layer) if layer >= 0 else contextlib.nullcontext()
 
-    def dense(self, scores: Scores, shape) -> torch.Tensor:
-        """Log-probs [S, T] of all ranks' tokens; collective over the ranks of the last stage."""
-        parts = [[part.logp_T for part in of_minibatch] for of_minibatch in scores.parts]
-        values_ST = self.cut.dense(parts, shape, scores.numbers)
+    def dense(self, scores: Scores, batch: Batch) -> torch.Tensor:
+        """Return log-probs [S, T] of all ranks' tokens; collective over the last stage's ranks."""
+        values_ST = self.sharding.scatter({s: part.logp_T for s, part in scores.items()}, batch)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(values_ST, group=group)
         return values_ST
 
     def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
-        """This rank's train-inference metrics of a pass: its scores against the engine's."""
+        """Return this rank's train-inference metrics of a pass: its scores against the engine's."""
         metrics: dict[str, Metric] = {}
-        plan = self.cut.sequences(len(batch.lengths_S))
-        all_live = batch.token_rows(None)
-        for minibatch, of_minibatch in zip(plan, scores.parts, strict=self.is_last_stage):
-            for sequences, part in zip(minibatch, of_minibatch, strict=True):
-                m = self.cut.microbatch(batch, sequences, all_live)
-                mask_T, logp_mu_T = m.mask_BT.flatten().to(self.cut.device), m.logp_mu_BT.flatten()
-                found = policy_metrics(
-                    part.logp_T, logp_mu_T, mask_T, suffix=suffix, sequences=self._sequences(m)
-                )
-                if not suffix:
-                    found["entropy"] = masked_mean(part.entropy_T, mask_T)
-                metrics = merge(metrics, found)
+        for m, part in self._scored_microbatches(batch, scores):
+            mask_T = m.mask_BT.flatten()
+            metrics = merge(
+                metrics,
+                policy_metrics(
+                    part.logp_T,
+                    m.logp_mu_BT.flatten(),
+                    mask_T,
+                    suffix=suffix,
+                    sequences=self._sequences(m),
+                ),
+            )
+            if not suffix:
+                metrics = merge(metrics, {"entropy": masked_mean(part.entropy_T, mask_T)})
         return metrics
 
     def live_ratios(self, batch: Batch, live_old: Scores, number: int) -> dict[str, Metric]:
-        """This rank's r and w without replay, of a minibatch before its update.
+        """Return this rank's r and w without replay, of a minibatch before its update.
 
         Args:
             batch: The whole step's batch.
             live_old: pi_old's scores of the batch, of a pass without replay.
             number: Of the minibatch.
         """
-        all_live = batch.token_rows(None)
-        parts = self.score(batch, all_live, number).parts
+        live = self.score(batch, batch.token_rows(None), number)
         metrics: dict[str, Metric] = {}
-        if not self.is_last_stage:
-            return metrics
-        plan = self.cut.sequences(len(batch.lengths_S))[number]
-        for sequences, part, old in zip(plan, parts[0], live_old.parts[number], strict=True):
-            m = self.cut.microbatch(batch, sequences, all_live)
-            found = update_metrics(
-                part.logp_T,
-                old.logp_T,
-                m.logp_mu_BT.flatten(),
-                m.mask_BT.flatten().to(self.cut.device),
-                suffix="_live",
-                sequences=self._sequences(m),
-            )
-            metrics = merge(metrics, found)
+        for m, part in self._scored_microbatches(batch, live):
+            old_T, mu_T = live_old[m.sequences].logp_T, m.logp_mu_BT.flatten()
+            metrics = merge(metrics, self._ratios(m, part.logp_T, old_T, mu_T, "_live"))
         return metrics
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
-        """Metrics of tokens over all ranks; collective.
+        """Reduce metrics of tokens over all ranks; collective.
 
-        Tensor-parallel ranks hold the same tokens, so one of them speaks for all.
+        Tensor-parallel ranks hold the same tokens, so only one of them contributes.
         """
-        is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0
-        device = "cpu" if self.cut.device.type == "cpu" else self.cut.device
-        return all_reduce(metrics if is_speaker else {}, device=device)
+        contributes = parallel_state.get_tensor_model_parallel_rank() == 0
+        device = "cpu" if self.sharding.device.type == "cpu" else self.sharding.device
+        return all_reduce(metrics if contributes else {}, device=device)
 
-    def _score(self, chunks, batch: Batch, token_rows_ST, minibatch: int | None) -> Scores:
-        plan = self.cut.sequences(len(batch.lengths_S))
+    def _score(
+        self,
+        chunks: list[torch.nn.Module],
+        batch: Batch,
+        token_rows_ST: torch.Tensor,
+        minibatch: int | None,
+    ) -> Scores:
+        plan = self.sharding.plan(batch.lengths_S)
         numbers = range(len(plan)) if minibatch is None else [minibatch]
         microbatches = [
-            self.cut.microbatch(batch, sequences, token_rows_ST)
+            self.sharding.microbatch(batch, sequences, token_rows_ST)
             for number in numbers
             for sequences in plan[number]
         ]
+        scores: Scores = {}
 
-        def on_output(microbatch: Microbatch, logits, non_loss_data: bool = True):
-            return self._token_scores(microbatch, logits)
+        def on_output(m: Microbatch, logits_BTV: torch.Tensor, non_loss_data: bool = True) -> None:
+            scores[m.sequences] = self._token_scores(m, logits_BTV)
 
         with torch.no_grad():
-            collected = self._run(
+            self._run(
                 chunks, microbatches, on_output, forward_only=True, collect_non_loss_data=True
             )
-        found = iter(collected)
-        if not self.is_last_stage:
-            return Scores(parts=[], numbers=numbers)
-        return Scores(parts=[[next(found) for _ in plan[n]] for n in numbers], numbers=numbers)
+        return scores
 
     def _run(
         self,
-        chunks: list,
+        chunks: list[torch.nn.Module],
         microbatches: Sequence[Microbatch],
-        on_output: Callable,
-        **options,
-    ) -> list:
-        """Megatron's schedule over the microbatches; what `on_output` gave, on the last stage."""
+        on_output: Callable[..., Any],
+        **options: Any,
+    ) -> list[Any]:
+        """Run Megatron's schedule; return what `on_output` returned, on the last stage."""
 
-        def forward_step(iterator: Iterator[Microbatch], model):
+        def forward_step(
+            iterator: Iterator[Microbatch], model: torch.nn.Module
+        ) -> tuple[torch.Tensor, Callable[..., Any]]:
             m = next(iterator)
             with self._announced(chunks, m):
-                output = model(m.input_ids_BT, m.position_ids_BT, None)
+                output = model(m.input_ids_BT, m.position_ids_BT, None, **self._forward_options(m))
             return output, lambda *args, **kwargs: on_output(m, *args, **kwargs)
 
         several = len(chunks) > 1
         iterators = [iter(microbatches) for _ in chunks]
         size, length = microbatches[0].input_ids_BT.shape
-        return get_forward_backward_func()(
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if several else iterators[0],
             model=chunks if several else chunks[0],
             num_microbatches=len(microbatches),
-            seq_length=length * self.cut.context_size,
+            seq_length=length * self.sharding.context_size,  # of the first one: see __init__
             micro_batch_size=size,
             **options,
         )
+        return outputs
 
-    def _announced(self, chunks: list, m: Microbatch):
-        """Replay is attached to the policy's own chunks alone."""
+    def _announced(
+        self, chunks: list[torch.nn.Module], m: Microbatch
+    ) -> contextlib.AbstractContextManager[None]:
+        """Tell replay whose tokens these are. The reference's chunks have no replay attached."""
         if chunks is not self.chunks:
             return contextlib.nullcontext()
-        return self.replay.microbatch(m.token_rows_BT, mask=m.mask_BT)
+        return self.replay.microbatch(m.token_rows_BT, mask=m.host_mask_BT)
 
-    def _token_scores(self, microbatch: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
+    def _forward_options(self, m: Microbatch) -> dict[str, Any]:
+        # token_logprobs converts bf16 logits chunk by chunk; Megatron would copy all of them.
+        options: dict[str, Any] = {"fp32_output": False} if self.model_config.bf16 else {}
+        if m.packed_lengths is not None:
+            longest = max(m.packed_lengths)
+            options["packed_seq_params"] = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=m.bounds,
+                cu_seqlens_kv=m.bounds,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+        return options
+
+    def _token_scores(self, m: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
         return token_logprobs(
             logits_BTV.flatten(0, 1),
-            microbatch.labels_BT.flatten(),
+            m.labels_BT.flatten(),
             reuse_logits=True,
-            **self._distribution(microbatch),
+            **self._distribution(m),
+        )
+
+    def _distribution(self, m: Microbatch) -> dict[str, Any]:
+        """How logits become the policy: as the rollout sampled."""
+        return {
+            "temperature": self.config.rollout.temperature,
+            "group": self.tensor_group if self.layout.tensor > 1 else None,
+            "support": m.support,
+        }
+
+    def _with_fixed(self, m: Microbatch, batch: Batch, fixed: FixedScores) -> Microbatch:
+        """Return the microbatch with its part of the loss's constants, on the last stage."""
+        if not self.is_last_stage:
+            return m
+        constants = {"logp_old_T": fixed.old[m.sequences].logp_T}
+        if fixed.reference is not None:
+            constants["logp_ref_T"] = fixed.reference[m.sequences].logp_T
+        cells = self.sharding.grid(batch.lengths_S, m.sequences)
+        for name, values_ST in fixed.chosen.items():
+            constants[name] = cells.to(values_ST.device).take(values_ST).flatten()
+        return replace(m, fixed=constants)
+
+    def _loss_inputs(
+        self, m: Microbatch, logits_BTV: torch.Tensor, denominators: Denominators
+    ) -> LossInputs:
+        scores, sequences = self._token_scores(m, logits_BTV), self._sequences(m)
+        return LossInputs(
+            logp_theta_T=scores.logp_T,
+            entropy_T=scores.entropy_T,
+            logp_mu_T=m.logp_mu_BT.flatten(),
+            advantages_T=m.advantages_BT.flatten(),
+            mask_T=m.mask_BT.flatten(),
+            sequence_T=sequences.index_T,
+            num_sequences=sequences.count,
+            denominators=denominators,
+            context_group=sequences.context_group,
+            **m.fixed,
+            **self._most_likely(m, logits_BTV),
         )
 
     def _most_likely(self, m: Microbatch, logits_BTV: torch.Tensor) -> dict[str, torch.Tensor]:
         """pi_theta at mu's most likely tokens, if the batch has these."""
-        if m.top_ids_TK is None:
+        if m.top_ids_TK is None or m.top_logp_mu_TK is None:
             return {}
         logits_TV = logits_BTV.detach().flatten(0, 1)
         theta_TK = logprobs_at(logits_TV, m.top_ids_TK, **self._distribution(m))
@@ -343,49 +377,44 @@ class Policy:
             "topk_logp_theta_TK": theta_TK,
         }
 
-    def _distribution(self, microbatch: Microbatch) -> dict:
-        """How logits become the policy: as the rollout sampled."""
-        return {
-            "temperature": self.config.rollout.temperature,
-            "group": self.tensor_group if self.layout.tensor > 1 else None,
-            "support": microbatch.support,
-        }
-
-    def _others(self, given: Given, number: int) -> list[dict[str, torch.Tensor]]:
-        """Other policies' log-probs, for each microbatch of a minibatch."""
-        if not self.is_last_stage:
-            return []
-        others = [{"logp_old_T": part.logp_T} for part in given.old.parts[number]]
-        if given.reference is not None:
-            for of_microbatch, part in zip(others, given.reference.parts[number], strict=True):
-                of_microbatch["logp_ref_T"] = part.logp_T
-        return others
-
-    def _chosen(self, m: Microbatch, chosen: Mapping[str, torch.Tensor]) -> dict:
-        parts = {name: self.cut.part(v_ST, m.sequences) for name, v_ST in chosen.items()}
-        return {name: part.flatten().to(self.cut.device) for name, part in parts.items()}
-
-    def _loss_inputs(self, m: Microbatch, scores, denominators, more: dict) -> LossInputs:
-        sequences = self._sequences(m)
-        return LossInputs(
-            logp_theta_T=scores.logp_T,
-            entropy_T=scores.entropy_T,
-            logp_mu_T=m.logp_mu_BT.flatten(),
-            advantages_T=m.advantages_BT.flatten(),
-            mask_T=m.mask_BT.flatten().to(self.cut.device),
-            sequence_T=sequences.index_T,
-            num_sequences=sequences.count,
-            denominators=denominators,
-            context_group=sequences.context_group,
-            **more,
+    def _denominators(self, batch: Batch, number: int) -> Denominators:
+        first = number * self.sharding.minibatch_size
+        mask_ST = batch.mask_ST[first : first + self.sharding.minibatch_size]
+        return Denominators(
+            num_sequences=len(mask_ST),
+            num_tokens=int(mask_ST.sum()),
+            max_length=self.config.rollout.max_new_tokens,
         )
+
+    def _ratios(
+        self,
+        m: Microbatch,
+        logp_theta_T: torch.Tensor,
+        logp_old_T: torch.Tensor,
+        logp_mu_T: torch.Tensor | None,
+        suffix: str = "",
+    ) -> dict[str, Metric]:
+        return update_metrics(
+            logp_theta_T,
+            logp_old_T,
+            logp_mu_T,
+            m.mask_BT.flatten(),
+            suffix=suffix,
+            sequences=self._sequences(m),
+        )
+
+    def _scored_microbatches(
+        self, batch: Batch, scores: Scores
+    ) -> Iterator[tuple[Microbatch, TokenScores]]:
+        all_live = batch.token_rows(None)
+        for sequences, part in scores.items():
+            yield self.sharding.microbatch(batch, sequences, all_live), part
 
     def _sequences(self, m: Microbatch) -> Sequences:
         """Which sequence of the microbatch each of its tokens here belongs to."""
-        size, length = m.mask_BT.shape
-        has_context = self.cut.context_size > 1
+        has_context = self.sharding.context_size > 1
         return Sequences(
-            index_T=torch.arange(size, device=self.cut.device).repeat_interleave(length),
-            count=size,
+            index_T=m.index_T,
+            count=len(m.sequences),
             context_group=parallel_state.get_context_parallel_group() if has_context else None,
         )

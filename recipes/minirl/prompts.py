@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from routing_replay.errors import DataError
+from routing_replay.errors import DataError, reading
 
 from .verifiers import VERIFIERS
 
@@ -19,7 +19,7 @@ EXPECTED = (
     + "}"
 )
 KEYS = ("prompt", "answer", "verifier")
-# A key of bookkeeping that data sets have and that nothing here reads.
+# Data sets have it; nothing here reads it.
 IGNORED_KEYS = ("id",)
 
 
@@ -33,37 +33,35 @@ class Prompt:
         verifier: Name of the check that compares a response with it.
     """
 
-    prompt: str | list
+    prompt: str | list[dict[str, str]]
     answer: str
     verifier: str = "exact"
 
 
-def read_prompts(path: str | os.PathLike) -> list[Prompt]:
-    """All prompts of a file; empty lines are skipped.
+def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Read all prompts of a file; skip empty lines.
 
     Raises:
         DataError: The file cannot be read or is empty, or a line is broken (file, line, expected).
     """
     prompts = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    prompts.append(_parse(line, f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the prompts cannot be read", got=error, where=path) from error
+    with reading(path, "the prompt file", DataError), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                prompts.append(_parse(line, f"{path}, line {number}"))
     if not prompts:
         raise DataError("the prompt file is empty", expected=EXPECTED + " per line", where=path)
     return prompts
 
 
 def take(prompts: Sequence[Prompt], start: int, count: int, seed: int) -> list[Prompt]:
-    """Prompts `start` .. `start + count` of an endless stream of shuffled epochs.
+    """Return prompts `start` .. `start + count` of an endless stream of shuffled epochs.
 
     The order is a function of the seed and the position alone: a resumed run needs nothing but the
     number of prompts it has consumed.
     """
-    taken, size = [], len(prompts)
+    taken: list[Prompt] = []
+    size = len(prompts)
     while len(taken) < count:
         epoch, offset = divmod(start + len(taken), size)
         order = np.random.default_rng([seed, epoch]).permutation(size)
@@ -76,10 +74,15 @@ def _parse(line: str, where: str) -> Prompt:
         content = json.loads(line)
     except ValueError as error:
         raise DataError(
-            "a broken line", expected=EXPECTED, got=f"{line.strip()[:80]!r} ({error})", where=where
+            "the line is no JSON",
+            expected=EXPECTED,
+            got=f"{line.strip()[:80]!r} ({error})",
+            where=where,
         ) from error
     if not isinstance(content, dict) or not {"prompt", "answer"} <= content.keys():
-        raise DataError("a broken line", expected=EXPECTED, got=line.strip()[:80], where=where)
+        raise DataError(
+            "the line is no prompt", expected=EXPECTED, got=line.strip()[:80], where=where
+        )
     for key in content:
         if key not in KEYS + IGNORED_KEYS:
             raise DataError(f"unknown key {key!r}", expected=EXPECTED, where=where)
@@ -88,10 +91,10 @@ def _parse(line: str, where: str) -> Prompt:
         isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt.prompt
     )
     if not prompt.prompt or not (isinstance(prompt.prompt, str) or messages):
-        raise DataError("a prompt that is no text", expected=EXPECTED, where=where)
+        raise DataError("the prompt is no text", expected=EXPECTED, where=where)
     if not isinstance(prompt.answer, str) or prompt.verifier not in VERIFIERS:
         raise DataError(
-            "an answer or verifier that cannot be used",
+            "the answer or the verifier cannot be used",
             expected=EXPECTED,
             got=f"answer {prompt.answer!r}, verifier {prompt.verifier!r}",
             where=where,

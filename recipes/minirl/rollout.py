@@ -1,10 +1,11 @@
-"""Rollouts and rewards: prompts to token ids, SGLang's samples, the verifier's verdict."""
+"""Rollouts and rewards: prompts become token ids, SGLang samples, verifiers reward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from .verifiers import VERIFIERS
 
 # A response that is aborted again and again would otherwise hang the job silently.
 FINISHED = ("stop", "length")
-# Any tokens will do: what is looked at is the form of the answer.
+# Any tokens will do: only the form of the answer is checked.
 PROBE_IDS = (1, 2)
 
 
@@ -51,7 +52,7 @@ class Rollout:
         from transformers import AutoTokenizer
 
         self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
         options = ClientOptions(request_timeout_s=config.rollout.request_timeout_s)
         self.client = RolloutClient(urls, model=model, options=options)
         if config.num_top_logprobs > len(self.tokenizer):
@@ -78,7 +79,7 @@ class Rollout:
         for_training: bool,
         on_done: Callable[[], None] | None = None,
     ) -> list[Sample]:
-        """Responses, `num_samples` of each prompt one after another, with rewards.
+        """Sample `num_samples` responses of each prompt, one prompt after another, with rewards.
 
         Args:
             prompts: The tasks.
@@ -88,36 +89,41 @@ class Rollout:
 
         Raises:
             ServerError, PayloadError: A server failed, or an answer lacks what was asked for.
-            DataError: A prompt that the tokenizer turns into nothing.
+            DataError: The tokenizer makes no token of a prompt.
         """
-        asked = [p for p in prompts for _ in range(num_samples)]
+        repeated = [p for p in prompts for _ in range(num_samples)]
         ids_of = {id(p): self.encode(p) for p in prompts}
-        requests = [self._request(ids_of[id(p)], for_training) for p in asked]
+        requests = [self._request(ids_of[id(p)], for_training) for p in repeated]
         completions = self.client.generate(requests, lambda *_: on_done() if on_done else None)
         return [
             self._rewarded(prompt, request, completion)
-            for prompt, request, completion in zip(asked, requests, completions, strict=True)
+            for prompt, request, completion in zip(repeated, requests, completions, strict=True)
         ]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; chat messages always take the tokenizer's template."""
+        """Return a prompt's token ids; chat messages always take the tokenizer's template."""
         if self.config.data.chat_template or not isinstance(prompt.prompt, str):
             messages = prompt.prompt
             if isinstance(messages, str):
                 messages = [{"role": "user", "content": messages}]
-            ids = self.tokenizer.apply_chat_template(
+            ids: list[int] = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False
             )
         else:
             ids = self.tokenizer.encode(prompt.prompt)
         if not ids:
-            raise DataError("a prompt without tokens", got=repr(prompt.prompt))
+            raise DataError("the prompt has no tokens", got=repr(prompt.prompt))
         return ids
 
-    def _request(self, input_ids, for_training: bool, **sampling) -> GenerateRequest:
-        """A request with the run's sampling."""
+    def _request(
+        self, input_ids: Sequence[int], for_training: bool, **sampling: float
+    ) -> GenerateRequest:
+        """Return a request with the run's sampling."""
         r = self.config.rollout
-        settings = {"temperature": r.temperature, "max_new_tokens": r.max_new_tokens}
+        settings: dict[str, float] = {
+            "temperature": r.temperature,
+            "max_new_tokens": r.max_new_tokens,
+        }
         settings["top_p"] = r.top_p
         if r.top_k:
             settings["top_k"] = r.top_k
@@ -129,7 +135,7 @@ class Rollout:
             num_top_logprobs=self.config.num_top_logprobs if for_training else 0,
         )
 
-    def _rewarded(self, prompt: Prompt, request: GenerateRequest, completion) -> Sample:
+    def _rewarded(self, prompt: Prompt, request: GenerateRequest, completion: Completion) -> Sample:
         check_finished(completion)
         text = self.tokenizer.decode(completion.output_ids, skip_special_tokens=True)
         return Sample(
@@ -137,7 +143,7 @@ class Rollout:
             response_ids=tuple(completion.output_ids),
             routes=completion.routes,
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
-            **mu_of(request, completion),
+            **sampled_logprobs(request, completion),
         )
 
 
@@ -159,11 +165,11 @@ class Groups:
 def sample_groups(
     rollout: Rollout, draw: Callable[[int, int], list[Prompt]], count: int, rounds: int
 ) -> Groups:
-    """A batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
+    """Sample a batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
 
-    Groups whose responses all got one reward teach nothing. They are replaced by groups of further
-    prompts, in at most `rounds` further rounds; what is missing then is filled with such groups
-    after all, so that a batch always has its size.
+    Groups whose responses all got the same reward have no advantage. Groups of further prompts
+    replace them, in at most `rounds` further rounds. If some are still missing, such groups fill
+    the batch after all, so that it always has its size.
 
     Args:
         rollout: Samples and rewards.
@@ -175,19 +181,19 @@ def sample_groups(
     """
     size = rollout.config.data.samples_per_prompt
     groups: list[list[Sample]] = []
-    teaches: list[bool] = []
+    is_informative: list[bool] = []
     num_rounds = 0
-    while sum(teaches) < count and num_rounds <= rounds:
-        prompts = draw(len(groups), count - sum(teaches))
+    while sum(is_informative) < count and num_rounds <= rounds:
+        prompts = draw(len(groups), count - sum(is_informative))
         samples = rollout.sample(prompts, size, for_training=True)
         rewards_S = torch.tensor([sample.reward for sample in samples])
-        teaches += informative_groups(rewards_S, torch.arange(len(samples)) // size)[
+        is_informative += informative_groups(rewards_S, torch.arange(len(samples)) // size)[
             ::size
         ].tolist()
         groups += [samples[start : start + size] for start in range(0, len(samples), size)]
         num_rounds += 1
     # Stable: those that teach first, then the earliest of the others; afterwards in sampling order.
-    chosen = sorted(range(len(groups)), key=lambda number: not teaches[number])[:count]
+    chosen = sorted(range(len(groups)), key=lambda number: not is_informative[number])[:count]
     return Groups(
         samples=[sample for number in sorted(chosen) for sample in groups[number]],
         num_prompts=len(groups),
@@ -199,14 +205,14 @@ def check_scores(client: RolloutClient, request: GenerateRequest) -> None:
     """Raise unless a server answers a tiny request with the scores that training needs."""
     (completion,) = client.generate([request])
     check_finished(completion)
-    mu_of(request, completion)
+    sampled_logprobs(request, completion)
 
 
 def check_finished(completion: Completion) -> None:
     """Raise DataError for a response that ended otherwise than by itself or by its length."""
     if completion.finish_reason not in FINISHED:
         raise DataError(
-            "a response was not finished",
+            "a response is not finished",
             expected=" or ".join(FINISHED),
             got=completion.finish_reason,
             where=completion.url,
@@ -215,18 +221,21 @@ def check_finished(completion: Completion) -> None:
         )
 
 
-def mu_of(request: GenerateRequest, completion: Completion) -> dict:
-    """mu of the sampled and of the most likely tokens, as fields of Sample.
+def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[str, Any]:
+    """Return log mu of the sampled and of the most likely tokens, as fields of Sample.
 
-    Under a sampling mask all of it is within the mask: renormalised over it, and 0 outside.
+    Under a sampling mask the distribution is renormalised over the mask and is 0 outside.
 
     Raises:
         ServerError: The mask is missing.
     """
-    found = {"logp_mu": tuple(completion.mu_logprobs.tolist())}
-    found |= {"top_ids": completion.top_ids, "top_logp_mu": completion.top_logprobs}
+    scores: dict[str, Any] = {
+        "logp_mu": tuple(completion.mu_logprobs.tolist()),
+        "top_ids": completion.top_ids,
+        "top_logp_mu": completion.top_logprobs,
+    }
     if not request.wants_sampling_mask:
-        return found
+        return scores
     if completion.sampling_mask is None or completion.mask_logprobs is None:
         raise ServerError(
             "the answer has no sampling mask",
@@ -234,17 +243,18 @@ def mu_of(request: GenerateRequest, completion: Completion) -> dict:
             where=completion.url,
             fix="SGLang 0.5.20 and later return it; or train with --no-keep-sampling-mask",
         )
-    found["logp_mu"] = tuple(completion.mask_logprobs.tolist())
-    found["support"] = completion.sampling_mask
+    scores["logp_mu"] = tuple(completion.mask_logprobs.tolist())
+    scores["support"] = completion.sampling_mask
     log_mass_T = completion.mu_logprobs - completion.mask_logprobs
-    found["support_mass"] = float(np.exp(log_mass_T).mean())
+    scores["support_mass"] = float(np.exp(log_mass_T).mean())
     if completion.top_ids is not None:
         pairs = zip(completion.top_ids, completion.sampling_mask, strict=True)
         inside_TK = np.array([np.isin(ids, mask) for ids, mask in pairs])
         within_TK = completion.top_logprobs - log_mass_T[:, None]
-        found["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
-    return found
+        scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
+    return scores
 
 
 def mean_reward(samples: Sequence[Sample]) -> float:
+    """Return the mean reward of some responses."""
     return sum(sample.reward for sample in samples) / len(samples)

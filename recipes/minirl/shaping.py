@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # Megatron takes many seconds to import, and nothing here run
 def with_advantages(
     policy: Policy, batch: Batch, old: Scores, reference: Scores | None
 ) -> tuple[Batch, dict[str, Metric]]:
-    """The batch with its advantages, and what was done to the rewards.
+    """Return the batch with its advantages, and metrics of what changed the rewards.
 
     Collective over the last pipeline stage; earlier stages have no loss and need none.
     """
@@ -45,7 +45,7 @@ def with_advantages(
     name = policy.config.make_objective().parameters.advantage
     advantages_S = advantages(name, rewards_S, batch.group_S)
     if o.smoothing_correct or o.smoothing_wrong:
-        logp_ST = policy.dense(old, batch.mask_ST.shape).cpu().double()
+        logp_ST = policy.dense(old, batch).cpu().double()
         smoothed_S = differential_smoothing(
             advantages_S,
             torch.where(batch.mask_ST, logp_ST, 0.0).sum(1),
@@ -58,11 +58,14 @@ def with_advantages(
     return replace(batch, advantages_S=advantages_S.float()), metrics
 
 
-def _kl_penalty(policy: Policy, batch: Batch, old: Scores, reference: Scores) -> torch.Tensor:
+def _kl_penalty(
+    policy: Policy, batch: Batch, old: Scores, reference: Scores | None
+) -> torch.Tensor:
+    assert reference is not None
     shape, o = batch.mask_ST.shape, policy.config.objective
     return reward_penalty(
-        policy.dense(old, shape).cpu().flatten(),
-        policy.dense(reference, shape).cpu().flatten(),
+        policy.dense(old, batch).cpu().flatten(),
+        policy.dense(reference, batch).cpu().flatten(),
         batch.mask_ST.flatten(),
         torch.arange(shape[0]).repeat_interleave(shape[1]),
         shape[0],

@@ -30,7 +30,7 @@ def choose(
     number: int,
     seed: tuple[int, ...],
 ) -> dict[str, torch.Tensor]:
-    """The inputs that a loss needs from the whole step; collective.
+    """Return the inputs that a loss needs from the whole step; collective.
 
     Args:
         policy: As it is before the update.
@@ -43,28 +43,31 @@ def choose(
     Returns:
         [S, T] each, by name in LossInputs, on ranks of the last pipeline stage.
     """
-    found: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     theta, objective = None, policy.config.make_objective()
     has_choice = bool(CHOICES & objective.needs)
     if policy.router_shift is not None:
-        with looking_again(policy, batch, replayed) as rows_ST, policy.router_shift.comparing():
+        with (
+            same_routes_as_update(policy, batch, replayed) as rows_ST,
+            policy.router_shift.comparing(),
+        ):
             theta = policy.score(batch, rows_ST, number)
-        found["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_ST)
+        inputs["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_ST)
     elif has_choice and objective.parameters.chooses_by_theta:
-        with looking_again(policy, batch, replayed) as rows_ST:
+        with same_routes_as_update(policy, batch, replayed) as rows_ST:
             theta = policy.score(batch, rows_ST, number)
     if has_choice and policy.is_last_stage:
         step, shape = tokens_of_step(policy, batch, old, theta, number, seed)
         chosen = objective.parameters.choose(step)
-        found |= {name: values_T.view(shape) for name, values_T in chosen.items()}
-    return found
+        inputs |= {name: values_T.view(shape) for name, values_T in chosen.items()}
+    return inputs
 
 
 @contextlib.contextmanager
-def looking_again(
+def same_routes_as_update(
     policy: Policy, batch: Batch, replayed: RouteTable | None
 ) -> Iterator[torch.Tensor]:
-    """The scope of a pass that routes as the update will; gives the rows of its tokens."""
+    """Open the scope of a pass that routes as the update will; yield the rows of its tokens."""
     if replayed is not None:
         with policy.replay.replaying(replayed):
             yield batch.token_rows(replayed)
@@ -77,27 +80,32 @@ def looking_again(
 
 
 def by_position(values_R: torch.Tensor, rows_ST: torch.Tensor) -> torch.Tensor:
-    """A value per row of the table as [S, T]; nan where a token has no row."""
+    """Return a value per row of the table as [S, T]; nan where a token has no row."""
     values_ST = values_R[rows_ST.clamp(min=0).to(values_R.device)]
     return torch.where(rows_ST.to(values_R.device) >= 0, values_ST, torch.nan)
 
 
 def tokens_of_step(
-    policy: Policy, batch: Batch, old: Scores, theta: Scores | None, number: int, seed
+    policy: Policy,
+    batch: Batch,
+    old: Scores,
+    theta: Scores | None,
+    number: int,
+    seed: tuple[int, ...],
 ) -> tuple[StepTokens, torch.Size]:
-    """All tokens of a minibatch, on one axis; and the shape [S, T] that they come from."""
-    shape, device = batch.mask_ST.shape, policy.cut.device
-    first = number * policy.cut.minibatch_size
+    """Return all tokens of a minibatch on one axis, and their shape [S, T]."""
+    shape, device = batch.mask_ST.shape, policy.sharding.device
+    first = number * policy.sharding.minibatch_size
     mask_ST = torch.zeros(shape, dtype=torch.bool)
-    mask_ST[first : first + policy.cut.minibatch_size] = True
+    mask_ST[first : first + policy.sharding.minibatch_size] = True
     uniform_ST = torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
     values_ST = {
-        "logp_theta_T": None if theta is None else policy.dense(theta, shape),
-        "logp_old_T": policy.dense(old, shape),
+        "logp_theta_T": None if theta is None else policy.dense(theta, batch),
+        "logp_old_T": policy.dense(old, batch),
         "logp_mu_T": batch.logp_mu_ST,
         "advantages_T": batch.advantages_S[:, None].expand(shape),
         "mask_T": mask_ST & batch.mask_ST,
         "uniform_T": uniform_ST,
     }
-    given = {n: v if v is None else v.to(device).flatten() for n, v in values_ST.items()}
-    return StepTokens(**given), shape
+    flat = {n: v.to(device).flatten() for n, v in values_ST.items() if v is not None}
+    return StepTokens(logp_theta_T=flat.pop("logp_theta_T", None), **flat), shape

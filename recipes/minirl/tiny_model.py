@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,18 +21,21 @@ from .config import RecipeConfig
 from .prompts import Prompt, read_prompts, take
 from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
 
-# With transformers' default of 0.02 the logits of so small a model are flat, it learns nothing for
-# long, and experts are so alike that it hardly matters which one is chosen.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# With transformers' default of 0.02 the logits of so small a model are flat: for long it learns
+# nothing, and its experts are so alike that the choice among them hardly matters.
 INITIALIZER_RANGE = 0.12
-# Narrow, with experts as wide as the residual stream: then the experts carry what the model knows,
-# and a token that is sent to another one gets another answer, as in a large model.
+# Narrow, with experts as wide as the residual stream: the experts then carry what the model knows,
+# and a token that is routed to another expert gets another answer, as in a large model.
 HIDDEN_SIZE = 64
 EXPERT_SIZE = 64
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
 RAMP_STEPS = 20
-# Leaves the model unsure of what it knows. Reinforcement learning at its best sharpens what is
-# there: so its signal is strong, and a few minutes show it.
+# Leaves the model unsure of what it knows. Reinforcement learning sharpens that, so a few minutes
+# show its effect.
 LABEL_SMOOTHING = 0.25
 NUM_PROBES = 256
 PROBE_EVERY = 10
@@ -40,23 +45,16 @@ VERSION = 2
 
 
 def checkpoint_folder(config: RecipeConfig) -> Path:
-    """Where the tiny model of this configuration is or will be."""
+    """Return the folder of this configuration's tiny model."""
     m = config.model
-    described = [
-        VERSION,
-        m.tiny_layers,
-        m.tiny_experts,
-        m.tiny_top_k,
-        m.warmup_target,
-        m.warmup_steps,
-    ]
-    described += [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, LABEL_SMOOTHING, VOCABULARY]
-    text = json.dumps([*described, config.run.seed])
+    sizes = [m.tiny_layers, m.tiny_experts, m.tiny_top_k, m.warmup_target, m.warmup_steps]
+    constants = [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, LABEL_SMOOTHING, VOCABULARY]
+    text = json.dumps([VERSION, *sizes, *constants, config.run.seed])
     return Path(m.cache_dir) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def prepare(config: RecipeConfig, report=print) -> Path:
-    """Write checkpoint, tokenizer and task of this configuration unless they are there.
+def prepare(config: RecipeConfig, report: Callable[[str], None] = print) -> Path:
+    """Write checkpoint, tokenizer and task of this configuration unless they exist.
 
     Returns:
         The checkpoint's folder; the task's files lie in it.
@@ -77,7 +75,7 @@ def prepare(config: RecipeConfig, report=print) -> Path:
         try:
             os.replace(partial, folder)
         except OSError:
-            # Another run has made the same model meanwhile; anything else is an error.
+            # Another run may have made the same model meanwhile; anything else is an error.
             if not (folder / "config.json").is_file():
                 raise
     finally:
@@ -85,14 +83,14 @@ def prepare(config: RecipeConfig, report=print) -> Path:
     return folder
 
 
-def make_model(config: RecipeConfig):
-    """A random Qwen3-MoE, float32."""
+def make_model(config: RecipeConfig) -> PreTrainedModel:
+    """Return a random Qwen3-MoE in float32."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     m = config.model
     torch.manual_seed(config.run.seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
+    model: PreTrainedModel = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(  # type: ignore[call-arg]
             vocab_size=len(VOCABULARY),
             hidden_size=HIDDEN_SIZE,
             intermediate_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
@@ -113,14 +111,21 @@ def make_model(config: RecipeConfig):
             # first, and RMSNorm scales the gradient of a zero vector by 1 / sqrt(eps) = 1,000.
             pad_token_id=None,
         )
-    ).float()
+    )
+    return model.float()
 
 
-def warm_up(model, train: list[Prompt], probes: list[Prompt], config: RecipeConfig, report) -> None:
-    """Supervised steps on the answers until the model is right often enough to learn from rewards.
+def warm_up(
+    model: PreTrainedModel,
+    train: list[Prompt],
+    probes: list[Prompt],
+    config: RecipeConfig,
+    report: Callable[[str], None],
+) -> None:
+    """Train on the answers until the model is right often enough to learn from rewards.
 
-    It ends at a sampled accuracy instead of a step count: how soon a tiny model gets the idea of a
-    carry differs between seeds by a factor of two, and RL should start from the same place.
+    The end is a sampled accuracy instead of a step count: seeds differ by a factor of two in the
+    steps until a tiny model learns to carry, and RL should start from the same accuracy.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     probe = _encode(probes[:NUM_PROBES])
@@ -144,8 +149,10 @@ def warm_up(model, train: list[Prompt], probes: list[Prompt], config: RecipeConf
 
 
 @torch.no_grad()
-def _sampled_accuracy(model, tokens_ST, labels_ST) -> float:
-    """Probability, mean over prompts, that a sample at temperature 1 is the answer: exact."""
+def _sampled_accuracy(
+    model: PreTrainedModel, tokens_ST: torch.Tensor, labels_ST: torch.Tensor
+) -> float:
+    """Return the exact probability that a sample at temperature 1 is right, mean over prompts."""
     logits, labels = _logits_and_labels(model, tokens_ST, labels_ST)
     nll_ST = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE
@@ -153,18 +160,20 @@ def _sampled_accuracy(model, tokens_ST, labels_ST) -> float:
     return (-nll_ST.sum(1)).exp().mean().item()
 
 
-def _logits_and_labels(model, tokens_ST, labels_ST):
+def _logits_and_labels(
+    model: PreTrainedModel, tokens_ST: torch.Tensor, labels_ST: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return model(tokens_ST).logits[:, :-1], labels_ST[:, 1:]
 
 
-def _encode(prompts: list[Prompt]):
-    """Token ids and labels [S, T]; everything but the answer and its end is masked."""
+def _encode(prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and labels [S, T]; only the answer and its end are not masked."""
     ids = {token: number for number, token in enumerate(VOCABULARY)}
     length = max(len(p.prompt) + len(p.answer) for p in prompts) + 1
     tokens_ST = torch.full((len(prompts), length), ids[PAD])
     labels_ST = torch.full((len(prompts), length), IGNORE)
     for row, p in enumerate(prompts):
-        sequence = [ids[c] for c in p.prompt + p.answer] + [ids[EOS]]
+        sequence = [ids[c] for c in f"{p.prompt}{p.answer}"] + [ids[EOS]]
         tokens_ST[row, : len(sequence)] = torch.tensor(sequence)
         labels_ST[row, len(p.prompt) : len(sequence)] = torch.tensor(sequence[len(p.prompt) :])
     return tokens_ST, labels_ST

@@ -15,7 +15,7 @@ VOCABULARY = (PAD, EOS, "<unk>", *"0123456789+=-")
 OPERANDS = range(10, 100)
 
 
-def write_task(folder: str | os.PathLike) -> tuple[Path, Path]:
+def write_task(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write train.jsonl and heldout.jsonl (disjoint pairs of numbers); returns their paths.
 
     An answer has three digits ("37+48=" -> "085"), so that each one has a fixed meaning.
@@ -32,7 +32,7 @@ def write_task(folder: str | os.PathLike) -> tuple[Path, Path]:
     return paths
 
 
-def write_tokenizer(folder: str | os.PathLike) -> None:
+def write_tokenizer(folder: str | os.PathLike[str]) -> None:
     """Write a real fast tokenizer, one token per character, into a checkpoint folder."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
 """The training loop: `torchrun ... -m recipes.minirl.train RUN_DIR --rollout-url URL ...`.
 
-Every rank runs it. The first rank talks to the servers and keeps the journal; the batch and its
-routes reach the others as memory-mapped files in the run's scratch folder.
+Every rank runs it. Rank 0 talks to the servers and keeps the journal; the batch and its routes
+reach the others as memory-mapped files in the run's scratch folder.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from routing_replay.metrics.typed import Metric, merge, to_floats
 from routing_replay.objectives import Objective
 from routing_replay.routes.table import RouteTable
 
-from . import checkpoints
-from .batch import Batch
+from . import checkpoints, checks
+from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step
 from .config import RecipeConfig
 from .first_rank import FirstRank
-from .inputs import Inputs, inputs_of
+from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
-from .policy import Given, Policy, Scores
-from .prompts import take
+from .policy import FixedScores, Policy, Scores
+from .prompts import Prompt, take
 from .publish import write_weights
-from .rollout import Rollout, mean_reward, sample_groups
+from .rollout import Groups, Rollout, mean_reward, sample_groups
 from .shaping import with_advantages
 from .step_choices import choose
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a step works with; `rollout` and `journal` exist on the first rank only."""
+    """What a step works with; `rollout` and `journal` exist on rank 0 only."""
 
     config: RecipeConfig
     run_dir: Path
@@ -55,22 +55,44 @@ class Job:
     def publish(self, version: int) -> None:
         """Give the current weights to all servers; collective."""
         folder = write_weights(self.policy, self.run_dir / "weights", self.inputs.base)
-        update = self.rollout.client.update_weights if self.rollout else None
-        self.first_rank.does(f"published_{version}", update, str(folder), version)
+
+        def update() -> None:
+            assert self.rollout is not None
+            self.rollout.client.update_weights(str(folder), version)
+
+        self.first_rank.run(f"published_{version}", update)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean reward on the held-out prompts, sampled like the training prompts, no replay."""
+        """Return the mean reward on the held-out prompts, sampled as in training, on rank 0."""
 
         def sample() -> dict[str, float]:
+            assert self.rollout is not None
             samples = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
             return {"eval/reward": mean_reward(samples)}
 
-        return self.first_rank.does(f"evaluated_{step}", sample)
+        return self.first_rank.run(f"evaluated_{step}", sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldPass:
+    """What the old policy's pass leaves for the updates.
+
+    Args:
+        scores: log pi_old.
+        table: The routes that the updates replay; None if they route live.
+        token_rows_ST: The rows of the table that belong to the positions, or -1.
+    """
+
+    scores: Scores
+    table: RouteTable | None
+    token_rows_ST: torch.Tensor
 
 
 def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
-    """The whole run, from its newest checkpoint if there is one."""
-    inputs = inputs_of(config)
+    """Run all steps, from the newest checkpoint if there is one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    checks.require_ready(config, world_size, run_dir / "config.json")
+    inputs = load_inputs(config)
     checkpoint = checkpoints.newest(run_dir)
     progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
     policy = Policy(config, checkpoint or inputs.base, inputs.reference)
@@ -95,9 +117,9 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     )
     job.publish(progress.step)
     if not progress.step:
-        found = job.evaluate(0)
+        metrics = job.evaluate(0)
         if journal:
-            journal.write(0, found)
+            journal.write(0, metrics)
     while progress.step < config.run.steps:
         progress = take_step(job, progress)
     first_rank.remove(first_rank.folder)
@@ -106,30 +128,28 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
 
 
 def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
-    """One step: what happens in it stands here from top to bottom."""
+    """Take one step: what happens in it stands here from top to bottom."""
     config, policy, step = job.config, job.policy, progress.step + 1
     clock, scratch = Clock(job.journal), job.first_rank.new_folder(f"step_{step:06d}")
 
-    # 1. Rollout and rewards, on the first rank.
+    # 1. Rollout and rewards, on rank 0.
     with clock("rollout"):
         start = progress.prompts_consumed
-        found = job.first_rank.does(f"sampled_{step}", sample_batch, job, start, scratch)
-        batch, table = open_batch(scratch)
+        values = job.first_rank.run(f"sampled_{step}", sample_batch, job, start, scratch)
+        batch, table = open_step(scratch, has_routes=config.rollout_capture != "off")
 
     # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
     with clock("old log-probs"):
-        old, replayed, token_rows_ST = score_old(policy, batch, table, scratch)
-        metrics = policy.reduce(policy.discrepancy(batch, old))
+        old = score_old(policy, batch, table)
+        metrics = policy.reduce(policy.discrepancy(batch, old.scores))
         if table is not None:
             metrics |= policy.replay.metrics()
-        routes = table if replayed is None else replayed
-        if routes is not None:
-            metrics |= policy.reduce(expert_load(routes))
-    is_measured_live = is_due(step, config.run.measure_live_every, config.run.steps)
-    if is_measured_live:
+        if old.table is not None:
+            metrics |= policy.reduce(expert_load(old.table))
+    live = None
+    if is_due(step, config.run.measure_live_every, config.run.steps):
         with clock("live log-probs"):
-            # Under R2 and without replay the old policy routed live just now.
-            live = policy.score(batch, batch.token_rows(None)) if table is not None else old
+            live = score_live(policy, batch, old.scores)
             metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
     reference = None
     if policy.reference is not None:
@@ -137,26 +157,11 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
             reference = policy.score_reference(batch)
 
     # 3. Rewards become advantages.
-    batch, shaping = with_advantages(policy, batch, old, reference)
+    batch, shaping = with_advantages(policy, batch, old.scores, reference)
     metrics |= policy.reduce(shaping)
 
     # 4. N updates, each on its own minibatch, with the same routes.
-    updates: dict[str, Metric] = {}
-    with policy.reading(inner_layer(config, step)):
-        anchor = old_of_update(policy, batch, replayed, token_rows_ST, old, step)
-        for number in range(config.num_mini_batches):
-            if is_measured_live and anchor is old:
-                with clock("live log-probs"):
-                    updates = merge(updates, policy.live_ratios(batch, live, number))
-            with clock("update"):
-                seed = (config.run.seed, step, number)
-                chosen = choose(policy, batch, replayed, anchor, number, seed)
-                given = Given(old=anchor, reference=reference, chosen=chosen)
-                with replaying(policy, replayed):
-                    of_update = policy.update(batch, token_rows_ST, given, job.objective, number)
-                updates = merge(updates, of_update)
-    if anchor is not old:  # an inner layer's policy has no mu to be compared with
-        updates = {n: m for n, m in updates.items() if not n.startswith("off_policy/")}
+    updates = update_policy(job, clock, step, batch, old, reference, live)
     metrics |= policy.reduce(updates)
 
     # 5. New weights for the servers.
@@ -166,15 +171,52 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     # 6. Now and then an evaluation; metrics; now and then a checkpoint.
     if is_due(step, config.run.evaluate_every, config.run.steps):
         with clock("evaluation"):
-            found |= job.evaluate(step)
+            values |= job.evaluate(step)
     if job.journal:
-        job.journal.write(step, found | to_floats(metrics) | clock.times())
+        job.journal.write(step, values | to_floats(metrics) | clock.times())
     consumed = progress.prompts_consumed + int(batch.num_prompts)
     return finish_step(job, checkpoints.Progress(step=step, prompts_consumed=consumed), scratch)
 
 
+def update_policy(
+    job: Job,
+    clock: Clock,
+    step: int,
+    batch: Batch,
+    old: OldPass,
+    reference: Scores | None,
+    live: Scores | None,
+) -> dict[str, Metric]:
+    """Take all updates of a step; return this rank's metrics.
+
+    Args:
+        live: pi_old's scores without replay, if this step measures what replay changes.
+    """
+    config, policy = job.config, job.policy
+    layer = inner_layer(config, step)
+    metrics: dict[str, Metric] = {}
+    with policy.logits_from_layer(layer):
+        scores = old.scores if layer < 0 else score_replayed(policy, batch, old)
+        for number in range(config.num_mini_batches):
+            if live is not None and layer < 0:
+                with clock("live log-probs"):
+                    metrics = merge(metrics, policy.live_ratios(batch, live, number))
+            with clock("update"):
+                seed = (config.run.seed, step, number)
+                chosen = choose(policy, batch, old.table, scores, number, seed)
+                fixed = FixedScores(
+                    old=scores, reference=reference, chosen=chosen, has_mu=layer < 0
+                )
+                with replaying(policy, old.table):
+                    metrics = merge(
+                        metrics,
+                        policy.update(batch, old.token_rows_ST, fixed, job.objective, number),
+                    )
+    return metrics
+
+
 def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> checkpoints.Progress:
-    """Now and then a checkpoint; the newest batch stays."""
+    """Save a checkpoint if one is due; keep the newest batch."""
     run = job.config.run
     if is_due(progress.step, run.checkpoint_every, run.steps):
         checkpoints.save(job.policy, job.run_dir, progress, job.inputs.base)
@@ -184,69 +226,86 @@ def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> chec
 
 
 def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
-    """Sample, reward, and save the batch and its routes for all ranks; the rollout's metrics."""
+    """Sample, reward, save batch and routes for all ranks; return the rollout's metrics."""
+    assert job.rollout is not None
     config, data = job.config, job.config.data
 
-    def draw(offset: int, count: int):
+    def draw(offset: int, count: int) -> list[Prompt]:
         return take(job.inputs.prompts, start + offset, count, config.run.seed)
 
     groups = sample_groups(job.rollout, draw, data.prompts_per_step, data.dynamic_sampling)
-    samples, size = groups.samples, data.samples_per_prompt
-    batch = Batch.from_samples(samples, size, job.policy.length_multiple, groups.num_prompts)
-    batch.save(scratch / "batch.safetensors")
+    batch = Batch.from_samples(
+        groups.samples, data.samples_per_prompt, job.policy.sharding.multiple, groups.num_prompts
+    )
+    batch.save(scratch / BATCH_FILE)
     if config.rollout_capture != "off":
-        table = RouteTable.from_routes([sample.routes for sample in samples])
-        table.save(scratch / "routes.safetensors")
+        table = RouteTable.from_routes([s.routes for s in groups.samples if s.routes is not None])
+        table.save(scratch / ROUTES_FILE)
+    return rollout_metrics(config, batch, groups)
+
+
+def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[str, float]:
+    """Describe a step's samples."""
     lengths_S = batch.mask_ST.sum(1).double()
-    solved_G = batch.rewards_S.view(-1, size).mean(1)
+    solved_G = batch.rewards_S.view(-1, config.data.samples_per_prompt).mean(1)
     limit = config.rollout.max_new_tokens
-    found = {
-        "reward": mean_reward(samples),
+    metrics = {
+        "reward": mean_reward(groups.samples),
         "rollout/response_length": lengths_S.mean().item(),
         "rollout/truncated_fraction": (lengths_S == limit).double().mean().item(),
         # Groups whose responses all fail or all succeed teach nothing.
         "rollout/informative_groups": ((solved_G > 0) & (solved_G < 1)).double().mean().item(),
     }
-    if data.dynamic_sampling:
-        found["rollout/sampling_rounds"] = groups.num_rounds
-        found["rollout/replaced_groups"] = groups.num_prompts - data.prompts_per_step
+    if config.data.dynamic_sampling:
+        metrics["rollout/sampling_rounds"] = groups.num_rounds
+        metrics["rollout/replaced_groups"] = groups.num_prompts - config.data.prompts_per_step
     if config.has_sampling_mask:
-        found["rollout/sampling_mask_mass"] = sum(s.support_mass for s in samples) / len(samples)
+        assert batch.support_ids_N is not None
+        masses = [sample.support_mass for sample in groups.samples]
+        metrics["rollout/sampling_mask_mass"] = sum(masses) / len(masses)
         num_choices = len(batch.support_ids_N) / max(1, int(batch.mask_ST.sum()))
-        found["rollout/sampling_mask_size"] = num_choices
-    return found
+        metrics["rollout/sampling_mask_size"] = num_choices
+    return metrics
 
 
-def open_batch(scratch: Path) -> tuple[Batch, RouteTable | None]:
-    """The batch and its routes, memory-mapped; one rank of a node verifies the checksums."""
-    path = scratch / "routes.safetensors"
-    is_verifier = os.environ.get("LOCAL_RANK", "0") == "0"
-    table = RouteTable.open(path, verify=is_verifier) if path.exists() else None
-    return Batch.open(scratch / "batch.safetensors"), table
-
-
-def score_old(
-    policy: Policy, batch: Batch, table: RouteTable | None, scratch: Path
-) -> tuple[Scores, RouteTable | None, torch.Tensor]:
-    """pi_old's scores; the routes that the updates replay; the rows that name them."""
+def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass:
+    """Score with pi_old in the configured mode; decide what the updates replay."""
+    all_live = batch.token_rows(None)
     match policy.config.replay.mode:
         case "R3":
+            assert table is not None
             token_rows_ST = batch.token_rows(table)
             with policy.replay.replaying(table), policy.remembering_routers(table.num_rows):
-                return policy.score(batch, token_rows_ST), table, token_rows_ST
+                scores = policy.score(batch, token_rows_ST)
+            return OldPass(scores=scores, table=table, token_rows_ST=token_rows_ST)
         case "R2":
-            old, recorded = score_and_record(policy, batch)
-            recorded_table = recorded.own_table()  # an update cuts the batch as this pass did
-            return old, recorded_table, batch.token_rows(recorded_table)
-        case _ if policy.router_shift is not None:
-            old, _ = score_and_record(policy, batch)
-        case _:
-            old = policy.score(batch, batch.token_rows(None))
-    return old, None, batch.token_rows(None)
+            scores, recorded = score_and_record(policy, batch)
+            table = recorded.own_table()  # an update shards the batch as this pass did
+            return OldPass(scores=scores, table=table, token_rows_ST=batch.token_rows(table))
+        case "disabled" if policy.router_shift is not None:
+            scores, _ = score_and_record(policy, batch)
+        case "disabled":
+            scores = policy.score(batch, all_live)
+        case mode:
+            raise AssertionError(f"the mode {mode!r} is not resolved")
+    return OldPass(scores=scores, table=None, token_rows_ST=all_live)
+
+
+def score_live(policy: Policy, batch: Batch, old: Scores) -> Scores:
+    """Return pi_old's scores without replay; under R2 and without replay its pass routed live."""
+    if policy.config.replay.mode != "R3":
+        return old
+    return policy.score(batch, batch.token_rows(None))
+
+
+def score_replayed(policy: Policy, batch: Batch, old: OldPass) -> Scores:
+    """Score in the way of the updates: BuPO compares an inner layer's policy with itself."""
+    with replaying(policy, old.table):
+        return policy.score(batch, old.token_rows_ST)
 
 
 def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
-    """Scores under live routing, which is recorded."""
+    """Score under live routing and record it."""
     with (
         policy.replay.recording(batch.lengths_S.numpy()) as recorded,
         policy.remembering_routers(recorded.num_rows),
@@ -255,39 +314,26 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
     return old, recorded
 
 
-def old_of_update(
-    policy: Policy,
-    batch: Batch,
-    replayed: RouteTable | None,
-    token_rows_ST: torch.Tensor,
-    old: Scores,
-    step: int,
-) -> Scores:
-    """pi_old in the updates: BuPO's first steps compare the inner layer's policy with itself."""
-    if inner_layer(policy.config, step) < 0:
-        return old
-    with replaying(policy, replayed):
-        return policy.score(batch, token_rows_ST)
-
-
 def inner_layer(config: RecipeConfig, step: int) -> int:
-    """The layer whose policy is trained in a step; -1: the whole policy."""
+    """Return the layer whose policy is trained in a step; -1: the whole policy."""
     o = config.objective
     return o.internal_layer if step <= o.internal_steps else -1
 
 
-def replaying(policy: Policy, table: RouteTable | None):
-    """The scope of an update."""
+def replaying(
+    policy: Policy, table: RouteTable | None
+) -> contextlib.AbstractContextManager[object]:
+    """Open the scope of an update."""
     return policy.replay.replaying(table) if table is not None else contextlib.nullcontext()
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Every so many steps, and after the last one."""
+    """Tell whether something that happens every so many steps is due; it is after the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one rank; a user's error is left as a message for the launcher."""
+    """Run one rank; leave an error as a message for the launcher."""
     parser = argparse.ArgumentParser(prog="python -m recipes.minirl.train", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder with config.json")
     parser.add_argument("--rollout-url", nargs="+", required=True, help="the rollout servers")

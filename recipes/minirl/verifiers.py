@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 
 def exact(response: str, answer: str) -> float:
-    """The response is the answer, but for surrounding white space."""
+    """Reward a response that is the answer, apart from surrounding white space."""
     return float(response.strip() == answer.strip())
 
 
 def math(response: str, answer: str) -> float:
-    """The response's last mathematical expression equals the answer (library `math-verify`).
+    """Reward a response whose last expression equals the answer (library `math-verify`).
 
     Both sides are parsed: LaTeX (boxed or not), numbers, fractions, sets, intervals. The reference
     may be given with or without dollar signs. A response that cannot be parsed is wrong.
@@ -26,17 +28,17 @@ VERIFIERS = {"exact": exact, "math": math}
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed_answer(answer: str):
+def _parsed_answer(answer: str) -> list[Any]:
     parse, _ = _math_verify()
     # LaTeX is only recognised between delimiters; a bare reference is wrapped.
     return parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
 
 
 @functools.cache
-def _math_verify():
+def _math_verify() -> tuple[Callable[..., list[Any]], Callable[..., bool]]:
     # Optional until a task asks for it; its import takes a second.
     import math_verify
 
-    # One warning per response that is no mathematics would bury everything else.
+    # It warns of every response without an expression, which would bury everything else.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return math_verify.parse, math_verify.verify

@@ -104,7 +104,7 @@ def policy_metrics(
 def update_metrics(
     logp_theta_T: torch.Tensor,
     logp_old_T: torch.Tensor,
-    logp_mu_T: torch.Tensor,
+    logp_mu_T: torch.Tensor | None,
     mask_T: torch.Tensor,
     *,
     suffix: str = "",
@@ -114,10 +114,13 @@ def update_metrics(
 
     `staleness/` is r = pi_theta / pi_old, `off_policy/` is w = pi_theta / mu. With
     m = pi_old / mu, log w = log m + log r token by token. The samples are mu's, so under a large
-    discrepancy `staleness/` is not exactly an estimate of KL(pi_old || pi_theta).
+    discrepancy `staleness/` is not exactly an estimate of KL(pi_old || pi_theta). Without a mu of
+    the same policy (BuPO's inner layer) there is no `off_policy/`.
     """
     metrics: dict[str, Metric] = {}
     for prefix, logp_q_T in (("staleness", logp_old_T), ("off_policy", logp_mu_T)):
+        if logp_q_T is None:
+            continue
         metrics |= policy_metrics(
             logp_theta_T, logp_q_T, mask_T, prefix=prefix, suffix=suffix, sequences=sequences
         )

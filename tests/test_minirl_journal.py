@@ -1,12 +1,10 @@
-"""recipes.minirl: what a run leaves behind, and weights for the servers."""
+"""recipes.minirl.journal: what a run leaves behind."""
 
 import pytest
-import torch
 
 from recipes.minirl import journal
-from recipes.minirl.config import TelemetrySettings
 from recipes.minirl.journal import Journal, check_telemetry, line, truncate, worst_layers
-from recipes.minirl.publish import round_to_fp8_grid
+from recipes.minirl.settings import TelemetrySettings
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.typed import LayerValues
 
@@ -105,30 +103,3 @@ def test_the_line_of_a_step_shows_reward_entropy_both_kls_and_the_worst_layers()
         "step   2/30  reward 0.250  entropy 0.500  KL 1.00e-04 (live 4.00e-04)  "
         "lowest overlap: layers 3 (0.900), 12 (0.950)"
     )
-
-
-def e4m3_numbers():
-    """All finite numbers of float8 e4m3fn, from its definition: 4 exponent, 3 mantissa bits."""
-    positive = [m / 8 * 2.0**-6 for m in range(8)]
-    positive += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
-    positive.remove(480.0)  # its bits are nan
-    return torch.tensor(sorted({-x for x in positive} | set(positive)), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_takes_the_nearest_e4m3_number_times_the_scale_of_the_row(dtype):
-    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weight[2] = 0
-    rounded = round_to_fp8_grid(weight)
-    assert rounded.dtype == dtype
-    assert torch.equal(rounded[2], weight[2])
-    grid = e4m3_numbers()
-    for row in (0, 1, 3, 4, 5):
-        exact = weight[row].double()
-        scale = exact.abs().max() / 448
-        distance = ((exact / scale)[:, None] - grid).abs().min(dim=1).values * scale
-        # The nearest grid point, but for the rounding of float32 and of the result's own dtype.
-        error = (rounded[row].double() - exact).abs()
-        slack = exact.abs() * torch.finfo(dtype).eps + 1e-6 * scale
-        assert (error <= distance + slack).all()
-    assert not torch.equal(rounded, weight)

@@ -1,0 +1,194 @@
+"""What the settings of a run must satisfy together; all of it is checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from routing_replay import objectives
+from routing_replay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import RecipeConfig
+
+
+def check_sampling(config: RecipeConfig) -> None:
+    """Raise ConfigError for a sampling that the trainer could not score."""
+    r, temperature = config.rollout, config.rollout.temperature
+    if temperature <= 0:
+        raise _out_of_range("temperature", "above 0", temperature)
+    if not 0 < r.top_p <= 1:
+        raise _out_of_range("top_p", "above 0, at most 1", r.top_p)
+    if r.top_k < 0 or r.top_k == 1:
+        raise _out_of_range("top_k", "0 (all), or 2 and more", r.top_k)
+    if r.top_p < 1 and not r.top_k and r.keep_sampling_mask:
+        raise ConfigError(
+            "SGLang returns a sampling mask only for requests with a finite top_k",
+            expected="--top-k N beside --top-p (up to the server's --sampling-mask-max-tokens, "
+            "4096 unless told)",
+            got=f"--top-p {r.top_p} alone",
+            fix="Add --top-k 4096, or --no-keep-sampling-mask to train on biased log-probs",
+        )
+
+
+def check_objective(config: RecipeConfig) -> None:
+    """Raise ConfigError for an objective that needs what this recipe does not have."""
+    o, objective = config.objective, config.make_objective()
+    if "topk_ids_TK" in objective.needs and o.topk_logprobs < 1:
+        raise _out_of_range("topk_logprobs", ">= 1", o.topk_logprobs)
+    _check_range("overlong_cache", o.overlong_cache, config.rollout.max_new_tokens)
+    _check_range("dynamic_sampling", config.data.dynamic_sampling)
+    for name in ("reward_kl_coefficient", "smoothing_correct", "smoothing_wrong", "internal_steps"):
+        _check_range(name, getattr(o, name))
+    if o.internal_layer >= 0:
+        _check_internal(config, objective)
+
+
+def _out_of_range(name: str, expected: str, value: float) -> ConfigError:
+    return ConfigError(f"the setting {name!r} is out of range", expected=expected, got=value)
+
+
+def _check_range(name: str, value: float, most: int | None = None) -> None:
+    if value < 0 or (most is not None and value > most):
+        expected = ">= 0" if most is None else f"0..{most}, the longest response"
+        raise _out_of_range(name, expected, value)
+
+
+def _check_internal(config: RecipeConfig, objective: objectives.Objective) -> None:
+    """BuPO: an inner layer's policy has no mu and no reference, and its layer is on one stage."""
+    p = objective.parameters
+    looks_at_m = ("geometric_low", "geometric_high", "sequence_k3_max", "veto_below")
+    looks_elsewhere = p.has_m or p.correction != "none" or p.off_policy_delta is not None
+    looks_elsewhere |= any(getattr(p, name) is not None for name in looks_at_m)
+    if looks_elsewhere or p.kl_coefficient or objective.needs:
+        raise ConfigError(
+            f"objective {objective.name!r} with these parameters compares more than pi_theta and "
+            "pi_old, which is all that an inner layer's policy has",
+            expected="grpo, dapo, gspo and the like, without correction and KL",
+            fix="Choose such an objective, or --internal-layer -1",
+        )
+    if config.training.pipeline_parallel > 1 or config.training.recompute == "full":
+        raise ConfigError(
+            "the policy of an inner layer needs that layer and the output layer in one forward",
+            expected="pipeline_parallel 1, and recompute none or moe",
+            got=f"{config.training.pipeline_parallel} and {config.training.recompute}",
+        )
+
+
+def check_sizes(config: RecipeConfig) -> None:
+    t = config.training
+    positive = {
+        "steps": config.run.steps,
+        "nproc": config.run.nproc,
+        "nnodes": config.run.nnodes,
+        "prompts_per_step": config.data.prompts_per_step,
+        "samples_per_prompt": config.data.samples_per_prompt,
+        "minibatch_size": t.minibatch_size,
+        "microbatch_size": t.microbatch_size,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise ConfigError(
+                f"the setting {name!r} is out of range", expected="above 0", got=value
+            )
+    if bool(config.data.prompts) != bool(config.data.heldout_prompts):
+        raise ConfigError(
+            "only one of prompts and heldout_prompts is set",
+            expected="both or none",
+            got=f"prompts={config.data.prompts!r}, heldout_prompts={config.data.heldout_prompts!r}",
+        )
+    if config.model.model != "tiny" and not config.data.prompts:
+        raise ConfigError(
+            "the model has no prompts", expected="--prompts and --heldout-prompts", got="none"
+        )
+    if config.batch_size % t.minibatch_size:
+        raise ConfigError(
+            "minibatch_size must divide prompts_per_step * samples_per_prompt",
+            expected=f"a divisor of {config.batch_size}",
+            got=t.minibatch_size,
+        )
+    model_ranks = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
+    if config.world_size % model_ranks:
+        raise ConfigError(
+            "tensor_parallel * pipeline_parallel * context_parallel must divide nnodes * nproc",
+            expected=f"a multiple of {model_ranks}",
+            got=config.world_size,
+        )
+    data_ranks = config.world_size // model_ranks
+    share, rest = divmod(t.minibatch_size, data_ranks)
+    if rest or (not t.microbatch_tokens and share % min(share, t.microbatch_size)):
+        raise ConfigError(
+            "microbatch_size times the data-parallel ranks must divide minibatch_size",
+            expected=f"a divisor of {t.minibatch_size}",
+            got=f"{t.microbatch_size} * {data_ranks}",
+        )
+
+
+def check_devices(config: RecipeConfig) -> None:
+    """Raise ConfigError if server and trainer share CUDA devices or there are too few."""
+    served, trained = (
+        [gpu.strip() for gpu in text.split(",") if gpu.strip()]
+        for text in (config.rollout.rollout_gpus, config.run.trainer_gpus)
+    )
+    shared = sorted(set(served) & set(trained))
+    if shared:
+        raise ConfigError(
+            "the server and the trainer share GPUs",
+            expected="disjoint --rollout-gpus and --trainer-gpus",
+            got=f"{', '.join(shared)} in both",
+        )
+    if trained and len(trained) < config.run.nproc:
+        raise ConfigError(
+            "there are fewer GPUs than trainer processes",
+            expected=f"{config.run.nproc} in --trainer-gpus, one per process",
+            got=config.run.trainer_gpus,
+        )
+
+
+def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
+    """Refuse to launch a server on the trainer's GPUs.
+
+    SGLang takes most of a GPU's memory at its start, and keeps it.
+
+    Raises:
+        ConfigError: A server would be launched on a machine with GPUs that are not divided.
+    """
+    is_divided = bool(config.rollout.rollout_gpus and config.run.trainer_gpus)
+    if has_cuda and not config.rollout.rollout_url and not is_divided:
+        raise ConfigError(
+            "the launched server and the trainer would share GPUs",
+            expected="--rollout-gpus and --trainer-gpus, or --rollout-url of a running server",
+            got="none of them",
+            fix="With 8 GPUs for example: --rollout-gpus 0,1,2,3 --trainer-gpus 4,5,6,7",
+        )
+
+
+def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:
+    """Refuse a stored configuration that would train otherwise than its author meant.
+
+    Args:
+        config: The trainer's configuration.
+        world_size: Ranks that torchrun has started.
+        where: The file that the configuration comes from.
+
+    Raises:
+        ConfigError: The mode of routing replay is still `auto`, or the ranks are of another number.
+    """
+    fix = "Write it with `python -m recipes.minirl --prepare-only --run-dir DIR ...`"
+    if config.replay.mode == "auto":
+        raise ConfigError(
+            "the mode of routing replay is not resolved",
+            expected="disabled, R2 or R3",
+            got="auto",
+            where=where,
+            fix=fix,
+        )
+    if world_size != config.world_size:
+        raise ConfigError(
+            "the number of ranks is not that of the configuration",
+            expected=f"nnodes * nproc = {config.run.nnodes} * {config.run.nproc}",
+            got=f"{world_size} from torchrun",
+            where=where,
+            fix=fix,
+        )

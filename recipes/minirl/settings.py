@@ -1,0 +1,279 @@
+"""The settings of the recipe: presets, YAML files and flags share these names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any, Literal
+
+from routing_replay.config import FLAG_PREFIX, ReplayConfig, setting
+from routing_replay.errors import ConfigError, unknown_name
+from routing_replay.metrics.sinks import SINKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """run: how long, where, and from which state"""
+
+    run_dir: str = setting("", "folder of the run; runs/minirl-<time> if empty")
+    resume: bool = setting(False, "continue the run in --run-dir from its newest checkpoint")
+    steps: int = setting(40, "training steps (each: one rollout batch)")
+    seed: int = setting(0, "seed of the data order, the tiny model and its warm-up")
+    nproc: int = setting(1, "trainer processes per machine")
+    nnodes: int = setting(
+        1, "machines of the trainer; for more than one, --prepare-only prints each one's command"
+    )
+    trainer_gpus: str = setting(
+        "", "CUDA devices of the trainer, as 4,5,6,7; needed beside a launched server"
+    )
+    cpu_threads: int = setting(
+        0, "threads of each trainer rank and launched server; 0: the cores shared evenly"
+    )
+    checkpoint_every: int = setting(10, "steps between checkpoints; 0: at the end only")
+    measure_live_every: int = setting(
+        1, "steps between extra old-policy passes without replay (metrics _live); 0: at the end"
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    evaluate_every: int = setting(
+        0, "steps between evaluations on held-out prompts; 0: before the first, after the last"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """model: which checkpoint is trained"""
+
+    model: str = setting(
+        "tiny", "Hugging Face checkpoint folder, or `tiny`: a small Qwen3-MoE made on the spot"
+    )
+    cache_dir: str = setting("runs/cache", "where tiny models are kept between runs")
+    tiny_layers: int = setting(6, "layers of the tiny model")
+    tiny_experts: int = setting(32, "experts per layer of the tiny model")
+    tiny_top_k: int = setting(2, "experts per token of the tiny model")
+    warmup_target: float = setting(
+        0.3, "supervised warm-up of the tiny model ends at this sampled accuracy; 0: no warm-up"
+    )
+    warmup_steps: int = setting(500, "most supervised steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """data: prompts with verifiable answers"""
+
+    prompts: str = setting(
+        "",
+        'JSON lines {"prompt": ..., "answer": ..., "verifier": "exact" or "math"}; '
+        "the addition task if empty",
+    )
+    heldout_prompts: str = setting("", "the same for evaluation; needed with --prompts")
+    heldout_limit: int = setting(0, "held-out prompts used per evaluation; 0: all")
+    chat_template: bool = setting(False, "wrap prompts in the tokenizer's chat template")
+    prompts_per_step: int = setting(64, "prompts per rollout batch")
+    samples_per_prompt: int = setting(8, "responses per prompt (the group of the advantage)")
+    dynamic_sampling: int = setting(
+        0,
+        "DAPO: rounds of further prompts in place of those whose responses all got the same "
+        "reward; what is still missing after them stays in the batch. 0: off",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """rollout: SGLang servers and sampling"""
+
+    rollout_url: tuple[str, ...] = setting((), "running servers with our plugin; none: launch one")
+    rollout_dtype: str = setting("bfloat16", "dtype of a launched server")
+    rollout_weights: str = setting(
+        "checkpoint",
+        "fp8-grid: EMULATED FP8, the projection weights that the server receives are rounded to "
+        "the e4m3 grid with a scale per row",
+        ("checkpoint", "fp8-grid"),
+    )
+    rollout_gpus: str = setting("", "CUDA devices of a launched server, as 0,1,2,3")
+    rollout_python: str = setting(
+        "", "Python interpreter of a launched server's environment; empty: this one"
+    )
+    ready_timeout_s: float = setting(600.0, "longest wait for a launched server to be ready")
+    server_port: int = setting(0, "TCP port of a launched server; 0: a free one")
+    server_arguments: tuple[str, ...] = setting((), "further arguments of a launched server")
+    max_new_tokens: int = setting(5, "longest response in tokens")
+    temperature: float = setting(1.0, "of sampling; the trainer scores with the same")
+    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    top_k: int = setting(0, "sample from this many most likely tokens; 0: all")
+    keep_sampling_mask: bool = setting(
+        True,
+        "with top-p or top-k: the tokens that they left to choose from come back with the samples, "
+        "and all policies are restricted to them. Needs top-k. Otherwise log-probs are of the "
+        "whole vocabulary and the samples are not from mu",
+    )
+    request_timeout_s: float = setting(600.0, "longest wait for one batch of responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """training: updates in Megatron"""
+
+    minibatch_size: int = setting(128, "responses per update; N = batch / minibatch")
+    microbatch_size: int = setting(64, "most responses per forward pass on one rank")
+    microbatch_tokens: int = setting(
+        0,
+        "pack whole sequences into microbatches of at most so many tokens, without padding (a "
+        "longer sequence stands alone); 0: pad --microbatch-size sequences to their longest",
+    )
+    learning_rate: float = setting(3e-4, "constant learning rate of AdamW")
+    adam_beta2: float = setting(0.99, "second-moment decay of AdamW")
+    adam_eps: float = setting(1e-8, "added to the root of the second moment of AdamW")
+    weight_decay: float = setting(0.0, "of AdamW")
+    clip_grad: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    trainer_dtype: str = setting("float32", "of the trainer", ("float32", "bfloat16"))
+    tensor_parallel: int = setting(1, "ranks that share each matrix")
+    pipeline_parallel: int = setting(1, "pipeline stages")
+    virtual_pipeline: int = setting(1, "model chunks per pipeline stage")
+    expert_parallel: int = setting(1, "ranks that share the experts")
+    context_parallel: int = setting(1, "ranks that share each sequence")
+    recompute: Literal["none", "moe", "full"] = setting(
+        "none", "activation recomputation", ("none", "moe", "full")
+    )
+    layer_spec: Literal["auto", "te", "local"] = setting(
+        "auto", "modules of the layers; local is slow on GPUs", ("auto", "te", "local")
+    )
+    distributed_optimizer: bool = setting(False, "shard the optimizer state over data parallelism")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """objective: the loss"""
+
+    objective: str = setting(
+        "minirl", "name of the loss, see docs/objectives.md; help prints them all"
+    )
+    objective_parameters: tuple[str, ...] = setting(
+        (), "parameters of the loss as name=value; see --objective help"
+    )
+    reference: str = setting(
+        "", "checkpoint of the frozen reference of KL terms; empty: that of --model"
+    )
+    reward_kl_coefficient: float = setting(
+        0.0, "weight of the KL to the reference in the reward; 0: none"
+    )
+    reward_kl_estimator: str = setting("k1", "its estimator", ("k1", "k2", "k3"))
+    overlong_cache: int = setting(
+        0, "DAPO: the reward falls by 1 over the last N tokens before --max-new-tokens; 0: off"
+    )
+    smoothing_correct: float = setting(
+        0.0, "differential smoothing: rare right answers gain, by this times log pi_old(y|x)"
+    )
+    smoothing_wrong: float = setting(
+        0.0, "differential smoothing: common wrong answers lose, by this times log pi_old(y|x)"
+    )
+    topk_logprobs: int = setting(20, "K of objectives that compare mu's most likely tokens")
+    internal_layer: int = setting(
+        -1, "BuPO: layer (from 0) whose own policy is trained first; -1: none"
+    )
+    internal_steps: int = setting(30, "BuPO: steps before the whole policy is trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """telemetry: what the servers capture, and where metrics go"""
+
+    capture: str = setting(
+        "gates",
+        "what the rollout engine returns per token and layer: expert ids; ids and gate "
+        "probabilities; these and the full router logits of a sample of tokens",
+        ("ids", "gates", "logits"),
+    )
+    sinks: tuple[str, ...] = setting(
+        ("jsonl", "tensorboard"), f"where metrics go, of {', '.join(SINKS)}", SINKS
+    )
+    metrics_dir: str = setting("", "not in this recipe: a run's metrics lie in --run-dir")
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunSettings,
+    "model": ModelSettings,
+    "data": DataSettings,
+    "rollout": RolloutSettings,
+    "training": TrainingSettings,
+    "objective": ObjectiveSettings,
+    "replay": ReplayConfig,
+    "telemetry": TelemetrySettings,
+}
+
+
+def key_of(section: str, name: str) -> str:
+    """Return the flat key of a section's setting: those of routing replay carry its prefix."""
+    return (FLAG_PREFIX if section in ("replay", "telemetry") else "") + name
+
+
+def known_settings() -> dict[str, tuple[str, Field[Any]]]:
+    """Return every flat key with its section and its field there."""
+    return {
+        key_of(section, f.name): (section, f)
+        for section, kind in SECTIONS.items()
+        for f in fields(kind)
+    }
+
+
+def by_section(values: Mapping[str, object], where: object = None) -> dict[str, dict[str, Any]]:
+    """Sort flat settings into their sections, each value converted to its setting's type.
+
+    Args:
+        values: By key; `-` and `_` alike.
+        where: The file that they come from, for errors.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest is named), or a value has the wrong type.
+    """
+    known = known_settings()
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise unknown_setting("setting", key, known, where)
+        section, f = known[name]
+        sections[section][f.name] = converted(name, f, value, where)
+    return sections
+
+
+def unknown_setting(
+    kind: str, name: object, known: Mapping[str, Any] | Sequence[str], where: object = None
+) -> ConfigError:
+    """Return the error for an unknown name. It does not list the known ones: they are too many."""
+    fix = unknown_name(kind, name, known).fix
+    hint = "`python -m recipes.minirl --help` lists all"
+    return ConfigError(
+        f"unknown {kind} {name!r}", where=where, fix=f"{fix} {hint}" if fix else hint
+    )
+
+
+def converted(name: str, f: Field[Any], value: object, where: object = None) -> Any:
+    """Return a value as the type of its setting: YAML reads 1e-4 as text and [a] as a list."""
+    result, choices = _as_type(f.default, value), f.metadata["choices"]
+    if result is None:
+        raise ConfigError(
+            f"the setting {name!r} has the wrong type",
+            expected=type(f.default).__name__,
+            got=repr(value),
+            where=where,
+        )
+    for choice in result if isinstance(result, tuple) else (result,):
+        if choices and choice not in choices:
+            raise unknown_name(f"value of {name!r}", choice, choices)
+    return result
+
+
+def _as_type(default: object, value: object) -> object | None:
+    """Return the value as the default's type; None if it is of another."""
+    if isinstance(default, tuple):
+        if isinstance(value, Mapping):
+            value = [f"{key}={json.dumps(inner)}" for key, inner in value.items()]
+        value = [value] if isinstance(value, str) else value
+        return tuple(str(item) for item in value) if isinstance(value, (list, tuple)) else None
+    if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if type(value) is type(default) else None

@@ -1,0 +1,50 @@
+"""The recipe's rollout side on the tests' SGLang server: settings, prompts, a reward."""
+
+import numpy as np
+import pytest
+from sglang_servers import MODEL
+
+PROMPTS, GROUP, MINIBATCH, NEW_TOKENS = 4, 4, 8, 8
+SIZES = ["--prompts-per-step", str(PROMPTS), "--samples-per-prompt", str(GROUP)]
+SIZES += ["--minibatch-size", str(MINIBATCH), "--microbatch-size", "4", "--nproc", "1"]
+SIZES += ["--max-new-tokens", str(NEW_TOKENS), "--topk-logprobs", "5"]
+# The model is unsure: 100 of its 128 tokens hold nearly everything, and top-p is what cuts.
+MASKED = ["--top-p", "0.6", "--top-k", "100"]
+
+
+def configuration(*flags):
+    from recipes.minirl.command_line import parse
+
+    return parse([*SIZES, *flags])
+
+
+def prompts_of(answers):
+    from recipes.minirl.prompts import Prompt
+
+    rng = np.random.default_rng(3)
+    texts = [" ".join(f"t{n}" for n in rng.integers(3, 128, 6)) for _ in answers]
+    return [
+        Prompt(prompt=text, answer=answer, verifier="parity")
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+
+
+def parity(response, answer):
+    """1 for an even sum of the tokens' numbers; "always" accepts every response."""
+    even = sum(int(word.removeprefix("t")) for word in response.split()) % 2 == 0
+    return float(even or answer == "always")
+
+
+@pytest.fixture(scope="module")
+def rollout_of(sglang_server):
+    """Makes the recipe's Rollout for some flags, on the shared server with its first weights."""
+    from recipes.minirl.rollout import Rollout
+    from recipes.minirl.verifiers import VERIFIERS
+
+    sglang_server.restore()
+    VERIFIERS["parity"] = parity
+    checkpoint = sglang_server.checkpoints[0]
+    yield lambda *flags: Rollout(
+        configuration(*flags), [sglang_server.server.url], checkpoint, MODEL
+    )
+    del VERIFIERS["parity"]

@@ -1,0 +1,67 @@
+"""recipes.minirl's launcher and the trainer's start: what is checked before an engine runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.minirl import __main__ as launcher
+from recipes.minirl.checks import require_ready
+from recipes.minirl.command_line import parse, parse_command
+from routing_replay.errors import ConfigError
+
+TINY = ["--warmup-target", "0", "--tiny-layers", "1", "--tiny-experts", "4"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A run that `--prepare-only` has made: its folder, its configuration, what was printed."""
+    folder = tmp_path_factory.mktemp("prepared")
+    flags = ["--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    command = parse_command(
+        [*TINY, *flags, "--prepare-only", "--nnodes", "2", "--routing-replay-mode", "auto"]
+    )
+    assert command.prepare_only
+    return launcher.prepare(command.config)
+
+
+def test_a_prepared_run_has_its_model_and_a_resolved_mode(prepared):
+    config, run_dir = prepared
+    # 64 prompts * 8 samples / 128 = 4 mini-batches: R3.
+    assert json.loads((run_dir / "config.json").read_text())["routing_replay_mode"] == "R3"
+    assert (launcher.load_inputs(config).base / "model.safetensors").is_file()
+
+
+def test_the_printed_commands_start_server_and_both_nodes(prepared, capsys):
+    launcher.print_node_commands(*prepared)
+    output = capsys.readouterr().out
+    assert "env ROUTING_REPLAY_CAPTURE=gates" in output
+    assert "--enable-return-routed-experts" in output
+    for node in range(2):
+        assert f"--nnodes 2 --node-rank {node} --master-addr NODE0" in output
+    assert output.count(f"-m recipes.minirl.train {prepared[1]} --rollout-url") == 2
+
+
+def test_the_launcher_does_not_start_one_node_of_two():
+    with pytest.raises(ConfigError, match="this machine only.*got 2.*--prepare-only"):
+        launcher.run(parse(["--nnodes", "2"]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "message"),
+    [
+        (
+            ["--routing-replay-mode", "auto"],
+            1,
+            "not resolved; expected disabled, R2 or R3",
+        ),
+        (["--nnodes", "2", "--nproc", "2"], 2, "nnodes \\* nproc = 2 \\* 2; got 2 from torchrun"),
+    ],
+)
+def test_a_trainer_refuses_a_configuration_that_nobody_has_prepared(argv, world_size, message):
+    with pytest.raises(ConfigError, match=message + r".*\[run/config\.json\].*--prepare-only"):
+        require_ready(parse(argv), world_size, Path("run/config.json"))
+
+
+def test_a_resolved_configuration_with_its_ranks_is_accepted():
+    require_ready(parse(["--nnodes", "2", "--nproc", "2"]), 4, Path("run/config.json"))

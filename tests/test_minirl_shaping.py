@@ -1,0 +1,73 @@
+"""recipes.minirl.shaping: from rewards to advantages; what a saved batch may be used for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from recipes.minirl.batch import Batch, Sample
+from recipes.minirl.command_line import parse
+from recipes.minirl.shaping import with_advantages
+from routing_replay.errors import DataError
+from routing_replay.routes.batch import RolloutBatch
+
+
+def configuration(*flags):
+    return parse(["--max-new-tokens", "8", *flags])
+
+
+class LastStage:
+    """What `with_advantages` asks of a policy, with log-probs that are given."""
+
+    is_last_stage = True
+
+    def __init__(self, config):
+        self.config = config
+
+    def dense(self, scores, batch):
+        return scores
+
+
+def a_batch():
+    lengths, rewards = (8, 7, 6, 4), (1.0, 0.0, 0.0, 1.0)
+    samples = [
+        Sample(prompt_ids=(1,), response_ids=(2,) * n, logp_mu=(-1.0,) * n, reward=r)
+        for n, r in zip(lengths, rewards, strict=True)
+    ]
+    return Batch.from_samples(samples, 4, 1)
+
+
+def test_overlong_responses_lose_reward_on_the_slope_only():
+    config = configuration("--overlong-cache", "4")
+    batch, metrics = with_advantages(LastStage(config), a_batch(), None, None)
+    # Longest 8, slope 4: lengths 8, 7, 6, 4 lose 1, 3/4, 1/2, 0.
+    rewards = torch.tensor([1.0 - 1.0, 0.0 - 0.75, 0.0 - 0.5, 1.0])
+    torch.testing.assert_close(batch.advantages_S, rewards - rewards.mean())
+    assert metrics["reward/overlong_penalty"].value() == pytest.approx(-2.25 / 4)
+
+
+def test_differential_smoothing_lifts_rare_right_answers_and_sinks_common_wrong_ones():
+    config = configuration("--smoothing-correct", "0.1", "--smoothing-wrong", "0.2")
+    batch = a_batch()
+    logp_ST = torch.where(batch.mask_ST, -0.5, 99.0)
+    shaped, _ = with_advantages(LastStage(config), batch, logp_ST, None)
+    # log pi_old(y|x) = -0.5 * length: -4, -3.5, -3, -2. Group means are 0.5.
+    expected = torch.tensor([0.5 + 0.4, -0.5 - 0.7, -0.5 - 0.6, 0.5 + 0.2])
+    torch.testing.assert_close(shaped.advantages_S, expected)
+
+
+def test_earlier_pipeline_stages_need_no_advantages():
+    policy = LastStage(configuration())
+    policy.is_last_stage = False
+    batch = a_batch()
+    assert with_advantages(policy, batch, None, None) == (batch, {})
+
+
+def test_a_masked_batch_is_refused_where_mu_must_be_of_the_whole_vocabulary(tmp_path):
+    batch = a_batch()
+    batch.save(tmp_path / "plain.safetensors")
+    assert RolloutBatch.open(tmp_path / "plain.safetensors").lengths_S.tolist() == [9, 8, 7, 5]
+    masked = {name: torch.zeros(1, dtype=torch.int32) for name in ("support_ids_N",)}
+    dataclasses.replace(batch, **masked).save(tmp_path / "masked.safetensors")
+    with pytest.raises(DataError, match="sampled under a sampling mask.*without --top-p"):
+        RolloutBatch.open(tmp_path / "masked.safetensors")
