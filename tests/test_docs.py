@@ -63,3 +63,22 @@ def test_strict_mode_refuses_a_broken_link(tmp_path):
     result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert result.returncode != 0
     assert "nowhere.md" in result.stderr
+
+
+def test_the_architecture_page_names_every_folder_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page.split("## The tree")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| `([\w/]+)/` \|", tree, re.MULTILINE))
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "patches"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    if not listed:
+        pytest.skip("not a git checkout: the tree of the folder may hold other files")
+    folders = {str(Path(name).parent) for name in listed.splitlines()} - {"."}
+    # Stubs of packages that SGLang misses on a CPU: data of recipes/serving.
+    folders = {folder for folder in folders if "stubs" not in folder}
+    assert folders - named <= {"recipes"}
+    assert named - folders == set()
