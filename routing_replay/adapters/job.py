@@ -1,0 +1,179 @@
+"""`Job`: routing replay in a training loop that knows nothing of it.
+
+Frameworks of Megatron import `get_forward_backward_func` by name and call what it returns once per
+training step. Wrapping that one function gives the model chunks, the scope of a step and the
+difference between training and evaluation; hooks on the chunks give the microbatches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from ..errors import ReplayError
+from ..megatron.replay import Replay, attach
+from ..metrics.sinks import Sink
+from ..metrics.typed import to_floats
+from ..routes.table import RouteTable
+from .patches import require_parameters
+from .relay import RowRelay
+from .settings import AdapterSettings
+
+SCHEDULE_PARAMETERS = ("forward_step_func", "data_iterator", "model", "forward_only")
+
+
+class RouteSource(Protocol):
+    """Where a framework's routes come from, and how it names the rows of a microbatch."""
+
+    def open_step(self, step: int) -> RouteTable:
+        """Return the routes of a 0-based training step."""
+        ...
+
+    def rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> np.ndarray:
+        """Return `token_rows` [b, s] of a forward, from the arguments of the first chunk's call."""
+        ...
+
+
+class Job:
+    """Replay around a framework's schedule: attached at the first training step.
+
+    Passes with `forward_only` (evaluation, references, values) stay stock.
+
+    Args:
+        settings: Mode, telemetry and the routes' name.
+        source: The step's routes and rows.
+        open_sinks: Called once, after the framework has opened its own writers.
+    """
+
+    def __init__(
+        self,
+        settings: AdapterSettings,
+        source: RouteSource,
+        open_sinks: Callable[[AdapterSettings], list[Sink]],
+    ):
+        self.settings = settings
+        self.source = source
+        self.step = 0
+        self.replay: Replay | None = None
+        self._open_sinks = open_sinks
+        self._sinks: list[Sink] | None = None
+        self._relay: RowRelay | None = None
+        self._num_forwards: dict[torch.nn.Module, int] = {}
+        self._forwards: dict[torch.nn.Module, contextlib.ExitStack] = {}
+        self._is_training = False
+
+    def wrap(self, schedule: Callable) -> Callable:
+        """Return the schedule with a replaying scope around every training step.
+
+        Raises:
+            PreflightError: The schedule does not take the parameters that the wrapper reads.
+        """
+        require_parameters(schedule, SCHEDULE_PARAMETERS, "Megatron's schedule")
+
+        @functools.wraps(schedule)
+        def replayed(**named):
+            if named.get("forward_only"):
+                return schedule(**named)
+            return self._train_step(schedule, named)
+
+        return replayed
+
+    def _train_step(self, schedule: Callable, named: dict[str, Any]):
+        table = self.source.open_step(self.step)
+        replay = self._attached(named["model"])
+        self._num_forwards.clear()
+        self._is_training = True
+        try:
+            with replay.replaying(table):
+                result = schedule(**named)
+        finally:
+            self._is_training = False
+            self._forwards.clear()
+            if self._relay is not None:
+                self._relay.end_step()
+        self._report(replay)
+        self.step += 1
+        return result
+
+    def _attached(self, model: torch.nn.Module | list[torch.nn.Module]) -> Replay:
+        if self.replay is None:
+            chunks = model if isinstance(model, list) else [model]
+            self.replay = attach(chunks, self.settings.replay_config)
+            self._relay = RowRelay()
+            for chunk in chunks:
+                # Before the hook by which replay learns that a chunk runs.
+                chunk.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+                chunk.register_forward_hook(self._leave, always_call=True)
+            self._announce(chunks)
+        return self.replay
+
+    def _enter(self, chunk: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._is_training:
+            return
+        number = self._num_forwards.get(chunk, 0)
+        self._num_forwards[chunk] = number + 1
+        if self._relay.is_source and number == len(self._relay):
+            self._relay.append(np.ascontiguousarray(self.source.rows(args, kwargs)))
+        stack = self._forwards[chunk] = contextlib.ExitStack()
+        stack.enter_context(self.replay.microbatch(self._relay[number]))
+
+    def _leave(self, chunk: torch.nn.Module, *output) -> None:
+        stack = self._forwards.pop(chunk, None)
+        if stack is not None:
+            stack.close()
+
+    def _announce(self, chunks: list[torch.nn.Module]) -> None:
+        if dist.get_rank() == 0:
+            model = self.replay.model
+            print(
+                f"routing_replay {version('routing_replay')}: mode {self.settings.mode}, routes "
+                f"{self.settings.routes}, {len(model.layers)} routed layers, {model.num_experts} "
+                f"experts, top-{model.top_k}, megatron-core {version('megatron-core')}",
+                flush=True,
+            )
+
+    def _report(self, replay: Replay) -> None:
+        """Write the step's metrics; collective. The first step also prints and is checked."""
+        values = to_floats(replay.metrics())
+        if self._sinks is None:
+            self._sinks = self._open_sinks(self.settings)
+            self._check_first_step(values)
+        for sink in self._sinks:
+            sink.write(self.step, values)
+
+    def _check_first_step(self, values: dict[str, float]) -> None:
+        replayed = int(values["routing_replay/replayed_rows"])
+        if replayed == 0:
+            raise ReplayError(
+                "no token of the first step has routes: the job would train without replay",
+                expected="sequences of the routes file among the step's samples",
+                got="0 replayed rows",
+                where=self.settings.routes,
+                fix="Train on the samples that were rolled out, tokenized as the server saw them; "
+                "a fixed prompt template or a shifted first token changes every sequence",
+            )
+        if dist.get_rank() == 0:
+            coverage = values.get("routing_replay/coverage", float("nan"))
+            print(
+                f"routing_replay: the first step replayed {replayed} rows over all layers and "
+                f"ranks, coverage {coverage:.4f}",
+                flush=True,
+            )
+
+
+def log_rank() -> bool:
+    """Whether this rank's writers are Megatron's: its last rank has them."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def context_size() -> int:
+    """Return the number of ranks that share a sequence."""
+    return parallel_state.get_context_parallel_world_size()

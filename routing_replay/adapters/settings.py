@@ -1,0 +1,101 @@
+"""Settings of an adapter: flags of the launcher, or environment variables where no flag gets by."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from ..config import ReplayConfig
+from ..errors import ConfigError
+
+PREFIX = "ROUTING_REPLAY_"
+
+
+def _setting(default, help_text: str):
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """What an adapter is told.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    mode: str = _setting("R3", "R3 replays the routes of --routing-replay-routes; disabled: none")
+    routes: str = _setting(
+        "",
+        "table of routes with token ids (RouteTable.save); {step} in the name stands for the "
+        "0-based training step of this job, otherwise one file serves all steps",
+    )
+    agreement_every: int = _setting(1, "compare live with replayed routes every N-th microbatch")
+    agreement_tokens: int = _setting(512, "tokens of such a microbatch that are compared")
+    metrics_dir: str = _setting("", "folder of metrics.jsonl; Megatron's writers get them anyway")
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("R3", "disabled"):
+            raise ConfigError(
+                "the replay mode is unknown to this adapter",
+                expected="R3 or disabled",
+                got=repr(self.mode),
+                fix="R2 needs a loop with an old-policy pass: this one has none",
+            )
+        if self.mode == "R3" and not self.routes:
+            raise ConfigError(
+                "no routes are named",
+                expected="--routing-replay-routes FILE, or ROUTING_REPLAY_ROUTES=FILE",
+                got="none",
+                fix="Name the file that RouteTable.save wrote, or set the mode to disabled",
+            )
+
+    @property
+    def replay_config(self) -> ReplayConfig:
+        return ReplayConfig(
+            mode="R3",
+            agreement_every=self.agreement_every,
+            agreement_tokens=self.agreement_tokens,
+        )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AdapterSettings:
+        """Read ROUTING_REPLAY_MODE, ROUTING_REPLAY_ROUTES, ... once."""
+        texts = {f.name: environment.get(PREFIX + f.name.upper()) for f in fields(cls)}
+        return cls._from_texts({name: text for name, text in texts.items() if text is not None})
+
+    @classmethod
+    def from_arguments(
+        cls, arguments: Sequence[str], environment: Mapping[str, str] = os.environ
+    ) -> tuple[AdapterSettings, list[str]]:
+        """Take the flags `--routing-replay-...` out of a command line; a flag wins over a variable.
+
+        Returns:
+            The settings, and the arguments that are left for the framework.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for f in fields(cls):
+            default = environment.get(PREFIX + f.name.upper())
+            flag = "--routing-replay-" + f.name.replace("_", "-")
+            parser.add_argument(flag, dest=f.name, default=default, help=f.metadata["help"])
+        known, rest = parser.parse_known_args(arguments)
+        texts = {name: text for name, text in vars(known).items() if text is not None}
+        return cls._from_texts(texts), rest
+
+    @classmethod
+    def _from_texts(cls, texts: Mapping[str, str]) -> AdapterSettings:
+        values: dict[str, str | int] = {}
+        for f in fields(cls):
+            if f.name not in texts:
+                continue
+            values[f.name] = texts[f.name]
+            if isinstance(f.default, int):
+                values[f.name] = _integer(f.name, texts[f.name])
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _integer(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ConfigError(f"{name} is not a count", expected="an integer >= 0", got=repr(text))
+    return int(text)
