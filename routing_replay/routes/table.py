@@ -62,6 +62,7 @@ class RouteTable(RowSource):
         self.gate_probs_LTK = tensors.get("gate_probs_LTK")
         self.logit_rows_N = tensors.get("logit_rows_N")
         self.logits_NLE = tensors.get("logits_NLE")
+        self.token_ids_T = tensors.get("token_ids_T")
         self._tensors = tensors
 
     @property
@@ -112,6 +113,31 @@ class RouteTable(RowSource):
             "offsets_S1": offsets_S1,
         }
         return cls(shape, tensors, source)
+
+    def with_tokens(self, tokens: Sequence[Sequence[int]]) -> RouteTable:
+        """Return this table with the token that each row's forward consumed (`token_ids_T`).
+
+        A training loop that passes no sequence numbers on finds its rows by these.
+
+        Args:
+            tokens: Prompt and response tokens of each sequence, one or more than its rows.
+
+        Raises:
+            TableError: Another number of sequences, or fewer tokens than rows.
+        """
+        lengths_S = np.diff(self.offsets_S1)
+        num_tokens = [len(sequence) for sequence in tokens]
+        if len(tokens) != self.num_sequences or (np.array(num_tokens, int) <= lengths_S).any():
+            raise TableError(
+                "the tokens do not belong to the sequences of the table",
+                expected=f"{self.num_sequences} sequences with more tokens than rows",
+                got=f"{len(tokens)} sequences",
+                where=self.where,
+                fix="Pass prompt + response tokens of each sequence, in the order of the table",
+            )
+        fed = [np.asarray(s, np.int64)[:n] for s, n in zip(tokens, lengths_S, strict=True)]
+        tensors = self._tensors | {"token_ids_T": np.concatenate([np.empty(0, np.int64), *fed])}
+        return RouteTable(self.model, tensors, self.source, self.where)
 
     def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
         """Return for each token of a sequence its row in this table, or -1.

@@ -30,6 +30,7 @@ NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.i
 # A safetensors header is a few hundred bytes here; anything huge is another file or damage.
 MAX_HEADER_BYTES = 1 << 24
 CONVERT = "`routing-replay convert` imports the files of other tools"
+OPTIONAL_COLUMNS = ("logit_rows_N", "logits_NLE", "token_ids_T")
 SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
 
 
@@ -39,7 +40,7 @@ def checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np
     sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
     for name in ("expert_ids_LTK", "gate_probs_LTK"):
         sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
-    sums += [_crc(tensors[name]) for name in ("logit_rows_N", "logits_NLE") if name in tensors]
+    sums += [_crc(tensors[name]) for name in OPTIONAL_COLUMNS if name in tensors]
     return np.array(sums, np.int64)
 
 
@@ -171,6 +172,7 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
         and ids.dtype == compact_dtype(shape.num_experts)
         and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
         and tensors.get("gate_probs_LTK", ids).shape == shape_LTK
+        and tensors.get("token_ids_T", tensors["covered_T"]).shape == (num_rows,)
         and len(offsets_S1) >= 1
         and offsets_S1[0] == 0
         and offsets_S1[-1] == num_rows
