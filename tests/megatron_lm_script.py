@@ -1,6 +1,6 @@
 """A user's training script on megatron.training 0.19.2, which knows nothing of routing_replay.
 
-Beside it: what a machine without CUDA needs, and a witness that saves what the routers dispatched.
+Beside it: a witness that saves what the routers dispatched.
 
     python -m torch.distributed.run ... megatron_lm_script.py --witness FOLDER FLAGS OF MEGATRON
 """
@@ -11,33 +11,18 @@ import functools
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from recipes.model.cpu import enable_cpu
-
-enable_cpu()
-# Megatron's start-up counts devices, selects one and asks for its architecture.
-torch.cuda.device_count = lambda: 1
-torch.cuda.set_device = lambda device: None
-torch.cuda.get_device_properties = lambda *device: SimpleNamespace(
-    major=9, minor=0, name="CPU", total_memory=1 << 34
-)
-
-# isort: split
-from megatron.core.datasets import utils as dataset_utils
+import megatron_lm_cpu  # isort: skip
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.training import get_args, pretrain, training
+from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-
-training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
-dataset_utils.compile_helpers = lambda: None  # the wheel has the compiled module, but no Makefile
 
 
 class Witness:
@@ -107,6 +92,7 @@ def forward_step(witness, iterator, model):
 
 
 def main() -> None:
+    megatron_lm_cpu.allow_no_cuda()
     place = sys.argv.index("--witness")
     witness = Witness(Path(sys.argv[place + 1]))
     del sys.argv[place : place + 2]

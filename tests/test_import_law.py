@@ -34,6 +34,7 @@ EDGES = {
     "rollout": {"errors", "capture", "routes"},
     "sglang": {"errors", "kernels", "capture", "routes"},
     "megatron": {"errors", "findings", "kernels", "config", "routes", "metrics"},
+    "adapters": {"errors", "config", "routes", "metrics", "megatron"},
 }
 LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.
@@ -42,6 +43,7 @@ EDGE_LIBRARIES = {
     "rollout": {"httpx"},
     "sglang": {"sglang", "packaging"},
     "megatron": {"megatron", "packaging"},
+    "adapters": {"megatron"},
 }
 
 

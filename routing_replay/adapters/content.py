@@ -120,7 +120,7 @@ class ContentIndex:
 
 
 def prefix_hashes(tokens_T: np.ndarray) -> np.ndarray:
-    """Return the hash of every prefix: sum of (token_i + 1) * BASE**(i+1) modulo 2**64; uint64 [T]."""
+    """Return the hash of every prefix, uint64 [T]: sum of (token_i + 1) * BASE**(i+1) mod 2**64."""
     with np.errstate(over="ignore"):
         powers_T = np.cumprod(np.full(len(tokens_T), BASE))
         return np.cumsum((tokens_T.astype(np.uint64) + np.uint64(1)) * powers_T)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from ..errors import ReplayError
 from ..megatron.replay import Replay, attach
 from ..metrics.sinks import Sink
-from ..metrics.typed import to_floats
+from ..metrics.typed import Value, to_floats
 from ..routes.table import RouteTable
 from .patches import require_parameters
 from .relay import RowRelay
@@ -51,6 +51,7 @@ class Job:
         settings: Mode, telemetry and the routes' name.
         source: The step's routes and rows.
         open_sinks: Called once, after the framework has opened its own writers.
+        current_step: The framework's 0-based number of the training step that runs.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Job:
         settings: AdapterSettings,
         source: RouteSource,
         open_sinks: Callable[[AdapterSettings], list[Sink]],
+        current_step: Callable[[], int],
     ):
         self.settings = settings
         self.source = source
-        self.step = 0
+        self.current_step = current_step
         self.replay: Replay | None = None
         self._open_sinks = open_sinks
         self._sinks: list[Sink] | None = None
@@ -87,7 +89,8 @@ class Job:
         return replayed
 
     def _train_step(self, schedule: Callable, named: dict[str, Any]):
-        table = self.source.open_step(self.step)
+        step = self.current_step()
+        table = self.source.open_step(step)
         replay = self._attached(named["model"])
         self._num_forwards.clear()
         self._is_training = True
@@ -99,8 +102,7 @@ class Job:
             self._forwards.clear()
             if self._relay is not None:
                 self._relay.end_step()
-        self._report(replay)
-        self.step += 1
+        self._report(replay, step)
         return result
 
     def _attached(self, model: torch.nn.Module | list[torch.nn.Module]) -> Replay:
@@ -140,16 +142,16 @@ class Job:
                 flush=True,
             )
 
-    def _report(self, replay: Replay) -> None:
+    def _report(self, replay: Replay, step: int) -> None:
         """Write the step's metrics; collective. The first step also prints and is checked."""
         values = to_floats(replay.metrics())
         if self._sinks is None:
             self._sinks = self._open_sinks(self.settings)
             self._check_first_step(values)
         for sink in self._sinks:
-            sink.write(self.step, values)
+            sink.write(step, values)
 
-    def _check_first_step(self, values: dict[str, float]) -> None:
+    def _check_first_step(self, values: Mapping[str, Value]) -> None:
         replayed = int(values["routing_replay/replayed_rows"])
         if replayed == 0:
             raise ReplayError(
@@ -161,10 +163,8 @@ class Job:
                 "a fixed prompt template or a shifted first token changes every sequence",
             )
         if dist.get_rank() == 0:
-            coverage = values.get("routing_replay/coverage", float("nan"))
             print(
-                f"routing_replay: the first step replayed {replayed} rows over all layers and "
-                f"ranks, coverage {coverage:.4f}",
+                f"routing_replay: the first step replayed {replayed} rows of all layers and ranks",
                 flush=True,
             )
 

@@ -10,6 +10,7 @@ when it starts. Routes and tokens come from a file (`AdapterSettings.routes`).
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from ..metrics.sinks import JsonLinesSink, Sink, TensorBoardSink, WandbSink
 from ..routes.table import RouteTable
 from .content import ContentIndex
 from .job import Job, context_size, log_rank
-from .patches import after_import, require_parameters
+from .patches import require_parameters
 from .settings import AdapterSettings
 
 LOOP = "megatron.training.training"
@@ -33,15 +34,17 @@ class RoutesFile:
     """Routes of saved tables, found by the tokens of a batch.
 
     Args:
-        path: A table's file; `{step}` in it stands for the training step.
+        path: A table's file; `{step}` in it stands for Megatron's 0-based iteration.
     """
 
     def __init__(self, path: str):
         self._path = path
+        self._step = -1
         self._index: ContentIndex | None = None
 
     def open_step(self, step: int) -> RouteTable:
-        if self._index is None or STEP in self._path:
+        if self._index is None or (STEP in self._path and step != self._step):
+            self._step = step
             table = RouteTable.open(self._path.replace(STEP, str(step)))
             if table.token_ids_T is None:
                 raise TableError(
@@ -85,31 +88,35 @@ def layer_spec(config, vp_stage: int | None = None):
     return default_layer_spec(config, vp_stage)
 
 
-def install(settings: AdapterSettings) -> None:
-    """Replay in Megatron-LM's loop of this process, whether it is imported yet or not.
-
-    Raises:
-        PreflightError: A Megatron-LM whose loop or schedule has another signature.
-    """
-    if settings.mode != "disabled":
-        after_import(LOOP, functools.partial(_wrap_schedule, settings=settings))
-
-
 @functools.cache
 def _install_once() -> None:
-    install(AdapterSettings.from_environment())
+    settings = AdapterSettings.from_environment()
+    if settings.mode != "disabled":
+        wrap_loop(importlib.import_module(LOOP), settings)
 
 
-def _wrap_schedule(loop: ModuleType, settings: AdapterSettings) -> None:
-    job = Job(settings, RoutesFile(settings.routes), _open_sinks)
+def wrap_loop(loop: ModuleType, settings: AdapterSettings) -> None:
+    """Replay in the loop of an imported `megatron.training.training`.
+
+    Raises:
+        PreflightError: A loop or a schedule with another signature.
+    """
+    require_parameters(loop.train_step, ("forward_step_func", "model"), f"{LOOP}.train_step")
+    job = Job(settings, RoutesFile(settings.routes), _open_sinks, _iteration)
     stock = loop.get_forward_backward_func
-    require_parameters(loop.pretrain, ("forward_step_func",), f"{LOOP}.pretrain")
 
     @functools.wraps(stock)
     def get_forward_backward_func(*args, **kwargs):
         return job.wrap(stock(*args, **kwargs))
 
     loop.get_forward_backward_func = get_forward_backward_func
+
+
+def _iteration() -> int:
+    """Return the loop's own step number, which a resume and a repeated step do not upset."""
+    from megatron.training import get_args
+
+    return int(get_args().curr_iteration)
 
 
 def _open_sinks(settings: AdapterSettings) -> list[Sink]:

@@ -1,18 +1,23 @@
 """Run a stock training script of Megatron-LM with routing replay.
 
-    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py ARGUMENTS --routing-replay-routes FILE
+    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py FLAGS --routing-replay-routes FILE
 
 Flags that begin with --routing-replay- are ours; everything else goes to the script as it is.
 """
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
 
 from ..errors import ConfigError, RoutingReplayError
+from .patches import after_import
 from .settings import AdapterSettings
+
+LOOP = "megatron.training.training"
+ADAPTER = "routing_replay.adapters.megatron_lm"
 
 
 def main(arguments: list[str]) -> None:
@@ -35,18 +40,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _install(settings: AdapterSettings) -> None:
-    """Leave Megatron's import to the script, which may prepare the process for it first."""
-    from .patches import after_import
-
-    if settings.mode == "disabled":
-        return
-
-    def wrap(loop) -> None:
-        from .megatron_lm import _wrap_schedule
-
-        _wrap_schedule(loop, settings)
-
-    after_import("megatron.training.training", wrap)
+    """Leave the import of Megatron to the script, which may prepare the process for it first."""
+    if settings.mode != "disabled":
+        after_import(LOOP, lambda loop: importlib.import_module(ADAPTER).wrap_loop(loop, settings))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class AdapterSettings:
     routes: str = _setting(
         "",
         "table of routes with token ids (RouteTable.save); {step} in the name stands for the "
-        "0-based training step of this job, otherwise one file serves all steps",
+        "loop's 0-based iteration; without it one file serves all steps",
     )
     agreement_every: int = _setting(1, "compare live with replayed routes every N-th microbatch")
     agreement_tokens: int = _setting(512, "tokens of such a microbatch that are compared")
