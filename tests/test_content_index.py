@@ -85,3 +85,16 @@ def test_token_ids_of_another_length_are_refused():
 def test_cu_seqlens_that_do_not_fit_are_refused(bounds):
     with pytest.raises(TableError, match="cu_seqlens do not describe"):
         index_of([7, 8, 9]).rows(np.array([[7, 8, 9, 0]]), bounds)
+
+
+def test_fed_tokens_ride_with_the_table_through_its_file(tmp_path):
+    table = index_of([7, 8, 9], [5, 6]).table.with_tokens([[7, 8, 9, 1], [5, 6, 2]])
+    opened = RouteTable.open(table.save(tmp_path / "t.safetensors"))
+    assert opened.token_ids_T.tolist() == [7, 8, 9, 5, 6]
+    assert ContentIndex(opened, opened.token_ids_T).rows(np.array([[5, 6]])).tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("tokens", [[[7, 8, 9, 1]], [[7, 8, 9], [5, 6, 2]]])
+def test_tokens_of_other_sequences_are_refused(tokens):
+    with pytest.raises(TableError, match="tokens do not belong to the sequences"):
+        index_of([7, 8, 9], [5, 6]).table.with_tokens(tokens)

@@ -137,7 +137,7 @@ class RouteTable(RowSource):
             )
         fed = [np.asarray(s, np.int64)[:n] for s, n in zip(tokens, lengths_S, strict=True)]
         tensors = self._tensors | {"token_ids_T": np.concatenate([np.empty(0, np.int64), *fed])}
-        return RouteTable(self.model, tensors, self.source, self.where)
+        return RouteTable(self.shape, tensors, self.source, self.where)
 
     def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
         """Return for each token of a sequence its row in this table, or -1.
