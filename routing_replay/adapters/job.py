@@ -7,7 +7,6 @@ difference between training and evaluation; hooks on the chunks give the microba
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -69,7 +68,6 @@ class Job:
         self._sinks: list[Sink] | None = None
         self._relay: RowRelay | None = None
         self._num_forwards: dict[torch.nn.Module, int] = {}
-        self._forwards: dict[torch.nn.Module, contextlib.ExitStack] = {}
         self._is_training = False
 
     def wrap(self, schedule: Callable) -> Callable:
@@ -99,7 +97,6 @@ class Job:
                 result = schedule(**named)
         finally:
             self._is_training = False
-            self._forwards.clear()
             if self._relay is not None:
                 self._relay.end_step()
         self._report(replay, step)
@@ -124,21 +121,19 @@ class Job:
         self._num_forwards[chunk] = number + 1
         if self._relay.is_source and number == len(self._relay):
             self._relay.append(np.ascontiguousarray(self.source.rows(args, kwargs)))
-        stack = self._forwards[chunk] = contextlib.ExitStack()
-        stack.enter_context(self.replay.microbatch(self._relay[number]))
+        self.replay.enter_microbatch(self._relay[number])
 
     def _leave(self, chunk: torch.nn.Module, *output) -> None:
-        stack = self._forwards.pop(chunk, None)
-        if stack is not None:
-            stack.close()
+        if self._is_training:
+            self.replay.leave_microbatch()
 
     def _announce(self, chunks: list[torch.nn.Module]) -> None:
         if dist.get_rank() == 0:
-            model = self.replay.model
+            shape = self.replay.shape
             print(
                 f"routing_replay {version('routing_replay')}: mode {self.settings.mode}, routes "
-                f"{self.settings.routes}, {len(model.layers)} routed layers, {model.num_experts} "
-                f"experts, top-{model.top_k}, megatron-core {version('megatron-core')}",
+                f"{self.settings.routes}, {shape}, "
+                f"megatron-core {version('megatron-core')}",
                 flush=True,
             )
 
