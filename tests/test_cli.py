@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from routing_replay.cli import main, parse_layers
+from routing_replay.cli import main
+from routing_replay.cli.model import parse_layers
 from routing_replay.errors import ConfigError
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
@@ -117,16 +118,24 @@ def test_convert_imports_and_exports(capsys, tmp_path, table):
 
 def test_doctor_exits_with_one_on_an_error(capsys, table, tmp_path):
     code, found = run_json(capsys, "doctor", "--table", table, *MODEL_FLAGS)
-    severities = {f["name"]: f["severity"] for f in found["findings"]}
-    assert severities["table"] == severities["torch"] == "ok"
+    levels = {f["name"]: f["level"] for f in found["findings"]}
+    assert levels["table"] == levels["torch"] == "ok"
     assert main(["doctor", "--table", str(tmp_path / "absent.safetensors")]) == 1
     assert capsys.readouterr().out.startswith("error   table: the routes file cannot be read")
 
 
 def test_layers_are_given_as_ranges():
     assert parse_layers("0-2,5") == (0, 1, 2, 5)
-    with pytest.raises(ConfigError, match="a list of layers; expected as 0-3,5,7; got '1-x'"):
+    with pytest.raises(
+        ConfigError, match="the list of layers cannot be read; expected as 0-3,5,7; got '1-x'"
+    ):
         parse_layers("1-x")
+
+
+def test_the_package_runs_as_a_module(table):
+    command = [sys.executable, "-m", "routing_replay.cli", "inspect", str(table), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["num_rows"] == 6
 
 
 def test_the_command_starts_without_megatron_sglang_or_transformers():
