@@ -1,7 +1,6 @@
 """What `import routing_replay` gives, and what it does not load."""
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +70,3 @@ def test_subpackages_are_reachable_as_attributes():
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'routing_replay' has no attribute 'atach'"):
         _ = rr.atach
-
-
-@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron is missing")
-def test_attach_loads_megatron_only_when_it_is_touched():
-    assert "megatron" in loaded_after("import routing_replay; routing_replay.attach")
