@@ -1,13 +1,16 @@
-"""Log-probs and entropy of sampled tokens from logits, without a second tensor of the logits' size.
+"""Log-probs and entropy of sampled tokens, without a second tensor of the logits' size.
 
-The plain way keeps a softmax as large as the logits for the backward pass: 2.3 GiB in float32 for
-4,096 tokens of a vocabulary of 151,936. Here both passes walk over the tokens in chunks and keep
-one number per token; the backward pass can put its result into the logits themselves.
+A plain log-softmax keeps a tensor as large as the logits for the backward pass: 2.3 GiB in float32
+for 4,096 tokens of a vocabulary of 151,936. Here both passes walk over the tokens in chunks and
+keep one number per token. The backward pass can write its result into the logits themselves.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from ..errors import ObjectiveError
 
 # Size of one float32 temporary; about two live at once. CPU: 2 to 16 MiB are near in time, 64 MiB
-# takes half as long again (tools/bench_logprobs.py). GPU: large enough to hide launches, not tuned.
+# takes half as long again (tools/bench/logprobs.py). CUDA: not measured; 16,384 tokens of a
+# vocabulary shard of 75,968 make 77 chunks of about 18 launches. `--chunk-mib 256` tries a quarter.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 # Stands for -inf where it would be multiplied by a probability of 0; finite in float32.
 LOWEST = -1e30
@@ -35,7 +39,7 @@ class Support:
     ids_N: torch.Tensor
     offsets_T1: torch.Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         offsets, num_ids = self.offsets_T1, len(self.ids_N)
         rises = offsets.device.type == "cpu" and bool((offsets[1:] >= offsets[:-1]).all())
         if not rises or int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
@@ -130,19 +134,21 @@ def logprobs_at(
     parts = [logits_TV.new_zeros(4, 0, dtype=precise)]
     values = [logits_TV.new_zeros(0, ids_TK.shape[1], dtype=precise)]
     for rows in shard.chunks(logits_TV):
-        parts.append(_sums(shard, logits_TV, rows, first_T))
+        logits = shard.allowed_logits(logits_TV, rows)
+        parts.append(_sums(shard, logits, first_T[rows]))
         columns, is_own = shard.owned(ids_TK[rows])
-        found = shard.allowed_logits(logits_TV, rows).gather(1, columns).to(precise) / temperature
-        values.append(torch.where(is_own, found, -torch.inf))
+        scores = logits.gather(1, columns).to(precise) / temperature
+        values.append(torch.where(is_own, scores, -torch.inf))
     values_TK = torch.cat(values)
     peak_T, sums = torch.cat(parts, dim=1).tensor_split([1])
     peak_T = peak_T[0]
     if group is not None:
         # An id is with one rank; the others hold -inf.
         dist.all_reduce(values_TK, op=dist.ReduceOp.MAX, group=group)
-        nobody_T = torch.zeros_like(peak_T, dtype=torch.bool)
+        no_owner_T = torch.zeros_like(peak_T, dtype=torch.bool)
         zeros_T = torch.zeros_like(peak_T)
-        peak_T, sums = _combine(peak_T, torch.stack([*sums[:2], zeros_T, zeros_T]), nobody_T, group)
+        sums = torch.stack([*sums[:2], zeros_T, zeros_T])
+        peak_T, sums = _combine(peak_T, sums, no_owner_T, group)
     return values_TK - (peak_T + sums[0].log())[:, None]
 
 
@@ -155,43 +161,53 @@ class _Shard:
     group: dist.ProcessGroup | None
     support: Support | None
 
+    @functools.cached_property
+    def support_counts_T(self) -> torch.Tensor:
+        """Ids of each position, on the device: copied once per call, without a wait."""
+        assert self.support is not None
+        counts_T, device = self.support.offsets_T1.diff(), self.support.ids_N.device
+        if device.type == "cuda":
+            return counts_T.pin_memory().to(device, non_blocking=True)
+        return counts_T.to(device)
+
     @property
     def first_id(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group) * self.vocab
 
-    def chunks(self, logits_TV):
-        """Slices of the tokens, of about CHUNK_BYTES of float32 each."""
+    def chunks(self, logits_TV: torch.Tensor) -> Iterator[slice]:
+        """Yield slices of the tokens, of about CHUNK_BYTES of float32 each."""
         size_bytes = CHUNK_BYTES.get(logits_TV.device.type, CHUNK_BYTES["cuda"])
         size, total = max(1, size_bytes // (4 * max(1, self.vocab))), len(logits_TV)
         return (slice(n, min(n + size, total)) for n in range(0, total, size))
 
-    def allowed_logits(self, logits_TV, rows) -> torch.Tensor:
-        """The rows, or a copy of them that is -inf outside the support."""
+    def allowed_logits(self, logits_TV: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the rows, or a copy of them that is -inf outside the support."""
         logits = logits_TV[rows]
         if self.support is None:
             return logits
         return logits.masked_fill(~self._allowed(logits, rows), -torch.inf)
 
-    def shifted(self, logits, shift_T) -> torch.Tensor:
-        """logits / temperature - shift: a new tensor, in float32 at least as the shift is."""
+    def shifted(self, logits: torch.Tensor, shift_T: torch.Tensor) -> torch.Tensor:
+        """Return logits / temperature - shift in a new tensor, in the shift's dtype."""
         scores = torch.sub(logits, (shift_T * self.temperature)[:, None])
         return scores if self.temperature == 1.0 else scores.div_(self.temperature)
 
-    def _allowed(self, logits, rows):
-        offsets = self.support.offsets_T1[rows.start : rows.stop + 1]
-        ids = self.support.ids_N[int(offsets[0]) : int(offsets[-1])] - self.first_id
-        counts = (offsets[1:] - offsets[:-1]).to(ids.device)
-        places = torch.arange(len(counts), device=ids.device)
-        places = places.repeat_interleave(counts, output_size=len(ids))
+    def _allowed(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        assert self.support is not None
+        start, stop = self.support.offsets_T1[[rows.start, rows.stop]].tolist()
+        ids_N = self.support.ids_N[start:stop] - self.first_id
+        counts_T = self.support_counts_T[rows]
+        index_N = torch.arange(len(counts_T), device=ids_N.device)
+        index_N = index_N.repeat_interleave(counts_T, output_size=len(ids_N))
         # One column more collects the ids of other ranks.
-        inside = (ids >= 0) & (ids < self.vocab)
-        shape = (len(counts), self.vocab + 1)
-        allowed = torch.zeros(shape, dtype=torch.bool, device=logits.device)
-        allowed[places, torch.where(inside, ids, self.vocab)] = True
-        return allowed[:, : self.vocab] | (counts == 0)[:, None]
+        is_own_N = (ids_N >= 0) & (ids_N < self.vocab)
+        shape = (len(counts_T), self.vocab + 1)
+        allowed_TV = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+        allowed_TV[index_N, torch.where(is_own_N, ids_N, self.vocab)] = True
+        return allowed_TV[:, : self.vocab] | (counts_T == 0)[:, None]
 
-    def owned(self, targets_T):
-        """Local columns of the targets, clamped to be valid, and whether they are this rank's."""
+    def owned(self, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the targets' local columns (0 for other ranks') and whether they are ours."""
         columns_T = targets_T - self.first_id
         is_own_T = (columns_T >= 0) & (columns_T < self.vocab)
         return torch.where(is_own_T, columns_T, 0), is_own_T
@@ -199,11 +215,18 @@ class _Shard:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, targets_T, shard, reuse_logits):
+    def forward(
+        ctx: Any,
+        logits_TV: torch.Tensor,
+        targets_T: torch.Tensor,
+        shard: _Shard,
+        reuse_logits: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         columns_T, is_own_T = shard.owned(targets_T)
         precise = torch.promote_types(logits_TV.dtype, torch.float32)
         parts = [logits_TV.new_zeros(4, 0, dtype=precise)]
-        parts += [_sums(shard, logits_TV, rows, columns_T) for rows in shard.chunks(logits_TV)]
+        for rows in shard.chunks(logits_TV):
+            parts.append(_sums(shard, shard.allowed_logits(logits_TV, rows), columns_T[rows]))
         peak_T, total_T, weighted_T, target_T = torch.cat(parts, dim=1)
         target_T = torch.where(is_own_T, target_T, 0.0)
         sums = torch.stack([total_T, weighted_T, target_T, is_own_T.to(total_T.dtype)])
@@ -222,7 +245,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp_T, grad_entropy_T):
+    def backward(
+        ctx: Any, grad_logp_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
         logits_TV, columns_T, is_own_T, log_norm_T, entropy_T, logp_T = ctx.saved_tensors
         gradient_TV = logits_TV if ctx.reuse_logits else torch.empty_like(logits_TV)
         if grad_logp_T is None:
@@ -246,25 +271,25 @@ class _TokenLogprobs(torch.autograd.Function):
         return gradient_TV, None, None, None
 
 
-def _sums(shard, logits_TV, rows, columns_T):
-    """Per token: the maximum; relative to it the sum of exp, that of exp * score, and the target's
-    score.
+def _sums(shard: _Shard, logits: torch.Tensor, columns_T: torch.Tensor) -> torch.Tensor:
+    """Return [4, T]: the maximum, and relative to it three sums.
+
+    They are the sum of exp, the sum of exp * score, and the target's score.
     """
-    logits = shard.allowed_logits(logits_TV, rows)
     precise = torch.promote_types(logits.dtype, torch.float32)
     peak_T = (logits.amax(dim=1).to(precise) / shard.temperature).clamp(min=LOWEST)
     scores = shard.shifted(logits, peak_T)
-    target_T = scores.gather(1, columns_T[rows, None]).squeeze(1)
+    target_T = scores.gather(1, columns_T[:, None]).squeeze(1)
     probabilities = scores.exp()
     total_T = probabilities.sum(dim=1)
     weighted_T = torch.linalg.vecdot(probabilities, scores.clamp_(min=LOWEST))
     return torch.stack([peak_T, total_T, weighted_T, target_T])
 
 
-def _combine(peak_T, sums, is_own_T, group):
-    """One maximum and one sum over the ranks, each rank's sums moved from its own peak to the
-    common one.
-    """
+def _combine(
+    peak_T: torch.Tensor, sums: torch.Tensor, is_own_T: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduce over the ranks: one maximum, then one sum relative to the common peak."""
     common_T = peak_T.clone()
     dist.all_reduce(common_T, op=dist.ReduceOp.MAX, group=group)
     shift_T = peak_T - common_T
