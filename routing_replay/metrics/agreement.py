@@ -1,14 +1,14 @@
 """Agreement of two routers on the same tokens: per token, then per layer, without a host sync.
 
-For one layer and one token, mu is the router distribution of the engine that chose the replayed
-experts and pi the live one of the trainer. The distribution of a router over its E experts is
+For one layer and one token, mu is the router distribution of the engine that selected the replayed
+experts, and pi is the trainer's live one. The distribution of a router over its E experts is
 
     softmax routers             softmax of the logits over all experts
     sigmoid, sqrtsoftplus       the scores, without the expert bias, divided by their sum over ALL
                                 experts (these routers define no distribution of their own; this
                                 one is ours, and both sides must use it)
 
-Experts are compared as sets: the order of the slots is not part of a route.
+Experts are compared as sets, because a route has no order of slots.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from .typed import LayerMean, Mean, Metric, all_reduce
 GATE_ROUNDING = 2.0**-11
 # Nothing smaller is representable in float16; a live probability of zero counts as this much.
 SMALLEST_PROB = 2.0**-25
-# One byte per table row names its first differing routed layer. A minimum joins two stages' views:
-# "seen, none differs" beats "not seen", and any layer beats both.
+# One byte per table row holds the index of its first differing layer. A minimum merges the views of
+# two pipeline stages: "seen, none differs" beats "not seen", and any layer beats both.
 NO_LAYER, NOT_SEEN = 254, 255
 
 
-def router_probs(values_TE: torch.Tensor, form: str, expert_bias_E=None) -> torch.Tensor:
-    """The router distribution from the values that Megatron's top-k compares.
+def router_probs(
+    values_TE: torch.Tensor, form: str, expert_bias_E: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the router distribution from the values that Megatron's top-k compares.
 
     Args:
         values_TE: What the selection saw.
@@ -57,12 +59,14 @@ def router_probs(values_TE: torch.Tensor, form: str, expert_bias_E=None) -> torc
                 values_TE = values_TE - expert_bias_E.float()
             return values_TE / values_TE.sum(-1, keepdim=True).clamp_min(SMALLEST_PROB)
     raise ConfigError(
-        "form of the router's values", expected="logits, probs or scores", got=repr(form)
+        "the form of the router's values is unknown",
+        expected="logits, probs or scores",
+        got=repr(form),
     )
 
 
 def log_router_probs(logits_TE: torch.Tensor, score_function: str = "softmax") -> torch.Tensor:
-    """Logarithm of the router distribution, from raw router logits; float64 [T, E].
+    """Return the logarithm of the router distribution, from raw router logits; float64 [T, E].
 
     Args:
         logits_TE: Raw logits, before any score function or bias.
@@ -80,7 +84,7 @@ def log_router_probs(logits_TE: torch.Tensor, score_function: str = "softmax") -
         log_scores_TE = torch.nn.functional.softplus(logits_TE).log() / 2
     else:
         raise ConfigError(
-            "score function of the router",
+            "the router's score function is unknown",
             expected="softmax, sigmoid or sqrtsoftplus",
             got=repr(score_function),
         )
@@ -88,19 +92,19 @@ def log_router_probs(logits_TE: torch.Tensor, score_function: str = "softmax") -
 
 
 def overlap(ids_TK: torch.Tensor, other_ids_TK: torch.Tensor) -> torch.Tensor:
-    """|A intersect B| / K per token, in 0..1. Each row must hold distinct experts."""
+    """Return |A intersect B| / K per token, in 0..1. Each row must hold distinct experts."""
     # All pairs of slots: K is small, so K * K comparisons beat two sorts and any [T, E] map.
     shared_TKK = ids_TK.unsqueeze(-1) == other_ids_TK.unsqueeze(-2)
     return shared_TKK.any(-1).float().mean(-1)
 
 
 def exact_match(ids_TK: torch.Tensor, other_ids_TK: torch.Tensor) -> torch.Tensor:
-    """True where both rows select the same set of experts; bool [T]."""
+    """Return where both rows select the same set of experts; bool [T]."""
     return (ids_TK.unsqueeze(-1) == other_ids_TK.unsqueeze(-2)).any(-1).all(-1)
 
 
 def margin(values_TE: torch.Tensor, live_ids_TK: torch.Tensor) -> torch.Tensor:
-    """Distance from the weakest selected expert to the best that was left out; float32 [T].
+    """Return the distance from the weakest selected expert to the best left out; float32 [T].
 
     In the units that the selection compares: nats for logits, biased score for sigmoid routers.
     Near zero means that rounding decides. Negative only under group-limited routing, where a
@@ -113,7 +117,7 @@ def margin(values_TE: torch.Tensor, live_ids_TK: torch.Tensor) -> torch.Tensor:
 
 
 def live_mass(probs_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-    """Probability that the live router gives to the replayed experts together; [T] in 0..1.
+    """Return the live router's probability of the replayed experts together; [T] in 0..1.
 
     -log of it is KL(live router restricted to these experts || live router).
     """
@@ -123,27 +127,27 @@ def live_mass(probs_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
 def replay_bias(
     probs_TE: torch.Tensor, replayed_ids_TK: torch.Tensor, live_ids_TK: torch.Tensor
 ) -> torch.Tensor:
-    """-log(live mass on the replayed / on the live experts) in nats: what replay adds; [T].
+    """Return -log(live mass on the replayed / on the live experts) in nats; [T].
 
-    Zero for equal sets: the mass that any top-k leaves out is not charged to replay. Not negative
-    for routers that select by probability; an expert bias or groups can make it so.
+    This is what replay adds to the mass that any top-k leaves out: zero for equal sets. It is not
+    negative for routers that select by probability; an expert bias or groups can make it so.
     """
     kept_T = live_mass(probs_TE, live_ids_TK).clamp_min(SMALLEST_PROB)
     return (kept_T / live_mass(probs_TE, replayed_ids_TK).clamp_min(SMALLEST_PROB)).log()
 
 
 def router_kl(log_mu_TE: torch.Tensor, log_pi_TE: torch.Tensor) -> torch.Tensor:
-    """KL(mu || pi) in nats over all experts, exact; float64 [T]. From `log_router_probs`."""
+    """Return the exact KL(mu || pi) in nats from `log_router_probs`; float64 [T]."""
     return (log_mu_TE.exp() * (log_mu_TE - log_pi_TE)).sum(-1)
 
 
 def router_kl_bound(gate_probs_TK: torch.Tensor, live_probs_TK: torch.Tensor) -> torch.Tensor:
-    """Lower bound of KL(mu || pi) in nats from the gates of the selected experts; float64 [T].
+    """Return a lower bound of KL(mu || pi) in nats from the selected experts' gates; float64 [T].
 
     Merging the other experts into one bucket can only lower a KL (data-processing inequality). The
-    bucket's mass, 1 - sum of the gates, is known only up to the rounding of the gates: of the
-    possible values the one nearest to pi's is taken. So the bound does not grow from rounding
-    where the gates hold nearly all the mass. The gates' own rounding adds at most
+    bucket's mass, 1 - sum of the gates, is known only up to the rounding of the gates. Of the
+    possible values the one nearest to pi's is taken, so that rounding cannot raise the bound where
+    the gates hold nearly all the mass. The gates' own rounding adds at most
     GATE_ROUNDING ** 2 / 2 = 1.2e-7 nats.
 
     Args:
@@ -166,7 +170,7 @@ def _divergence(mu: torch.Tensor, pi: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterView:
-    """What one router call of a replaying pass shows of both sides.
+    """One router call of a replaying pass, with both selections.
 
     Args:
         replayed_ids_TK: Integer ids in 0..E-1 that were replayed; anything in range outside
@@ -191,9 +195,8 @@ class RouterView:
 class LayerAgreement:
     """Sums and counts of a rank's layers over one step, all on the device.
 
-    Every rank names all routed layers of the model and observes its own, so that all ranks report
-    the same names. Observe a (layer, token) once: not inside recomputation, whose routes are the
-    forward's.
+    Every rank names all routed layers of the model and observes its own. Observe a (layer, token)
+    once, and not in a recomputation, whose routes are the forward's.
 
     Args:
         layers: All routed layers of the model, global 0-based indices, ascending.
@@ -216,7 +219,11 @@ class LayerAgreement:
         device: torch.device | str = "cpu",
     ):
         if len(layers) > NO_LAYER:
-            raise ConfigError("routed layers", expected=f"at most {NO_LAYER}", got=len(layers))
+            raise ConfigError(
+                "the model has too many routed layers",
+                expected=f"at most {NO_LAYER}",
+                got=len(layers),
+            )
         self.layers = tuple(layers)
         self.statistics: tuple[str, ...] = (
             "overlap",
@@ -226,11 +233,11 @@ class LayerAgreement:
             "margin",
         )
         self.statistics += ("router_kl_bound",) * has_gates + ("router_kl",) * has_logits
-        self._place = {layer: place for place, layer in enumerate(self.layers)}
+        self._index = {layer: index for index, layer in enumerate(self.layers)}
         shape = (len(self.layers), len(self.statistics))
         self._totals_LX = torch.zeros(shape, dtype=torch.float64, device=device)
         self._counts_LX = torch.zeros(shape, dtype=torch.float64, device=device)
-        # One row more than the table: tokens that do not count write there, without a branch.
+        # A spare row takes what tokens outside `valid_T` write, so that no branch is needed.
         size = num_rows + 1 if num_rows else 0
         self._first_T = torch.full((size,), NOT_SEEN, dtype=torch.uint8, device=device)
 
@@ -249,27 +256,27 @@ class LayerAgreement:
             live_TK = view.probs_TE.gather(1, view.replayed_ids_TK.long())
             columns.append(router_kl_bound(view.gate_probs_TK, live_TK))
         values_TX = torch.stack([column.double() for column in columns], -1)
-        # where, not a product: rows that do not count may hold nan.
+        # where, not a product: rows outside `valid_T` may hold nan.
         values_TX = torch.where(view.valid_T[:, None], values_TX, 0.0)
-        place, width = self._place[layer], len(columns)
-        self._totals_LX[place, :width] += values_TX.sum(0)
-        self._counts_LX[place, :width] += view.valid_T.sum()
+        index, width = self._index[layer], len(columns)
+        self._totals_LX[index, :width] += values_TX.sum(0)
+        self._counts_LX[index, :width] += view.valid_T.sum()
         if view.token_rows_T is not None and len(self._first_T):
-            self._note_rows(place, view.token_rows_T, view.valid_T, match_T)
+            self._update_first(index, view.token_rows_T, view.valid_T, match_T)
 
     @torch.no_grad()
     def observe_kl(self, layer: int, kl_T: torch.Tensor, valid_T: torch.Tensor) -> None:
         """Add exact `router_kl` values of the tokens whose engine logits were captured."""
-        cell = self._place[layer], self.statistics.index("router_kl")
+        cell = self._index[layer], self.statistics.index("router_kl")
         self._totals_LX[cell] += torch.where(valid_T, kl_T.double(), 0.0).sum()
         self._counts_LX[cell] += valid_T.sum()
 
-    def _note_rows(
-        self, place: int, rows_T: torch.Tensor, valid_T: torch.Tensor, match_T: torch.Tensor
+    def _update_first(
+        self, index: int, rows_T: torch.Tensor, valid_T: torch.Tensor, match_T: torch.Tensor
     ) -> None:
         # Rows are distinct within a call, except for the spare one: plain indexing is enough.
         rows_T = torch.where(valid_T, rows_T, len(self._first_T) - 1)
-        first_T = torch.where(match_T, NO_LAYER, place).to(torch.uint8)
+        first_T = torch.where(match_T, NO_LAYER, index).to(torch.uint8)
         self._first_T[rows_T] = torch.minimum(self._first_T[rows_T], first_T)
 
     def metrics(self) -> dict[str, Metric]:
@@ -290,7 +297,7 @@ class LayerAgreement:
         device: torch.device | str | None = None,
         table_groups: Sequence[dist.ProcessGroup] | None = None,
     ) -> dict[str, Metric]:
-        """The metrics over all ranks; collective: every rank of both groups must call it.
+        """Return the metrics over all ranks; collective: every rank of both groups must call it.
 
         Adds what only all stages together know, over the table rows that were observed:
         `any_layer_differs` (fraction), `first_differing_layer` (mean global index, of those that
@@ -307,7 +314,7 @@ class LayerAgreement:
             first_T = first_T.to(device or "cpu")
             for table_group in (None,) if table_groups is None else table_groups:
                 dist.all_reduce(first_T, op=dist.ReduceOp.MIN, group=table_group)
-        # Ranks that share a table now hold equal sums; a mean is not changed by equal copies.
+        # Ranks that share a table now hold equal sums, and equal copies do not change a mean.
         return all_reduce({**self.metrics(), **self._row_metrics(first_T)}, group, device)
 
     def _row_metrics(self, first_T: torch.Tensor) -> dict[str, Metric]:
@@ -317,10 +324,10 @@ class LayerAgreement:
         differing_L = histogram[: len(self.layers)]
         seen, differing = histogram[:NOT_SEEN].sum(), differing_L.sum()
         layers_L = torch.tensor(self.layers, dtype=torch.float64, device=first_T.device)
-        index = Mean(total=(differing_L * layers_L).sum(), count=differing)
+        first_layer = Mean(total=(differing_L * layers_L).sum(), count=differing)
         return {
             "routing_replay/any_layer_differs": Mean(total=differing, count=seen),
-            "routing_replay/first_differing_layer": index,
+            "routing_replay/first_differing_layer": first_layer,
             # The layers' shares add up to any_layer_differs: their mean says nothing.
             "routing_replay/first_difference": LayerMean(
                 layers=self.layers,

@@ -60,4 +60,4 @@ def _sampled_rows(covered_T: np.ndarray) -> np.ndarray:
     blocks_B = np.arange(count) * num_blocks // max(1, count)
     rows_M = (blocks_B[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
     rows_M = rows_M[rows_M < len(covered_T)]
-    return rows_M[covered_T[rows_M]]
+    return np.compress(covered_T[rows_M], rows_M)

@@ -1,4 +1,4 @@
-"""How far two policies are apart, from the log-probs of sampled tokens."""
+"""Divergence of two policies, from the log-probs of sampled tokens."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def policy_metrics(
     suffix: str = "",
     sequences: Sequences | None = None,
 ) -> dict[str, Metric]:
-    """Estimates of KL(q || p) and of its companions; the tokens were sampled from q, the second
-    policy.
+    """Estimate KL(q || p) and related quantities from tokens that were sampled from q.
 
     With rho = p / q of the sampled token:
 
@@ -62,15 +61,14 @@ def policy_metrics(
     - `perplexity_ratio`, with `sequences`: mean over the sequences of (perplexity under p) /
       (perplexity under q) = exp(mean over its tokens of -log rho). Empty ones do not count.
 
-    Estimators that look at sampled tokens stay flat while a reward degrades: watch the extremes
-    too.
+    The means can stay flat while a reward degrades, so watch the extremes too.
 
     Args:
         logp_p_T: Log-probs under the policy that is compared, natural logarithm.
         logp_q_T: Log-probs under the policy that sampled.
         mask_T: bool; response tokens. Others may hold anything.
         prefix: Before the slash of the names.
-        suffix: After the names, as `_live` for the pass without replay.
+        suffix: After the names: `_live` for the pass without replay.
         sequences: Needed for `perplexity_ratio`; collective over their context group.
 
     Returns:
@@ -110,7 +108,7 @@ def update_metrics(
     suffix: str = "",
     sequences: Sequences | None = None,
 ) -> dict[str, Metric]:
-    """`policy_metrics` of r and w during an update; m was known before it.
+    """Return `policy_metrics` of r and w during an update; m is measured before it.
 
     `staleness/` is r = pi_theta / pi_old, `off_policy/` is w = pi_theta / mu. With
     m = pi_old / mu, log w = log m + log r token by token. The samples are mu's, so under a large
@@ -127,8 +125,10 @@ def update_metrics(
     return metrics
 
 
-def _perplexity_ratio(log_rho_T, counted_T, sequences: Sequences) -> Mean:
-    """Of ranks that share sequences each one counts them all: a mean does not mind."""
+def _perplexity_ratio(
+    log_rho_T: torch.Tensor, counted_T: torch.Tensor, sequences: Sequences
+) -> Mean:
+    """Ranks of a context group all count the same sequences, which leaves a mean as it is."""
     columns_T2 = torch.stack([-log_rho_T, counted_T.double()], -1)
     sums_S2 = log_rho_T.new_zeros(sequences.count, 2).index_add(0, sequences.index_T, columns_T2)
     if sequences.context_group is not None:
@@ -137,8 +137,13 @@ def _perplexity_ratio(log_rho_T, counted_T, sequences: Sequences) -> Mean:
     return masked_mean((total_S / length_S.clamp(min=1)).exp(), length_S > 0)
 
 
-def _log_ratio(logp_p_T, logp_q_T, mask_T):
-    """log(p / q) in float64, 0 where not counted; and what counts: in the mask and finite."""
+def _log_ratio(
+    logp_p_T: torch.Tensor, logp_q_T: torch.Tensor, mask_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log(p / q) in float64, 0 where not counted, and the counted tokens.
+
+    A token counts if it is in the mask and its log-ratio is finite.
+    """
     if not logp_p_T.shape == logp_q_T.shape == mask_T.shape:
         raise ObjectiveError(
             "log-probs and mask are of different shapes",

@@ -1,4 +1,4 @@
-"""Advantages, and what is done to rewards before them. Once per step, on whole sequences."""
+"""Advantages and reward shaping, once per step, on whole sequences."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def advantages(name: str, rewards_S: torch.Tensor, group_S: torch.Tensor) -> tor
 class _Groups:
     """Rewards by group."""
 
-    def __init__(self, rewards_S, group_S):
+    def __init__(self, rewards_S: torch.Tensor, group_S: torch.Tensor) -> None:
         if rewards_S.shape != group_S.shape or rewards_S.dim() != 1:
             raise ObjectiveError(
                 "rewards and groups do not match",
@@ -103,10 +103,10 @@ class _Groups:
         ]
         self.centred_S = torch.where(self.equal_S, torch.zeros_like(centred_S), centred_S)
 
-    def sum_G(self, values_S):
+    def sum_G(self, values_S: torch.Tensor) -> torch.Tensor:
         return values_S.new_zeros(self.num_groups).index_add(0, self.index_S, values_S)
 
-    def extreme_G(self, values_S, which):
+    def extreme_G(self, values_S: torch.Tensor, which: str) -> torch.Tensor:
         empty_G = values_S.new_zeros(self.num_groups)
         return empty_G.scatter_reduce(0, self.index_S, values_S, which, include_self=False)
 

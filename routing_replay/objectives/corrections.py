@@ -1,18 +1,19 @@
-"""Weights and masks that mend the gap between the engines, for the policy term of any surrogate.
+"""Weights and masks on the policy term of any surrogate, against the engines' discrepancy.
 
-None of them has a gradient, and none changes a denominator. They act on m = pi_old / mu, except the
-off-policy mask of DeepSeek-V3.2, which sees pi_theta as well.
+None of them has a gradient, and none changes a denominator. They act on m = pi_old / mu, except
+DeepSeek-V3.2's off-policy mask, which uses pi_theta as well.
 """
 
 from __future__ import annotations
 
 import torch
 
+from .parameters import Parameters
 from .tokens import MAX_LOG_RATIO, Tokens
 
 
-def weight(tokens: Tokens, p) -> torch.Tensor:
-    """The factor of each token's policy term: one of CORRECTIONS, cap = `correction_cap`.
+def weight(tokens: Tokens, p: Parameters) -> torch.Tensor:
+    """Return the factor of each token's policy term: one of CORRECTIONS, cap = `correction_cap`.
 
     Truncated (TIS, Yao et al. 2025): min(m, cap). Masked (MIS, richardli.xyz/rl-collapse): m or 0.
     """
@@ -26,7 +27,7 @@ def weight(tokens: Tokens, p) -> torch.Tensor:
 
 
 def importance(tokens: Tokens, level: str) -> torch.Tensor:
-    """m of each token, or over its sequence the product (`sequence`) or `geometric` mean."""
+    """Return m per token, or its product (`sequence`) or `geometric` mean over the sequence."""
     if level == "token":
         return tokens.log_m_T.exp()
     combine = tokens.sum_S if level == "sequence" else tokens.mean_S
@@ -34,8 +35,8 @@ def importance(tokens: Tokens, level: str) -> torch.Tensor:
     return tokens.spread(log_S).exp()
 
 
-def keep(tokens: Tokens, p) -> torch.Tensor:
-    """bool per token: neither a mask of the parameters nor the caller's `keep_T` drops it."""
+def keep(tokens: Tokens, p: Parameters) -> torch.Tensor:
+    """Return which tokens neither a mask of the parameters nor the caller's `keep_T` drops."""
     kept_T = torch.ones_like(tokens.inputs.mask_T)
     if tokens.inputs.keep_T is not None:
         kept_T = kept_T & tokens.inputs.keep_T

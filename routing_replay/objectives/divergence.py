@@ -129,24 +129,24 @@ def drpo(tokens: Tokens, p: DRPO) -> Surrogate:
 
 
 def bernoulli_kl(logp_T: torch.Tensor, logq_T: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of "this token or another", from the token's log-probs; finite at 1."""
+    """Return KL(p || q) of "this token or another" from its log-probs; finite at 1."""
     rest_p_T, rest_q_T = (-torch.expm1(logs_T) for logs_T in (logp_T, logq_T))
     log_rest_T = rest_p_T.clamp(min=MIN_REST).log() - rest_q_T.clamp(min=MIN_REST).log()
     return logp_T.exp() * (logp_T - logq_T) + rest_p_T * log_rest_T
 
 
-def _weight(tokens, p):
+def _weight(tokens: Tokens, p: DPPO) -> torch.Tensor:
     return tokens.log_w_T.exp().clamp(max=p.cap)
 
 
-def _inside(tokens, far_T):
-    """Far away, and the update would go farther: masked."""
+def _inside(tokens: Tokens, far_T: torch.Tensor) -> torch.Tensor:
+    """Return False where a token is far away and the update would move it farther."""
     log_w_T, advantages_T = tokens.log_w_T.detach(), tokens.advantages_T
     onward_T = ((advantages_T > 0) & (log_w_T > 0)) | ((advantages_T < 0) & (log_w_T < 0))
     return ~(far_T & onward_T)
 
 
-def _topk_divergence(tokens, divergence):
+def _topk_divergence(tokens: Tokens, divergence: str) -> torch.Tensor:
     log_mu_TK, log_theta_TK = tokens.need("topk_logp_mu_TK"), tokens.need("topk_logp_theta_TK")
     absent_T = (tokens.need("topk_ids_TK") != tokens.need("sampled_ids_T")[:, None]).all(dim=1)
     supports = []

@@ -34,7 +34,7 @@ class Denominators:
     num_tokens: int
     max_length: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_sequences", "num_tokens"):
             if getattr(self, name) < 0:
                 raise ObjectiveError(
@@ -105,7 +105,7 @@ class LossInputs:
     topk_logp_mu_TK: torch.Tensor | None = None
     topk_logp_theta_TK: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         num_tokens = self.logp_theta_T.shape[0] if self.logp_theta_T.dim() == 1 else -1
         for name, tensor in vars(self).items():
             if tensor is None or not name.endswith(("_T", "_TK", "_S")):
@@ -120,7 +120,7 @@ class LossInputs:
                 )
         self._check_kinds()
 
-    def _check_kinds(self):
+    def _check_kinds(self) -> None:
         for name in ("mask_T", "keep_T", "penalised_T"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype != torch.bool:
@@ -150,8 +150,9 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """All tokens of an optimizer step, of all microbatches and ranks: what methods choose from that
-    rank tokens against each other.
+    """All tokens of an optimizer step, over all microbatches and ranks.
+
+    Methods that rank tokens against each other choose from them.
 
     Args:
         logp_theta_T: log pi_theta at the start of the step; None where the method does not look.
@@ -168,7 +169,7 @@ class StepTokens:
     uniform_T: torch.Tensor | None = None
 
     def need(self, name: str) -> torch.Tensor:
-        """A field that may be None, for a method that was promised it."""
+        """Return an optional field that the method requires."""
         value = getattr(self, name)
         assert value is not None, f"{name} is None: the method does not say that it needs it"
         return value

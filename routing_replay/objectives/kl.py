@@ -24,14 +24,15 @@ from __future__ import annotations
 
 import torch
 
+from .parameters import Parameters
 from .tokens import MAX_LOG_RATIO, Tokens
 
 
-def kl_term(tokens: Tokens, p) -> torch.Tensor:
-    """One value per token of the KL between pi_theta and `p.kl_reference`."""
+def kl_term(tokens: Tokens, p: Parameters) -> torch.Tensor:
+    """Return one value per token of the KL between pi_theta and `p.kl_reference`."""
     theta_T = tokens.log_theta_T
     other_T = tokens.need(f"logp_{p.kl_reference}_T")
-    # A token that the other policy cannot score says nothing about the KL: it gets a KL of zero.
+    # A token without a score of the other policy contributes a KL of zero.
     known_T = tokens.counted_T & torch.isfinite(other_T)
     other_T = torch.where(known_T, other_T, theta_T.detach())
     theta_T = torch.where(known_T, theta_T, theta_T.detach())
@@ -45,7 +46,7 @@ def kl_term(tokens: Tokens, p) -> torch.Tensor:
 
 
 def estimate(log_ratio_T: torch.Tensor, estimator: str) -> torch.Tensor:
-    """An estimate of KL(q || p) from one sample of q per token, log_ratio = log(q / p).
+    """Estimate KL(q || p) from one sample of q per token, log_ratio = log(q / p).
 
     k1 = log(q/p); k2 = log(q/p)^2 / 2; k3 = p/q - 1 - log(p/q); `k3+` = value of k3 with the
     gradient of k2.
@@ -74,7 +75,7 @@ def reward_penalty(
     coefficient: float,
     estimator: str = "k1",
 ) -> torch.Tensor:
-    """KL in the reward: -coefficient * sum over the tokens, added before the advantage is taken.
+    """Return the KL in the reward: -coefficient * sum over the tokens, added before advantages.
 
     With k1 the policy gradient of the penalised reward is that of the sequence KL, unbiased; k3 in
     the reward is known to collapse (A Comedy of Estimators, 2512.21852). Detached: it is part of

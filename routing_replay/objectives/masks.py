@@ -1,6 +1,4 @@
-"""Clipped surrogates with a mask on the tokens that enter them: IcePop, KPop, M2PO, Clip-Cov,
-KL-Cov.
-"""
+"""Clipped surrogates on a masked set of tokens: IcePop, KPop, M2PO, Clip-Cov, KL-Cov."""
 
 from __future__ import annotations
 
@@ -63,12 +61,12 @@ class ClipCov(Clipped):
     def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
         counted_T = step.counted_T
         covariance_T = token_covariance(step.need("logp_theta_T"), step.advantages_T, counted_T)
-        # exp of what is not counted may be anything, and no mask hears of it.
+        # exp() of uncounted tokens may be inf or nan; they are excluded below.
         r_T = (step.need("logp_theta_T") - step.logp_old_T).exp()
         inside_T = trust_region(step.advantages_T, r_T, self.eps_low, self.eps_high)
         eligible_T = (covariance_T > self.cov_low) & (covariance_T < self.cov_high)
         eligible_T = eligible_T & inside_T & counted_T
-        # A draw per token instead of an exact number: it needs no count on the host.
+        # Each token is drawn by itself, because an exact number would need a count on the host.
         chance = self.fraction * counted_T.sum() / eligible_T.sum().clamp(min=1)
         return {"keep_T": ~(eligible_T & (step.need("uniform_T") < chance))}
 
@@ -188,7 +186,7 @@ def kl_cov(tokens: Tokens, p: KLCov) -> Surrogate:
 def second_moment_mask(
     logp_old_T: torch.Tensor, logp_mu_T: torch.Tensor, mask_T: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    """M2PO's mask: the largest set of smallest (log mu - log pi_old)^2 whose mean is below
+    """Return M2PO's mask: the most tokens of least (log mu - log pi_old)^2 with a mean below
     `threshold`.
 
     Args:
@@ -204,13 +202,13 @@ def second_moment_mask(
     squared_T = torch.where(mask_T, (logp_mu_T - logp_old_T).double() ** 2, torch.inf)
     squared_T = squared_T.nan_to_num(nan=torch.inf, posinf=torch.inf)
     sorted_T, order_T = squared_T.sort()
-    places_T = torch.arange(1, len(sorted_T) + 1, device=sorted_T.device)
+    counts_T = torch.arange(1, len(sorted_T) + 1, device=sorted_T.device)
     # Means of ever larger values rise, so the tokens below the threshold are a prefix.
-    below_T = sorted_T.cumsum(0) / places_T < threshold
+    below_T = sorted_T.cumsum(0) / counts_T < threshold
     return torch.zeros_like(mask_T).scatter(0, order_T, below_T)
 
 
-def _masked(tokens, p, kept_T, weight_T) -> Surrogate:
+def _masked(tokens: Tokens, p: Clipped, kept_T: torch.Tensor, weight_T: torch.Tensor) -> Surrogate:
     surrogate = clipped(tokens, tokens.log_r_T.exp(), p.eps_low, p.eps_high)
     weight_T = torch.where(kept_T, weight_T, torch.zeros_like(weight_T))
     return Surrogate(
@@ -220,11 +218,11 @@ def _masked(tokens, p, kept_T, weight_T) -> Surrogate:
     )
 
 
-def _chosen(tokens, p, name):
-    """The caller's choice over the step, else one over this microbatch."""
-    given_T = getattr(tokens.inputs, name)
-    if given_T is not None:
-        return given_T
+def _chosen(tokens: Tokens, p: Clipped, name: str) -> torch.Tensor:
+    """Return the caller's choice over the step, else one over this microbatch."""
+    chosen_T: torch.Tensor | None = getattr(tokens.inputs, name)
+    if chosen_T is not None:
+        return chosen_T
     uniform_T = tokens.inputs.uniform_T
     step = StepTokens(
         logp_theta_T=tokens.log_theta_T.detach(),
@@ -249,8 +247,11 @@ def token_covariance(
     return torch.where(mask_T, centred[0] * centred[1], torch.zeros_like(centred[0]))
 
 
-def _highest(values_T, counted_T, fraction):
-    """The `fraction` of the counted tokens with the highest values, one at least; no host sync."""
+def _highest(values_T: torch.Tensor, counted_T: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Return the `fraction` of the counted tokens with the highest values, at least one.
+
+    The number stays on the device: no host sync.
+    """
     order_T = torch.where(counted_T, values_T, -torch.inf).argsort(descending=True)
     number = (fraction * counted_T.sum()).long().clamp(min=1)
     first_T = torch.arange(len(order_T), device=order_T.device) < number

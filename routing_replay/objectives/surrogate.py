@@ -25,14 +25,16 @@ class Surrogate:
 
 
 def weighted_log_prob(tokens: Tokens, weight_T: torch.Tensor, kept_T: torch.Tensor) -> Surrogate:
-    """kept * sg[weight] * A * log pi_theta."""
+    """Return kept * sg[weight] * A * log pi_theta."""
     weight_T = weight_T.detach()
     value_T = torch.where(kept_T, weight_T, 0.0) * tokens.advantages_T * tokens.log_theta_T
     return Surrogate(value_T=value_T, kept_T=kept_T, weight_T=weight_T)
 
 
-def trust_region(advantages_T, ratio_T, low: float | None, high: float | None) -> torch.Tensor:
-    """bool: PPO's clip leaves the token a gradient. Strict: a ratio on the border is inside."""
+def trust_region(
+    advantages_T: torch.Tensor, ratio_T: torch.Tensor, low: float | None, high: float | None
+) -> torch.Tensor:
+    """Return where PPO's clip leaves a gradient; bool [T]. A ratio on the border is inside."""
     outside_T = torch.zeros_like(advantages_T, dtype=torch.bool)
     if high is not None:
         outside_T = outside_T | ((advantages_T > 0) & (ratio_T > 1 + high))
@@ -42,7 +44,7 @@ def trust_region(advantages_T, ratio_T, low: float | None, high: float | None) -
 
 
 def clipped(tokens: Tokens, ratio_T: torch.Tensor, low: float | None, high: float) -> Surrogate:
-    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): PPO's form on any ratio."""
+    """Return min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): PPO's form on any ratio."""
     advantages_T = tokens.advantages_T
     lowest = None if low is None else 1 - low
     bounded_T = ratio_T.clamp(min=lowest, max=1 + high)

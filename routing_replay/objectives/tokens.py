@@ -1,9 +1,10 @@
-"""The inputs made safe for arithmetic, and sums over sequences that may be split over ranks."""
+"""Inputs made safe for arithmetic, and sums over sequences that ranks may share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,14 @@ class _SumOverRanks(torch.autograd.Function):
     """Sum over ranks whose losses are added: each of their losses depends on each rank's part."""
 
     @staticmethod
-    def forward(ctx, values, group):
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         total = values.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -44,9 +45,10 @@ class Tokens:
 
     @cached_property
     def finite_T(self) -> torch.Tensor:
-        given = self.inputs
-        finite_T = torch.ones_like(given.mask_T)
-        for values_T in (given.logp_theta_T, given.logp_old_T, given.logp_mu_T, given.advantages_T):
+        inputs = self.inputs
+        finite_T = torch.ones_like(inputs.mask_T)
+        for name in ("logp_theta_T", "logp_old_T", "logp_mu_T", "advantages_T"):
+            values_T = getattr(inputs, name)
             finite_T = finite_T & torch.isfinite(values_T)
         return finite_T
 

@@ -8,7 +8,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .run import mean
@@ -45,7 +45,7 @@ class Grid:
     is_log: bool = False
 
 
-def bounds_of(values, is_log: bool) -> tuple[float, float]:
+def bounds_of(values: Iterable[float | None], is_log: bool) -> tuple[float, float]:
     """The scale of heat maps that are to be compared: from 0, or from the least positive value."""
     kept = [v for v in values if v is not None]
     # A share that is zero everywhere must look empty, not full.
@@ -263,7 +263,7 @@ def _png(levels: Sequence[Sequence[int | None]]) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def _plot(content: str, ticks, first: int, last: int) -> str:
+def _plot(content: str, ticks: Sequence[tuple[str, float]], first: int, last: int) -> str:
     labels = "".join(
         f'<span style="bottom:{place:.2f}%">{html.escape(label)}</span>' for label, place in ticks
     )

@@ -205,8 +205,8 @@ def layers(runs: Sequence[Run]) -> str:
         name = f"routing_replay/{metric}"
         grids = []
         for run in runs:
-            columns = run.layers.get(name, {}).values()
-            grids.append([[None if v is None else shown(v) for v in row] for row in columns])
+            rows = run.layers.get(name, {}).values()
+            grids.append([[None if v is None else shown(v) for v in row] for row in rows])
         bounds = bounds_of((v for grid in grids for row in grid for v in row), is_log)
         for run, values in zip(runs, grids, strict=True):
             grid = Grid(
