@@ -3,6 +3,9 @@
 import math
 
 import numpy as np
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from routing_replay.metrics import load
 from routing_replay.metrics.load import expert_load
@@ -32,7 +35,8 @@ def test_rows_without_routes_are_not_counted():
     table.covered_T[1] = False
     assert to_floats(expert_load(table))["routing_replay/dead_experts"].layers == {0: 0.5}
     table.covered_T[:] = False
-    assert math.isnan(to_floats(expert_load(table))["routing_replay/max_load"].layers[0])
+    values = to_floats(expert_load(table))
+    assert all(math.isnan(metric.layers[0]) for metric in values.values())
 
 
 def test_a_large_table_is_counted_in_blocks_over_its_whole_length(monkeypatch):
@@ -43,3 +47,21 @@ def test_a_large_table_is_counted_in_blocks_over_its_whole_length(monkeypatch):
     values = to_floats(expert_load(table_of(ids_TLK, 16, layers=(0,))))
     assert values["routing_replay/dead_experts"].layers == {0: 11 / 16}
     assert values["routing_replay/max_load"].layers == {0: 0.5}
+
+
+def _rank(rank, path, queue):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    # Rank 0 selects experts 0 and 1 twice, rank 1 experts 2 and 3 once: 2 of 6 is the most.
+    ids_TLK = [[[0, 1]], [[0, 1]]] if rank == 0 else [[[2, 3]]]
+    values = to_floats(expert_load(table_of(ids_TLK, 5, layers=(0,))))
+    queue.put([values[f"routing_replay/{name}"].mean for name in ("dead_experts", "max_load")])
+    dist.destroy_process_group()
+
+
+def test_tables_of_data_parallel_ranks_are_counted_together(tmp_path):
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(_rank, args=(tmp_path / "store", queue), nprocs=2, join=False)
+    values = [queue.get() for _ in range(2)]
+    while not context.join():
+        pass
+    assert values == [pytest.approx([1 / 5, 2 / 6])] * 2

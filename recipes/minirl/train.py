@@ -145,7 +145,7 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         if table is not None:
             metrics |= policy.replay.metrics()
         if old.table is not None:
-            metrics |= policy.reduce(expert_load(old.table))
+            metrics |= expert_load(old.table, device=policy.sharding.device)
     live = None
     if is_due(step, config.run.measure_live_every, config.run.steps):
         with clock("live log-probs"):

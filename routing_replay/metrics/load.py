@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..routes.table import RouteTable
 from .typed import LayerMean, Metric
@@ -15,32 +16,43 @@ NUM_BLOCKS, BLOCK_ROWS = 256, 64
 COUNTED_IDS = 2**16
 
 
-def expert_load(table: RouteTable) -> dict[str, Metric]:
-    """Dead experts and the largest load of each layer, over the step's covered routes.
+def expert_load(
+    table: RouteTable,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Metric]:
+    """Return dead experts and the largest load of each layer, over a step's covered routes.
 
     - `routing_replay/dead_experts`: share of a layer's experts that no token selects.
     - `routing_replay/max_load`: largest share of a layer's selections that one expert takes.
 
-    Host work on the table, outside of every forward pass: no device is touched. Where ranks hold
-    tables of their own rows (`Recording.own_table`), the reduced value is the mean over ranks.
+    The counting is host work outside of every forward pass. Collective: counts are summed over the
+    ranks, so tables of data-parallel ranks are counted together. Ranks that share a table weigh it
+    alike, which leaves both shares as they are.
 
     Args:
         table: The routes that the step's updates take: the rollout's, or recorded ones.
+        group: Process group; the world if None. Without an initialised world nothing is reduced.
+        device: Where the communication happens: the CPU for gloo (default), the GPU for NCCL.
     """
-    dead_L, largest_L, num_counted_L = [], [], []
-    rows_M = _sampled_rows(table.covered_T)
-    for ids_TK in table.expert_ids_LTK:
-        counts_E = count_experts(ids_TK[rows_M], table.shape.num_experts)
-        dead_L.append(float((counts_E == 0).mean()))
-        largest_L.append(float(counts_E.max() / max(1, counts_E.sum())))
-        num_counted_L.append(float(len(rows_M) > 0))
+    shape, rows_M = table.shape, _sampled_rows(table.covered_T)
+    counts_LE = torch.zeros(len(shape.layers), shape.num_experts, dtype=torch.int64)
+    for index, ids_TK in enumerate(table.expert_ids_LTK):
+        counts_LE[index] = torch.from_numpy(count_experts(ids_TK[rows_M], shape.num_experts))
+    if dist.is_available() and dist.is_initialized():
+        counts_LE = counts_LE.to(device or "cpu")
+        dist.all_reduce(counts_LE, group=group)
+    total_L = counts_LE.sum(1)
+    has_routes_L = (total_L > 0).double()
+    shares = {
+        "dead_experts": (counts_LE == 0).double().mean(1),
+        "max_load": counts_LE.amax(1) / total_L.clamp(min=1),
+    }
     return {
         f"routing_replay/{name}": LayerMean(
-            layers=table.shape.layers,
-            total_L=torch.tensor(values_L, dtype=torch.float64),
-            count_L=torch.tensor(num_counted_L, dtype=torch.float64),
+            layers=shape.layers, total_L=share_L * has_routes_L, count_L=has_routes_L
         )
-        for name, values_L in (("dead_experts", dead_L), ("max_load", largest_L))
+        for name, share_L in shares.items()
     }
 
 
