@@ -1,4 +1,5 @@
 # The only commands a newcomer needs: `make recipe`, then `make test`. Everything builds .venv first.
+# Times are of 2 cores.
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
@@ -16,17 +17,17 @@ PYTEST_ARGS ?=
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(STAMP)  ## build .venv: both engines, 10 GB of disk; about 1 minute with uv, 5 with pip alone
+env: $(STAMP)  ## build .venv: both engines, 11 GB of disk; about 1 minute with uv, 5 with pip alone
 
-recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 8 minutes
+recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 6 minutes
 	$(PY) -m recipes.minirl $(RECIPE_ARGS)
 
 # One thread per process: idle threads of torch spin, and the workers share the cores.
-test-fast: env  ## every test that needs no engine; under a minute on 2 cores
+test-fast: env  ## every test that needs no engine; under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test: env  ## every test that needs no GPU, except the long matrix; at most 15 minutes on 2 cores
+test: env  ## every test that needs no GPU, except the long matrix; under 15 minutes
 	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
