@@ -5,7 +5,7 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 EXTRAS  := sglang,megatron,rollout,recipe,test,docs
-SOURCES := routing_replay recipes tools tests
+SOURCES := routing_replay recipes tools tests examples
 # Options: PYTHON=path names the Python 3.12 to build from; `make recipe RECIPE_ARGS="--seed 1"`;
 # `make test PYTEST_ARGS="-k table"`.
 RECIPE_ARGS ?=
