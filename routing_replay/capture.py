@@ -16,6 +16,7 @@ CAPTURES = ("off", "stock", "ids", "gates", "logits")
 OURS = ("ids", "gates", "logits")
 LEVEL_VARIABLE = "ROUTING_REPLAY_CAPTURE"
 FRACTION_VARIABLE = "ROUTING_REPLAY_LOGIT_FRACTION"
+KERNEL_VARIABLE = "ROUTING_REPLAY_CAPTURE_KERNEL"
 # The name under which a request carries its level, in SGLang's `custom_params`.
 REQUEST_KEY = "routing_replay"
 
@@ -27,6 +28,8 @@ class CaptureSettings:
     Args:
         level: One of `CAPTURES`; "off" and "stock" leave SGLang as it is.
         logit_fraction: Fraction of tokens whose full router logits are kept, for "logits".
+        has_kernel: Whether gates are computed by one Triton kernel instead of seven small ones of
+            torch. Off by default: it has not run inside a server on a GPU.
 
     Raises:
         ConfigError: An unknown level or a fraction outside (0, 1].
@@ -34,6 +37,7 @@ class CaptureSettings:
 
     level: str = "ids"
     logit_fraction: float = 0.05
+    has_kernel: bool = False
 
     def __post_init__(self) -> None:
         if self.level not in CAPTURES:
@@ -54,7 +58,11 @@ class CaptureSettings:
         return self.level == "logits"
 
     def to_environment(self) -> dict[str, str]:
-        return {LEVEL_VARIABLE: self.level, FRACTION_VARIABLE: repr(self.logit_fraction)}
+        return {
+            LEVEL_VARIABLE: self.level,
+            FRACTION_VARIABLE: repr(self.logit_fraction),
+            KERNEL_VARIABLE: str(int(self.has_kernel)),
+        }
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> CaptureSettings:
@@ -64,4 +72,15 @@ class CaptureSettings:
             raise ConfigError(
                 f"the environment variable {FRACTION_VARIABLE} is not a number", got=error
             ) from error
-        return cls(level=environment.get(LEVEL_VARIABLE, cls.level), logit_fraction=fraction)
+        kernel = environment.get(KERNEL_VARIABLE, "0")
+        if kernel not in ("0", "1"):
+            raise ConfigError(
+                f"the environment variable {KERNEL_VARIABLE} is no switch",
+                expected="0 or 1",
+                got=repr(kernel),
+            )
+        return cls(
+            level=environment.get(LEVEL_VARIABLE, cls.level),
+            logit_fraction=fraction,
+            has_kernel=kernel == "1",
+        )

@@ -176,6 +176,10 @@ def test_capture_settings_are_checked():
         CaptureSettings(logit_fraction=0)
     with pytest.raises(ConfigError, match="LOGIT_FRACTION is not a number"):
         CaptureSettings.from_environment({"ROUTING_REPLAY_LOGIT_FRACTION": "some"})
+    with pytest.raises(ConfigError, match="CAPTURE_KERNEL is no switch; expected 0 or 1"):
+        CaptureSettings.from_environment({"ROUTING_REPLAY_CAPTURE_KERNEL": "yes"})
+    settings = CaptureSettings(level="gates", logit_fraction=0.5, has_kernel=True)
+    assert CaptureSettings.from_environment(settings.to_environment()) == settings
 
 
 @pytest.mark.parametrize(

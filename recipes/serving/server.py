@@ -38,6 +38,7 @@ class ServerOptions:
         capture: "off" (no routes), "stock" (SGLang's own capture), or ours: "ids", "gates",
             "logits". It bounds what a request can ask for.
         logit_fraction: Fraction of the tokens whose full router logits "logits" keeps, in (0, 1].
+        has_kernel: Whether a Triton kernel computes the gates; needs a GPU.
         weight_version: Version of the weights that the server starts with.
         log_path: Where its output goes; a new temporary file, if None.
         arguments: Further arguments of `sglang.launch_server`, last, so that they win.
@@ -50,6 +51,7 @@ class ServerOptions:
     port: int | None = None
     capture: str = "ids"
     logit_fraction: float = 0.05
+    has_kernel: bool = False
     weight_version: int = 0
     log_path: str | os.PathLike[str] | None = None
     arguments: tuple[str, ...] = ()
@@ -143,7 +145,11 @@ def environment_of(options: ServerOptions) -> dict[str, str]:
     """Return the server's environment: ours without the ranks of a torchrun job."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(RANK_PREFIXES)}
     environment = inherited | cpu.server_environment(inherited)
-    capture = CaptureSettings(level=options.capture, logit_fraction=options.logit_fraction)
+    capture = CaptureSettings(
+        level=options.capture,
+        logit_fraction=options.logit_fraction,
+        has_kernel=options.has_kernel,
+    )
     return environment | capture.to_environment() | dict(options.environment)
 
 

@@ -14,6 +14,7 @@ from sglang.srt.layers.moe import get_moe_runner_backend
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
+from .. import kernels
 from ..capture import CaptureSettings
 from ..errors import ServerError
 from ..routes.routes import Origin, RouterLogits
@@ -124,6 +125,8 @@ class Capturer(RoutedExpertsCapturer):
         self.sampler = self._sampler(num_tokens) if self.settings.has_logits else None
         shape = (num_tokens, self.num_layers, self.topk_size)
         self.slots = SlotRows(shape, self.num_experts, self.settings.has_gates, self.sampler)
+        if self.settings.has_kernel:
+            kernels.require_device(self.device_cache.buffer.device)
         self.architecture = ", ".join(model_config.hf_config.architectures or ())
         self._router: tuple[torch.Tensor, Any] | None = None
         self._report_memory()
@@ -142,9 +145,28 @@ class Capturer(RoutedExpertsCapturer):
     def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
         """Write one layer's rows; runs inside CUDA graphs, so static shapes and no sync."""
         self.layers.add(layer_id)
-        if self.settings.has_gates:
-            topk_indices = self._with_gates(layer_id, topk_indices)
-        super().capture(layer_id, topk_indices)
+        if not self.settings.has_gates:
+            super().capture(layer_id, topk_indices)
+            return
+        ids_TK = topk_indices[:, : self.topk_size]
+        logits_TE, function = self._scores(len(ids_TK))
+        if self.sampler is not None:
+            self.sampler.write(layer_id, len(ids_TK), logits_TE)
+        # Under DeepEP SGLang gathers the rows of other ranks before it writes them.
+        is_local = not hasattr(self, "gather_buffer")
+        if self.settings.has_kernel and is_local and logits_TE is not None and function is not None:
+            slots_TK = self.device_cache.buffer[: len(ids_TK), layer_id, : self.topk_size]
+            _capture_gates(logits_TE, ids_TK, function, slots_TK)
+            return
+        gates_TK = None
+        if logits_TE is not None and function is not None:
+            gates_TK = gate_probs(logits_TE, ids_TK, function)
+        packed_TX = pack(ids_TK, gates_TK)
+        num_shared = topk_indices.shape[1] - self.topk_size
+        # Columns of fused shared experts never reach the host; they only keep the width.
+        if num_shared:
+            packed_TX = torch.nn.functional.pad(packed_TX, (0, num_shared))
+        super().capture(layer_id, packed_TX)
 
     def on_forward_end(
         self,
@@ -167,19 +189,6 @@ class Capturer(RoutedExpertsCapturer):
         if not no_copy_to_cpu:
             output.copy_now()
         return output
-
-    def _with_gates(self, layer_id: int, ids_TX: torch.Tensor) -> torch.Tensor:
-        ids_TK = ids_TX[:, : self.topk_size]
-        logits_TE, function = self._scores(len(ids_TK))
-        gates_TK = None
-        if logits_TE is not None and function is not None:
-            gates_TK = gate_probs(logits_TE, ids_TK, function)
-        if self.sampler is not None:
-            self.sampler.write(layer_id, len(ids_TK), logits_TE)
-        packed_TK = pack(ids_TK, gates_TK)
-        num_shared = ids_TX.shape[1] - self.topk_size
-        # Columns of fused shared experts never reach the host; they only keep the width.
-        return torch.nn.functional.pad(packed_TK, (0, num_shared)) if num_shared else packed_TK
 
     def _scores(self, num_tokens: int) -> tuple[torch.Tensor | None, str | None]:
         """Return the logits of the selection at hand, and how the router scores them."""
@@ -210,6 +219,14 @@ class Capturer(RoutedExpertsCapturer):
             device / 2**20,
             host / 2**20,
         )
+
+
+def _capture_gates(
+    logits_TE: torch.Tensor, ids_TK: torch.Tensor, function: str, slots_TK: torch.Tensor
+) -> None:
+    from ..kernels.gates import capture_gates  # loads Triton
+
+    capture_gates(logits_TE, ids_TK, function, slots_TK)
 
 
 def argument_of(
