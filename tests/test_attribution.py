@@ -139,7 +139,7 @@ def test_sums_follow_the_estimators_on_the_masked_tokens():
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ConfigError, match="families of an attribution.*got every"):
+    with pytest.raises(ConfigError, match="unknown family of an attribution.*got 'every'"):
         plan(LAYERS, ("every",))
 
 

@@ -25,15 +25,16 @@ This module knows no engine: a callback scores a variant. `tools/attribute_kl.py
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, reading, unknown_name
+from ..files import atomic_write
 
 FAMILIES = ("without", "only", "first")
 NUM_RESAMPLES = 1000
@@ -59,14 +60,14 @@ class Variant:
 def plan(
     layers: Sequence[int], families: Sequence[str] = ("without",), has_rollout_weights: bool = False
 ) -> list[Variant]:
-    """The passes of an attribution: 2, one more for staleness, and L for each family.
+    """Return the passes of an attribution: 2, one more for staleness, and L for each family.
 
     Raises:
         ConfigError: An unknown family.
     """
-    unknown = [family for family in families if family not in FAMILIES]
-    if unknown:
-        raise ConfigError("families of an attribution", expected=FAMILIES, got=unknown[0])
+    for family in families:
+        if family not in FAMILIES:
+            raise unknown_name("family of an attribution", family, FAMILIES)
     layers = tuple(layers)
     variants = [Variant(name="none", replayed=()), Variant(name="all", replayed=layers)]
     if has_rollout_weights:
@@ -91,7 +92,7 @@ def sequence_sums(
     logp_mu_ST: torch.Tensor,
     mask_ST: torch.Tensor,
 ) -> torch.Tensor:
-    """Per sequence the sums over its response tokens: `COLUMNS`, float64 [S, 4].
+    """Return for each sequence the sums over its response tokens: `COLUMNS`, float64 [S, 4].
 
     `excess` is log pi + entropy of pi: zero in expectation for tokens that were sampled from pi.
     """
@@ -103,7 +104,7 @@ def sequence_sums(
 
 
 class Progress:
-    """Results so far, in a file: a stopped attribution goes on where it was.
+    """The results so far, in a file from which a stopped attribution resumes.
 
     Args:
         path: JSON file; None keeps them in memory only.
@@ -113,17 +114,15 @@ class Progress:
         ConfigError: The file belongs to another batch, checkpoint, or settings.
     """
 
-    def __init__(self, path: Path | None, fingerprint: Mapping[str, str]):
+    def __init__(self, path: Path | None, fingerprint: Mapping[str, str]) -> None:
         self._path = path
         self._fingerprint = dict(fingerprint)
         self.sums: dict[str, np.ndarray] = {}
         if path is None or not path.exists():
             return
-        try:
+        with reading(path, "the progress", DataError, also=(KeyError, AttributeError)):
             stored = json.loads(path.read_text(encoding="utf-8"))
             self.sums = {name: np.array(rows, float) for name, rows in stored["sums"].items()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise DataError("the progress cannot be read", got=error, where=path) from error
         for key, value in self._fingerprint.items():
             if stored["fingerprint"].get(key) != value:
                 raise ConfigError(
@@ -135,11 +134,11 @@ class Progress:
                 )
 
     def stop_writing(self) -> None:
-        """From now on in memory only: of several ranks one writes."""
+        """Keep further results in memory only: one of several ranks writes."""
         self._path = None
 
     def add(self, name: str, sums_S4: np.ndarray) -> None:
-        """Keep one result, durably."""
+        """Keep one result, on disk if there is a file."""
         self.sums[name] = sums_S4
         if self._path is None:
             return
@@ -147,9 +146,8 @@ class Progress:
             "fingerprint": self._fingerprint,
             "sums": {name: sums.tolist() for name, sums in self.sums.items()},
         }
-        partial = self._path.with_name(f"{self._path.name}.tmp")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, self._path)
+        with atomic_write(self._path) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +160,10 @@ class Estimate:
 
     @property
     def is_clear(self) -> bool:
-        """The interval leaves out zero."""
+        """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
 
 
@@ -188,7 +186,7 @@ class Attribution:
 
     @property
     def is_truncated(self) -> bool:
-        """mu sampled from less than pi's support, or at a lower temperature."""
+        """Whether mu sampled from less than pi's support, or at a lower temperature."""
         return self.excess.low > NOTABLE_EXCESS
 
     @property
@@ -203,23 +201,23 @@ class Attribution:
             and estimates["leave_out"].value < limit
         ]
 
-    def as_dict(self) -> dict:
-        """For JSON, and as `attribution.json` of a run for its report."""
-        found = asdict(self)
-        found["parts"] = [
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `attribution.json`, which a run's report shows."""
+        content = asdict(self)
+        content["parts"] = [
             {"name": name, "kl": part.value, "interval": [part.low, part.high]}
             for name, part in self.parts.items()
         ]
-        found["layers"] = [
+        content["layers"] = [
             {"layer": layer}
             | {name: e.value for name, e in estimates.items()}
             | {f"{name}_interval": [e.low, e.high] for name, e in estimates.items()}
             for layer, estimates in self.layers.items()
         ]
-        return found
+        return content
 
     def text(self) -> str:
-        """For people; a star marks what differs from zero beyond its interval."""
+        """Return the human-readable report; a star marks what differs from zero."""
         lines = [
             f"KL(mu || pi) per response token ({self.estimator}), {self.num_sequences} sequences, "
             f"{self.num_tokens} tokens, 95 % intervals over sequences",
@@ -240,12 +238,12 @@ class Attribution:
         if self.harmed_layers:
             layers = ", ".join(map(str, self.harmed_layers))
             lines += ["", f"  Replay makes layer {layers} worse: its routes are not the rollout's."]
-        families = list(dict.fromkeys(n for found in self.layers.values() for n in found))
+        families = list(dict.fromkeys(n for by_name in self.layers.values() for n in by_name))
         for family in families:
             lines += ["", f"  layer  {HEADINGS[family]}"]
-            for layer, found in self.layers.items():
-                star = "*" if found[family].is_clear else " "
-                lines.append(f"  {layer:5d}  {found[family]} {star}")
+            for layer, by_name in self.layers.items():
+                star = "*" if by_name[family].is_clear else " "
+                lines.append(f"  {layer:5d}  {by_name[family]} {star}")
         return "\n".join(lines)
 
 
@@ -262,7 +260,7 @@ def attribute(
     progress: Progress,
     on_result: Callable[[Variant, float], None] = lambda variant, kl: None,
 ) -> None:
-    """Score what `progress` does not hold yet.
+    """Score the variants that `progress` does not hold yet.
 
     Args:
         variants: From `plan`.
@@ -286,7 +284,7 @@ def summarize(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Attribution:
-    """Estimates with bootstrap intervals; every difference uses the same resamples of sequences.
+    """Return estimates with bootstrap intervals; all use the same resamples of sequences.
 
     Args:
         layers: The routed layers, as in `plan`.
@@ -325,20 +323,22 @@ def summarize(
     )
 
 
-def _by_layer(layers: tuple[int, ...], kl: Mapping[str, np.ndarray]) -> dict:
-    found: dict[int, dict[str, Estimate]] = {}
-    for place, layer in enumerate(layers):
-        of_layer = {}
+def _by_layer(
+    layers: tuple[int, ...], kl: Mapping[str, np.ndarray]
+) -> dict[int, dict[str, Estimate]]:
+    by_layer: dict[int, dict[str, Estimate]] = {}
+    for index, layer in enumerate(layers):
+        estimates = {}
         if f"without {layer}" in kl:
-            of_layer["leave_out"] = _estimate(kl[f"without {layer}"] - kl["all"])
+            estimates["leave_out"] = _estimate(kl[f"without {layer}"] - kl["all"])
         if f"only {layer}" in kl:
-            of_layer["alone"] = _estimate(kl["none"] - kl[f"only {layer}"])
-        before = kl["none"] if place == 0 else kl.get(f"first {place}")
-        after = kl["all"] if place == len(layers) - 1 else kl.get(f"first {place + 1}")
+            estimates["alone"] = _estimate(kl["none"] - kl[f"only {layer}"])
+        before = kl["none"] if index == 0 else kl.get(f"first {index}")
+        after = kl["all"] if index == len(layers) - 1 else kl.get(f"first {index + 1}")
         if before is not None and after is not None and len(layers) > 1:
-            of_layer["step"] = _estimate(before - after)
-        found[layer] = of_layer
-    return found
+            estimates["step"] = _estimate(before - after)
+        by_layer[layer] = estimates
+    return by_layer
 
 
 def _estimate(values_B: np.ndarray) -> Estimate:

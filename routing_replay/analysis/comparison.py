@@ -1,6 +1,6 @@
-"""Two sets of routes for the same tokens: where they agree, where they part, which tokens hurt.
+"""Compare two sets of routes for the same tokens: by layer, position and origin.
 
-Works through memory maps in blocks of rows, so the files may be larger than memory.
+It reads memory maps in blocks of rows, so the files may be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import DataError, TableError
+from ..errors import DataError, TableError, reading
 from ..metrics.agreement import NO_LAYER, log_router_probs, router_kl
 from ..routes.routes import Origin
 from ..routes.table import RouteTable
@@ -24,6 +24,7 @@ from .explanation import explain_layer
 
 # A block's comparisons (rows x K bytes) stay in a core's second-level cache.
 BLOCK_ROWS = 1 << 16
+Decoder = Callable[[int, int], str]
 
 
 @dataclass
@@ -34,7 +35,7 @@ class _Tally:
     exact_L: np.ndarray
     first_L: np.ndarray
     buckets: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    worst: list[tuple] = field(default_factory=list)
+    worst: list[tuple[int, int, int]] = field(default_factory=list)
     num_rows: int = 0
     num_differing: int = 0
 
@@ -44,7 +45,7 @@ def compare_tables(
     second: RouteTable,
     *,
     num_worst: int = 10,
-    decode: Callable[[int, int], str] | None = None,
+    decode: Decoder | None = None,
 ) -> Comparison:
     """Compare the routes of the same tokens.
 
@@ -75,7 +76,9 @@ def compare_tables(
     return _finish(tally, first, second, decode)
 
 
-def _add_block(tally: _Tally, first: RouteTable, second: RouteTable, start: int, num_worst: int):
+def _add_block(
+    tally: _Tally, first: RouteTable, second: RouteTable, start: int, num_worst: int
+) -> None:
     stop = min(start + BLOCK_ROWS, first.num_rows)
     both_B = first.covered_T[start:stop] & second.covered_T[start:stop]
     if not both_B.any():
@@ -85,16 +88,16 @@ def _add_block(tally: _Tally, first: RouteTable, second: RouteTable, start: int,
     shared_B = np.zeros(stop - start, np.int32)
     num_differing_B = np.zeros(stop - start, np.uint8)
     first_B = np.full(stop - start, NO_LAYER, np.uint8)
-    for place in range(len(first.shape.layers)):
+    for index in range(len(first.shape.layers)):
         matches_B = shared_experts(
-            first.expert_ids_LTK[place, start:stop], second.expert_ids_LTK[place, start:stop]
+            first.expert_ids_LTK[index, start:stop], second.expert_ids_LTK[index, start:stop]
         )
         differs_B = (matches_B < top_k) & both_B
-        tally.matches_L[place] += int(matches_B.sum(where=both_B, dtype=np.int64))
-        tally.exact_L[place] += int(np.count_nonzero(both_B)) - int(np.count_nonzero(differs_B))
+        tally.matches_L[index] += int(matches_B.sum(where=both_B, dtype=np.int64))
+        tally.exact_L[index] += int(np.count_nonzero(both_B)) - int(np.count_nonzero(differs_B))
         shared_B += matches_B
         num_differing_B += differs_B
-        first_B[differs_B & (first_B == NO_LAYER)] = place
+        first_B[differs_B & (first_B == NO_LAYER)] = index
     tally.num_rows += int(np.count_nonzero(both_B))
     tally.num_differing += int(np.count_nonzero(num_differing_B))
     tally.first_L += np.bincount(first_B[num_differing_B > 0], minlength=len(tally.first_L))
@@ -104,7 +107,7 @@ def _add_block(tally: _Tally, first: RouteTable, second: RouteTable, start: int,
 
 
 def shared_experts(ids_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
-    """Number of experts that both rows hold, uint8 [B]; ids within a row are distinct."""
+    """Return how many experts both rows hold, uint8 [B]; ids within a row are distinct."""
     # Slot first makes each comparison one pass over contiguous bytes: K * K of them beat a sort.
     ids_KB, other_KB = np.ascontiguousarray(ids_BK.T), np.ascontiguousarray(other_BK.T)
     matches_B = np.zeros(ids_KB.shape[1], np.uint8)
@@ -114,7 +117,13 @@ def shared_experts(ids_BK: np.ndarray, other_BK: np.ndarray) -> np.ndarray:
     return matches_B
 
 
-def _add_buckets(tally: _Tally, table: RouteTable, rows_R, shared_R, differs_R) -> None:
+def _add_buckets(
+    tally: _Tally,
+    table: RouteTable,
+    rows_R: np.ndarray,
+    shared_R: np.ndarray,
+    differs_R: np.ndarray,
+) -> None:
     sequence_R = np.searchsorted(table.offsets_S1, rows_R, side="right") - 1
     position_R = rows_R - table.offsets_S1[sequence_R]
     # Powers of two: differences grow with the length of the context, not with each token.
@@ -139,7 +148,9 @@ def _position_name(exponent: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _keep_worst(tally: _Tally, start: int, num_differing_B, first_B, num_worst: int) -> None:
+def _keep_worst(
+    tally: _Tally, start: int, num_differing_B: np.ndarray, first_B: np.ndarray, num_worst: int
+) -> None:
     if not num_worst:
         return
     best = np.argsort(num_differing_B, kind="stable")[::-1][:num_worst]
@@ -151,21 +162,23 @@ def _keep_worst(tally: _Tally, start: int, num_differing_B, first_B, num_worst: 
             heapq.heappushpop(tally.worst, entry)
 
 
-def _finish(tally: _Tally, first: RouteTable, second: RouteTable, decode) -> Comparison:
-    model, num_rows = first.shape, max(1, tally.num_rows)
+def _finish(
+    tally: _Tally, first: RouteTable, second: RouteTable, decode: Decoder | None
+) -> Comparison:
+    shape, num_rows = first.shape, max(1, tally.num_rows)
     kl_L = _exact_kl(first, second)
     layers = tuple(
         LayerDifference(
             layer=layer,
-            overlap=int(tally.matches_L[i]) / (num_rows * model.top_k),
+            overlap=int(tally.matches_L[i]) / (num_rows * shape.top_k),
             exact_match=int(tally.exact_L[i]) / num_rows,
             first_difference=int(tally.first_L[i]) / num_rows,
             router_kl=None if kl_L is None else float(kl_L[i]),
             explanation=explain_layer(first, second, i),
         )
-        for i, layer in enumerate(model.layers)
+        for i, layer in enumerate(shape.layers)
     )
-    slots = len(model.layers) * model.top_k
+    slots = len(shape.layers) * shape.top_k
     buckets = {
         kind: tuple(
             Bucket(
@@ -174,8 +187,8 @@ def _finish(tally: _Tally, first: RouteTable, second: RouteTable, decode) -> Com
                 overlap=shared / (rows * slots),
                 any_layer_differs=differing / rows,
             )
-            for (of, name), (rows, shared, differing) in tally.buckets.items()
-            if of == kind
+            for (bucket_kind, name), (rows, shared, differing) in tally.buckets.items()
+            if bucket_kind == kind
         )
         for kind in ("position", "origin")
     }
@@ -194,9 +207,11 @@ def _finish(tally: _Tally, first: RouteTable, second: RouteTable, decode) -> Com
     )
 
 
-def _named(worst: list[tuple], table: RouteTable, decode) -> tuple[TokenDifference, ...]:
+def _named(
+    worst: list[tuple[int, int, int]], table: RouteTable, decode: Decoder | None
+) -> tuple[TokenDifference, ...]:
     named = []
-    for num_layers, negative_row, place in sorted(worst, reverse=True):
+    for num_layers, negative_row, index in sorted(worst, reverse=True):
         sequence = int(np.searchsorted(table.offsets_S1, -negative_row, side="right")) - 1
         position = -negative_row - int(table.offsets_S1[sequence])
         named.append(
@@ -204,7 +219,7 @@ def _named(worst: list[tuple], table: RouteTable, decode) -> tuple[TokenDifferen
                 sequence=sequence,
                 position=position,
                 num_layers=num_layers,
-                first_layer=table.shape.layers[place],
+                first_layer=table.shape.layers[index],
                 text=decode(sequence, position) if decode else "",
             )
         )
@@ -213,29 +228,27 @@ def _named(worst: list[tuple], table: RouteTable, decode) -> tuple[TokenDifferen
 
 def _exact_kl(first: RouteTable, second: RouteTable) -> np.ndarray | None:
     """Mean KL(first || second) per layer over the rows whose logits both hold (softmax routers)."""
-    if first.logit_rows_N is None or second.logit_rows_N is None:
+    columns = (first.logit_rows_N, second.logit_rows_N, first.logits_NLE, second.logits_NLE)
+    rows_N, other_rows_N, logits_NLE, other_logits_NLE = columns
+    if rows_N is None or other_rows_N is None or logits_NLE is None or other_logits_NLE is None:
         return None
-    if first.logits_NLE is None or second.logits_NLE is None:
-        return None
-    _, ours, theirs = np.intersect1d(
-        first.logit_rows_N, second.logit_rows_N, assume_unique=True, return_indices=True
-    )
+    _, ours, theirs = np.intersect1d(rows_N, other_rows_N, assume_unique=True, return_indices=True)
     if not len(ours):
         return None
     sums_L = np.zeros(len(first.shape.layers))
     for mine, other in zip(ours, theirs, strict=True):
         log_mu_LE, log_pi_LE = (
             log_router_probs(torch.from_numpy(np.array(logits_LE)))
-            for logits_LE in (first.logits_NLE[mine], second.logits_NLE[other])
+            for logits_LE in (logits_NLE[mine], other_logits_NLE[other])
         )
         sums_L += router_kl(log_mu_LE, log_pi_LE).numpy()
     return sums_L / len(ours)
 
 
 def token_decoder(
-    tokens_path: str | os.PathLike, decode_ids: Callable[[Sequence[int]], str]
-) -> Callable[[int, int], str]:
-    """(sequence, position) to text.
+    tokens_path: str | os.PathLike[str], decode_ids: Callable[[Sequence[int]], str]
+) -> Decoder:
+    """Return a function from (sequence, position) to the token's text.
 
     Args:
         tokens_path: As `read_token_lines` takes it.
@@ -251,17 +264,15 @@ def token_decoder(
     return decode
 
 
-def read_token_lines(path: str | os.PathLike) -> list[list[int]]:
-    """Token ids of each sequence from JSON lines: a list of ids, or an object with "tokens".
+def read_token_lines(path: str | os.PathLike[str]) -> list[list[int]]:
+    """Return the token ids of each sequence from JSON lines: lists, or objects with "tokens".
 
     Raises:
         DataError: Unreadable, or a line that holds no token ids.
     """
     sequences = []
-    try:
+    with reading(path, "the file of tokens", DataError):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the tokens cannot be read", got=error, where=path) from error
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)

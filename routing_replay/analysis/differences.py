@@ -1,8 +1,9 @@
-"""What a comparison of two route tables found: layers, positions, origins, the worst tokens."""
+"""The result of comparing two route tables: by layer, position and origin, and the worst tokens."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +11,7 @@ class LayerDifference:
     """One layer: mean overlap, exact-set rate, share of tokens whose first difference it is.
 
     `router_kl` is KL(A || B) in nats over the rows whose logits both files hold, or None.
-    `explanation` says why unrelated routes are so, where something simple explains them.
+    `explanation` names a simple cause of unrelated routes, where there is one.
     """
 
     layer: int
@@ -23,7 +24,7 @@ class LayerDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Some of the tokens: how many, the mean overlap, the share with a differing layer."""
+    """A group of tokens: how many, the mean overlap, the share with a differing layer."""
 
     name: str
     num_rows: int
@@ -33,7 +34,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDifference:
-    """One of the tokens with the most differing layers; `text` if a tokenizer was given."""
+    """One of the tokens with the most differing layers; `text` if a tokenizer decoded it."""
 
     sequence: int
     position: int
@@ -58,11 +59,11 @@ class Comparison:
     origins: tuple[Bucket, ...]
     worst: tuple[TokenDifference, ...]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def text(self) -> str:
-        """For people."""
+        """Return the human-readable report."""
         lines = [
             f"{self.first} against {self.second}",
             f"  rows compared {self.num_rows}, skipped (not covered by both) {self.num_skipped}",

@@ -1,4 +1,4 @@
-"""Why a layer's routes of two tables are unrelated: shifted, of another layer, or renumbered."""
+"""Why the routes of a layer are unrelated in two tables: shifted, swapped, or renumbered."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ EXPLAINED_SHARE = 0.75
 MAX_SHIFT = 2
 
 
-def explain_layer(first: RouteTable, second: RouteTable, place: int) -> str:
-    """One clause about the `place`-th layer, or "" if it is healthy or nothing explains it.
+def explain_layer(first: RouteTable, second: RouteTable, index: int) -> str:
+    """Return one clause about a layer, or "" if it is healthy or nothing simple explains it.
 
     Args:
         first, second: Tables of the same tokens.
-        place: Index into the routed layers.
+        index: Of the layer among the routed layers.
     """
     rows_R = np.flatnonzero(first.covered_T & second.covered_T)[:SAMPLE_ROWS]
     if not len(rows_R):
         return ""
-    ids_RK = np.asarray(first.expert_ids_LTK[place])[rows_R]
-    other_RK = np.asarray(second.expert_ids_LTK[place])[rows_R]
+    ids_RK = np.asarray(first.expert_ids_LTK[index])[rows_R]
+    other_RK = np.asarray(second.expert_ids_LTK[index])[rows_R]
     num_experts = first.shape.num_experts
-    found = _overlap(ids_RK, other_RK)
-    if found >= HEALTHY_OVERLAP:
+    agreement = _overlap(ids_RK, other_RK)
+    if agreement >= HEALTHY_OVERLAP:
         return ""
-    best, text = found + EXPLAINED_SHARE * (1 - found), ""
-    for candidate_RK, explanation in _candidates(second, place, rows_R, ids_RK, num_experts):
+    best, text = agreement + EXPLAINED_SHARE * (1 - agreement), ""
+    for candidate_RK, explanation in _candidates(second, index, rows_R, ids_RK, num_experts):
         overlap = _overlap(ids_RK, candidate_RK)
         if overlap > best:
             best, text = overlap, f"{explanation} (overlap then {overlap:.3f})"
@@ -42,9 +42,9 @@ def explain_layer(first: RouteTable, second: RouteTable, place: int) -> str:
 
 
 def _candidates(
-    second: RouteTable, place: int, rows_R: np.ndarray, ids_RK: np.ndarray, num_experts: int
+    second: RouteTable, index: int, rows_R: np.ndarray, ids_RK: np.ndarray, num_experts: int
 ) -> Iterator[tuple[np.ndarray, str]]:
-    layer_TK = second.expert_ids_LTK[place]
+    layer_TK = second.expert_ids_LTK[index]
     for shift in range(-MAX_SHIFT, MAX_SHIFT + 1):
         if shift:
             shifted_R = np.clip(rows_R + shift, 0, second.num_rows - 1)
@@ -52,7 +52,7 @@ def _candidates(
             text = f"shifted: its rows stand {abs(shift)} token(s) {side} in the second file"
             yield np.asarray(layer_TK)[shifted_R], text
     for other, layer in enumerate(second.shape.layers):
-        if other != place:
+        if other != index:
             other_RK = np.asarray(second.expert_ids_LTK[other])[rows_R]
             yield other_RK, f"swapped: the second file holds them under layer {layer}"
     renumbered_E = _renumbering(np.asarray(layer_TK)[rows_R], ids_RK, num_experts)
@@ -62,14 +62,14 @@ def _candidates(
 
 
 def _renumbering(from_RK: np.ndarray, to_RK: np.ndarray, num_experts: int) -> np.ndarray | None:
-    """The permutation under which most slots agree, expert by expert; None if there is none."""
+    """The permutation under which most slots agree, found for each expert; None without one."""
     together_EE = np.zeros((num_experts, num_experts), np.int64)
     for slot_R in from_RK.T:
         for other_R in to_RK.T:
             np.add.at(together_EE, (slot_R, other_R), 1)
-    # Shares, so that an expert which is busy everywhere does not attract all others.
+    # Shares instead of counts: a busy expert would otherwise match every other one.
     counts_E = np.bincount(to_RK.reshape(-1), minlength=num_experts)
-    best_E = (together_EE / np.maximum(counts_E, 1)).argmax(1)
+    best_E: np.ndarray = (together_EE / np.maximum(counts_E, 1)).argmax(1)
     used_E = np.bincount(from_RK.reshape(-1), minlength=num_experts) > 0
     if len(set(best_E[used_E].tolist())) < used_E.sum():
         return None

@@ -1,6 +1,6 @@
 """What is in a routes file: shapes, coverage, origins, versions, load per expert and layer.
 
-Works through memory maps in blocks of rows, so a file may be larger than memory.
+It reads memory maps in blocks of rows, so a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,11 @@ class Inspection:
     bytes_per_row: float
     loads: tuple[LayerLoad, ...]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def text(self) -> str:
-        """For people: a header, then one line per layer."""
+        """Return the human-readable report: a header, then one line per layer."""
         origins = ", ".join(f"{name} {count}" for name, count in self.origins.items() if count)
         versions = ", ".join(
             f"{'unknown' if version < 0 else version}: {count}"
@@ -96,11 +97,11 @@ class Inspection:
 
 
 def inspect_table(table: RouteTable) -> Inspection:
-    """Count everything; reads the ids once, in blocks."""
+    """Return a table in numbers; read its ids once, in blocks of rows."""
     lengths_S = np.diff(table.offsets_S1)
     versions, counts = np.unique(table.weight_version_T, return_counts=True)
     origin_counts = np.bincount(table.origin_T, minlength=len(Origin))
-    model = table.shape
+    shape = table.shape
     columns = [table.expert_ids_LTK, table.covered_T, table.origin_T, table.weight_version_T]
     columns += [c for c in (table.gate_probs_LTK, table.logits_NLE) if c is not None]
     size_bytes = sum(column.nbytes for column in columns)
@@ -112,9 +113,9 @@ def inspect_table(table: RouteTable) -> Inspection:
         num_sequences=table.num_sequences,
         shortest=int(lengths_S.min(initial=0 if not len(lengths_S) else lengths_S[0])),
         longest=int(lengths_S.max(initial=0)),
-        layers=model.layers,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
+        layers=shape.layers,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
         coverage=num_covered / max(1, table.num_rows),
         origins={origin.name.lower(): int(origin_counts[origin]) for origin in Origin},
         weight_versions={int(v): int(n) for v, n in zip(versions, counts, strict=True)},
@@ -124,13 +125,13 @@ def inspect_table(table: RouteTable) -> Inspection:
         bytes_per_row=size_bytes / max(1, table.num_rows),
         loads=tuple(
             _load(layer, counts_E)
-            for layer, counts_E in zip(model.layers, expert_loads(table), strict=True)
+            for layer, counts_E in zip(shape.layers, expert_loads(table), strict=True)
         ),
     )
 
 
 def expert_loads(table: RouteTable) -> Iterator[np.ndarray]:
-    """Rows per expert of each layer in turn, int64 [E]; uncovered rows do not count."""
+    """Yield the rows per expert of each layer, int64 [E]; uncovered rows do not count."""
     for ids_TK in table.expert_ids_LTK:
         counts_E = np.zeros(table.shape.num_experts, np.int64)
         for start in range(0, table.num_rows, BLOCK_ROWS):
