@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipes.minirl import __main__ as launcher
+from recipes.minirl import commands
 from recipes.minirl.checks import require_ready
 from recipes.minirl.command_line import parse, parse_command
 from routing_replay.errors import ConfigError
@@ -21,7 +22,7 @@ def prepared(tmp_path_factory):
     command = parse_command(
         [*TINY, *flags, "--prepare-only", "--nnodes", "2", "--routing-replay-mode", "auto"]
     )
-    assert command.prepare_only
+    assert command.action == "prepare"
     return launcher.prepare(command.config)
 
 
@@ -32,9 +33,8 @@ def test_a_prepared_run_has_its_model_and_a_resolved_mode(prepared):
     assert (launcher.load_inputs(config).base / "model.safetensors").is_file()
 
 
-def test_the_printed_commands_start_server_and_both_nodes(prepared, capsys):
-    launcher.print_node_commands(*prepared)
-    output = capsys.readouterr().out
+def test_the_printed_commands_start_server_and_both_nodes(prepared):
+    output = commands.text(*prepared)
     assert "env ROUTING_REPLAY_CAPTURE=gates" in output
     assert "--enable-return-routed-experts" in output
     for node in range(2):

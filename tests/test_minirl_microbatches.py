@@ -88,7 +88,7 @@ def test_packed_sequences_follow_each_other_with_their_own_positions():
 
 
 def test_a_long_tail_costs_hardly_any_padding_when_packed():
-    # Response lengths of a log-normal with mean 6,000, cut at 16,000; 4 ranks of 512 sequences.
+    # Response lengths of a log-normal with mean 6,500, cut at 16,000; 4 ranks of 512 sequences.
     generator = torch.Generator().manual_seed(0)
     lengths_S = torch.randn(512, generator=generator).mul(0.7).exp().mul(5200).long()
     lengths_S = lengths_S.clamp(16, 16_000)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import statistics
 import sys
@@ -18,13 +17,13 @@ import torch
 
 from recipes.serving.children import Child
 from recipes.serving.server import Server, ServerOptions, launch
-from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from . import checks, journal
+from . import checks, commands, journal
 from .command_line import parse_command
+from .commands import thread_environment, trainer_arguments, visible_devices
 from .config import RecipeConfig
 from .inputs import load_inputs
 
@@ -41,10 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         command = parse_command(argv)
-        if command.prepare_only:
-            print_node_commands(*prepare(command.config))
-        else:
-            run(command.config)
+        match command.action:
+            case "run":
+                run(command.config)
+            case "prepare":
+                config, run_dir = prepare(command.config)
+                print(commands.text(config, run_dir))
+            case "dry-run":
+                from .plan import plan_text  # it imports Megatron, which takes many seconds
+
+                print(plan_text(resolve_mode(command.config)))
     except RoutingReplayError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -105,43 +110,6 @@ def resolve_mode(config: RecipeConfig) -> RecipeConfig:
             f"{config.batch_size} / {config.training.minibatch_size} = {config.num_mini_batches}"
         )
     return replace(config, replay=resolved)
-
-
-def print_node_commands(config: RecipeConfig, run_dir: Path) -> None:
-    """Print what to start where, for a run whose folder all nodes see."""
-    urls = config.rollout.rollout_url or ("http://SERVER:30000",)
-    print("\nServer, on its own GPUs:\n  " + shlex.join(server_command(config)))
-    for node in range(config.run.nnodes):
-        print(f"\nNode {node}:\n  " + shlex.join(node_command(config, run_dir, urls, node)))
-    print(f"\nReport afterwards:\n  routing-replay report {run_dir} -o {run_dir}/report.html")
-
-
-def server_command(config: RecipeConfig) -> list[str]:
-    """Return the command of a server that the run can use, without addresses and parallelism."""
-    capture = CaptureSettings(level=config.rollout_capture).to_environment()
-    command = ["env", *(f"{name}={value}" for name, value in capture.items())]
-    command += [config.rollout.rollout_python or "python", "-m", "sglang.launch_server"]
-    command += ["--model-path", str(load_inputs(config).base), "--host", "0.0.0.0"]
-    command += ["--port", "30000", "--dtype", config.rollout.rollout_dtype]
-    if config.rollout_capture != "off":
-        command.append("--enable-return-routed-experts")
-    return [*command, "--skip-tokenizer-init", *config.rollout.server_arguments]
-
-
-def node_command(
-    config: RecipeConfig, run_dir: Path, urls: Sequence[str], node: int, address: str = "NODE0"
-) -> list[str]:
-    """Return torchrun's command for one node of the trainer."""
-    command = ["python", "-m", "torch.distributed.run"]
-    command += ["--nnodes", str(config.run.nnodes), "--node-rank", str(node)]
-    command += ["--master-addr", address, "--master-port", "29500"]
-    return [*command, *trainer_arguments(config, run_dir, urls)]
-
-
-def trainer_arguments(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> list[str]:
-    """Return torchrun's arguments that are alike on all nodes."""
-    ranks = ["--nproc-per-node", str(config.run.nproc)]
-    return [*ranks, "-m", "recipes.minirl.train", str(run_dir), "--rollout-url", *urls]
 
 
 def open_run(config: RecipeConfig) -> Path:
@@ -215,17 +183,6 @@ def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> C
     environment = thread_environment(config, config.run.nproc)
     environment |= visible_devices(config.run.trainer_gpus)
     return Child(command, run_dir / "logs" / "trainer.log", environment)
-
-
-def visible_devices(gpus: str) -> dict[str, str]:
-    """Return the environment that restricts a process to some CUDA devices; empty: all of them."""
-    return {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
-
-
-def thread_environment(config: RecipeConfig, num_processes: int) -> dict[str, str]:
-    """Return the environment that shares the cores among several processes."""
-    threads = config.run.cpu_threads or max(1, (os.cpu_count() or 1) // num_processes)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from routing_replay import objectives
 from routing_replay.config import FLAG_PREFIX, read_yaml
@@ -26,11 +26,12 @@ class Command:
 
     Args:
         config: The settings.
-        prepare_only: Write the run's folder and print each node's command; start nothing.
+        action: run it; or only prepare its folder and print each node's command; or only print the
+            plan, without a file.
     """
 
     config: RecipeConfig
-    prepare_only: bool = False
+    action: Literal["run", "prepare", "dry-run"] = "run"
 
 
 def parse(argv: Sequence[str] | None = None) -> RecipeConfig:
@@ -48,7 +49,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     if rest:
         raise unknown_setting("flag", rest[0].partition("=")[0], flags())
     values = {name: value for name, value in vars(arguments).items() if value is not None}
-    prepare_only = values.pop("prepare_only")
+    action = values.pop("action")
     preset, config, replay_config = (
         values.pop(name, None) for name in ("preset", "config", "routing_replay_config")
     )
@@ -60,7 +61,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         base |= _read(Path(config))
     if replay_config:
         base |= _read(Path(replay_config), FLAG_PREFIX)
-    return Command(config=RecipeConfig.from_mapping(base | values), prepare_only=prepare_only)
+    return Command(config=RecipeConfig.from_mapping(base | values), action=action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,10 +83,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--routing-replay-config", metavar="FILE.yaml", help="settings of routing replay alone"
     )
-    parser.add_argument(
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
         "--prepare-only",
-        action="store_true",
+        action="store_const",
+        dest="action",
+        const="prepare",
+        default="run",
         help="write the folder of the run and print the command of each node; start nothing",
+    )
+    actions.add_argument(
+        "--dry-run",
+        action="store_const",
+        dest="action",
+        const="dry-run",
+        help="print the plan, an estimate of the memory per GPU and the commands; write nothing",
     )
     for section, kind in SECTIONS.items():
         title = "routing replay" if section == "replay" else (kind.__doc__ or "").strip()

@@ -31,6 +31,12 @@ class Inputs:
     heldout: list[Prompt]
 
 
+def base_folder(config: RecipeConfig) -> Path:
+    """Return the folder of the checkpoint that a run starts from, which may not exist yet."""
+    is_tiny = config.model.model == "tiny"
+    return checkpoint_folder(config) if is_tiny else Path(config.model.model)
+
+
 def load_inputs(config: RecipeConfig) -> Inputs:
     """Read the inputs of a configuration; a tiny model must have been prepared.
 
@@ -38,8 +44,7 @@ def load_inputs(config: RecipeConfig) -> Inputs:
         CheckpointError: There is no checkpoint.
         DataError: A broken prompt file.
     """
-    is_tiny = config.model.model == "tiny"
-    base = checkpoint_folder(config) if is_tiny else Path(config.model.model)
+    base = base_folder(config)
     reference = Path(config.objective.reference or base)
     for folder, flag in ((base, "--model"), (reference, "--reference")):
         if not (folder / "config.json").is_file():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recipes.model import parallel
+from recipes.model import memory, parallel
 from recipes.model.model import transformer_config
 from routing_replay.errors import ConfigError
 from routing_replay.megatron import attach
@@ -31,6 +31,7 @@ from .batch import Batch
 from .config import RecipeConfig
 from .inner_layer import inner_logits
 from .microbatches import Microbatch, Sharding
+from .plan import memory_estimate
 
 # Log-probs and entropies of this rank's tokens, by the sequences of their microbatch. Ranks before
 # the last pipeline stage have none.
@@ -79,6 +80,10 @@ class Policy:
                 expected=f"a divisor of {self.model_config.vocab_size}",
                 got=t.tensor_parallel,
             )
+        available = memory.device_memory()
+        if available is not None:
+            needed = memory_estimate(config, self.model_config, self.layout)
+            memory.require_fit(needed, available)
         self.model_config.finalize_model_grads_func = finalize_model_grads
         # Microbatches are as long as their own longest sequence.
         self.model_config.variable_seq_lengths = self.layout.pipeline > 1

@@ -22,7 +22,7 @@ from .prompts import Prompt, read_prompts, take
 from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Qwen3MoeConfig
 
 # With transformers' default of 0.02 the logits of so small a model are flat: for long it learns
 # nothing, and its experts are so alike that the choice among them hardly matters.
@@ -85,34 +85,40 @@ def prepare(config: RecipeConfig, report: Callable[[str], None] = print) -> Path
 
 def make_model(config: RecipeConfig) -> PreTrainedModel:
     """Return a random Qwen3-MoE in float32."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(config.run.seed)
+    model: PreTrainedModel = Qwen3MoeForCausalLM(hf_config(config))
+    model.float()
+    return model
+
+
+def hf_config(config: RecipeConfig) -> Qwen3MoeConfig:
+    """Return the tiny model's sizes."""
+    from transformers import Qwen3MoeConfig
 
     m = config.model
-    torch.manual_seed(config.run.seed)
-    model: PreTrainedModel = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(  # type: ignore[call-arg]
-            vocab_size=len(VOCABULARY),
-            hidden_size=HIDDEN_SIZE,
-            intermediate_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
-            moe_intermediate_size=EXPERT_SIZE,
-            num_hidden_layers=m.tiny_layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=64,  # SGLang's CPU attention is safe with it
-            num_experts=m.tiny_experts,
-            num_experts_per_tok=m.tiny_top_k,
-            norm_topk_prob=True,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            initializer_range=INITIALIZER_RANGE,
-            bos_token_id=None,
-            eos_token_id=VOCABULARY.index(EOS),
-            # transformers sets the embedding of a padding token to zero. Responses sample it at
-            # first, and RMSNorm scales the gradient of a zero vector by 1 / sqrt(eps) = 1,000.
-            pad_token_id=None,
-        )
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
+        moe_intermediate_size=EXPERT_SIZE,
+        num_hidden_layers=m.tiny_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,  # SGLang's CPU attention is safe with it
+        num_experts=m.tiny_experts,
+        num_experts_per_tok=m.tiny_top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=INITIALIZER_RANGE,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY.index(EOS),
+        # transformers sets the embedding of a padding token to zero. Responses sample it at
+        # first, and RMSNorm scales the gradient of a zero vector by 1 / sqrt(eps) = 1,000.
+        pad_token_id=None,
     )
-    return model.float()
 
 
 def warm_up(
