@@ -6,16 +6,19 @@ import math
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import pytest
 
-from routing_replay.errors import DataError
-from routing_replay.report.charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
+from routing_replay.errors import ConfigError, DataError
+from routing_replay.report.charts import Grid, Line, bar_chart, heat_map, line_chart, shared_bounds
 from routing_replay.report.findings import diagnose, sentence
 from routing_replay.report.page import write_report
+from routing_replay.report.picture import write_picture
 from routing_replay.report.run import read_run
 
 LAYERS = range(8)
+SVG = "{http://www.w3.org/2000/svg}"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # A profile of its own, and nothing that reaches out on its own account.
 FLAGS = [
@@ -299,7 +302,7 @@ def test_the_pixels_of_a_heat_map_are_the_values(tmp_path):
     import zlib
 
     values = [[0.0, 0.5], [1.0, None]]
-    bounds = bounds_of([v for row in values for v in row], is_log=False)
+    bounds = shared_bounds([v for row in values for v in row], is_log=False)
     text = heat_map(
         "t", "c", Grid(label="x", rows=[0, 1], steps=[0, 1], values=values, bounds=bounds)
     )
@@ -311,8 +314,38 @@ def test_the_pixels_of_a_heat_map_are_the_values(tmp_path):
     assert list(zlib.decompress(png[at + 4 : at + 4 + size])) == [0, 0, 127, 0, 254, 255]
 
 
+def test_a_picture_has_one_rectangle_for_each_run_of_equal_cells(tmp_path):
+    cells = [{"0": 1.0, "2": 0.0}, {"0": 1.0, "2": None}, {"0": 0.5, "2": None}]
+    rows = [
+        {"step": s, "routing_replay/exact_match": {"mean": 0.9, "layers": cell}}
+        for s, cell in enumerate(cells)
+    ]
+    path = write_picture(write_run(tmp_path / "run", rows), tmp_path / "map.svg")
+    root = ElementTree.parse(path).getroot()
+    filled = [rect for rect in root.iter(SVG + "rect") if "x" in rect.attrib][1:-1]
+    # Steps across 640 pixels from x = 64. Layer 0 shows 1 - 1.0 = 0 twice, white, then 0.5, half of
+    # the hue (214, 69, 28); layer 2 shows 1 - 0 = 1, the full hue, then two missing values.
+    assert [(r.get("x"), r.get("width"), r.get("fill")) for r in filled] == [
+        ("64.0", "427.0", "#ffffff"),
+        ("490.7", "213.6", "#eaa28e"),
+        ("64.0", "213.6", "#d6451c"),
+        ("277.3", "427.0", "#d5d5d5"),
+    ]
+    assert {"layer 0", "layer 2", "step 0"} <= {text.text for text in root.iter(SVG + "text")}
+
+
+def test_a_picture_of_nothing_is_refused(healthy, tmp_path):
+    with pytest.raises(
+        DataError, match="no values of this metric; expected routing_replay/router_kl"
+    ):
+        write_picture(healthy, tmp_path / "map.svg", "router_kl")
+    with pytest.raises(ConfigError, match="unknown metric with a heat map.*got 'overlapp'"):
+        write_picture(healthy, tmp_path / "map.svg", "overlapp")
+    assert not (tmp_path / "map.svg").exists()
+
+
 def test_a_share_that_is_zero_everywhere_looks_empty():
-    assert bounds_of([0.0, None, 0.0], is_log=False) == (0.0, 1e-9)
+    assert shared_bounds([0.0, None, 0.0], is_log=False) == (0.0, 1e-9)
 
 
 def test_bars_show_their_intervals():

@@ -18,6 +18,8 @@ MAX_POINTS = 400
 NUM_TICKS = 4
 # An automatic scale is logarithmic from two decades on: on a linear one the rest is a flat line.
 AUTO_LOG_SPAN = 100.0
+# Full colour of a heat map, as in page.css, and the colour of a missing value.
+HUE, GREY = (214, 69, 28), (128, 128, 128)
 # So few points are marked, so that a lone one is seen.
 MAX_DOTS = 12
 
@@ -45,7 +47,7 @@ class Grid:
     is_log: bool = False
 
 
-def bounds_of(values: Iterable[float | None], is_log: bool) -> tuple[float, float]:
+def shared_bounds(values: Iterable[float | None], is_log: bool) -> tuple[float, float]:
     """The scale of heat maps that are to be compared: from 0, or from the least positive value."""
     kept = [v for v in values if v is not None]
     # A share that is zero everywhere must look empty, not full.
@@ -68,7 +70,7 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "li
     lines = [_shortened(line) for line in lines if mean(line.values) is not None]
     if not lines:
         return ""
-    axis = _Scale.over([v for line in lines for v in line.values if v is not None], scale)
+    axis = Scale.over([v for line in lines for v in line.values if v is not None], scale)
     first = min(line.steps[0] for line in lines)
     last = max(max(line.steps[-1] for line in lines), first + 1)
     paths = "".join(_path(line, axis, first, last) for line in lines)
@@ -95,19 +97,19 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "li
 
 def heat_map(title: str, caption: str, grid: Grid) -> str:
     """A figure with one cell per layer and step; "" if no cell has a value."""
-    grid = _shortened_grid(grid)
+    grid = shortened_grid(grid)
     if not any(v is not None for row in grid.values for v in row):
         return ""
     low, high = grid.bounds
-    scale = _Scale(low=low, high=high, is_log=grid.is_log, ticks=())
+    scale = Scale(low=low, high=high, is_log=grid.is_log, ticks=())
     levels = [
         [None if v is None else round(254 * scale.place(v) / 100) for v in row]
         for row in grid.values
     ]
     image = f'<img class="heat" alt="{html.escape(title)}" src="{_png(levels)}">'
     legend = (
-        f'<div class="legend"><span>{_short(scale.low)}</span><span class="ramp"></span>'
-        f"<span>{_short(scale.high)}</span></div>"
+        f'<div class="legend"><span>{short(scale.low)}</span><span class="ramp"></span>'
+        f"<span>{short(scale.high)}</span></div>"
     )
     # Layer 0 on top, as in an image; labels for at most about eight rows.
     stride = max(1, math.ceil(len(grid.rows) / 8))
@@ -143,20 +145,22 @@ def bar_chart(title: str, caption: str, rows: Sequence[tuple[str, float, float, 
             f'<span class="track"><i class="fill" style="left:{start:.2f}%;'
             f'width:{stop - start:.2f}%"></i><i class="whisker" style="left:{place(lower):.2f}%;'
             f'width:{place(upper) - place(lower):.2f}%"></i></span>'
-            f'<span class="value">{_short(value)}</span></div>'
+            f'<span class="value">{short(value)}</span></div>'
         )
     return _figure(title, caption, "", f'<div class="bars">{"".join(bars)}</div>', None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scale:
+class Scale:
+    """An axis from `low` to `high`, linear or logarithmic."""
+
     low: float
     high: float
     is_log: bool
     ticks: tuple[float, ...]
 
     @classmethod
-    def over(cls, values: Sequence[float], kind: str) -> _Scale:
+    def over(cls, values: Sequence[float], kind: str) -> Scale:
         low, high = min(values), max(values)
         positive = [value for value in values if value > 0]
         is_wide = bool(positive) and high >= AUTO_LOG_SPAN * min(positive)
@@ -179,10 +183,10 @@ class _Scale:
     def label(self, tick: float) -> str:
         """Enough digits to tell neighbouring ticks apart."""
         if self.is_log or len(self.ticks) < 2:
-            return _short(tick)
+            return short(tick)
         step = self.ticks[1] - self.ticks[0]
         if max(abs(self.low), abs(self.high)) < 1e-3 or step >= 1e3:
-            return _short(tick)
+            return short(tick)
         decimals = next(d for d in range(17) if abs(round(step, d) - step) < 1e-6 * step)
         return f"{tick:.{decimals}f}"
 
@@ -199,7 +203,7 @@ def _nice(step: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * 0.999)
 
 
-def _path(line: Line, scale: _Scale, first: int, last: int) -> str:
+def _path(line: Line, scale: Scale, first: int, last: int) -> str:
     commands, is_down = [], False
     for step, value in zip(line.steps, line.values, strict=True):
         if value is None:
@@ -217,8 +221,8 @@ def _path(line: Line, scale: _Scale, first: int, last: int) -> str:
     return f'<path class="{kind} {color}" d="{"".join(commands)}"/>{dots}'
 
 
-def _shortened(line: Line) -> Line:
-    factor = math.ceil(len(line.steps) / MAX_POINTS)
+def _shortened(line: Line, max_points: int = MAX_POINTS) -> Line:
+    factor = math.ceil(len(line.steps) / max_points)
     if factor == 1:
         return line
     starts = range(0, len(line.steps), factor)
@@ -231,8 +235,11 @@ def _shortened(line: Line) -> Line:
     )
 
 
-def _shortened_grid(grid: Grid) -> Grid:
-    lines = [_shortened(Line(label="", steps=grid.steps, values=row)) for row in grid.values]
+def shortened_grid(grid: Grid, max_points: int = MAX_POINTS) -> Grid:
+    """Return the grid with neighbouring steps averaged into at most `max_points` columns."""
+    lines = [
+        _shortened(Line(label="", steps=grid.steps, values=row), max_points) for row in grid.values
+    ]
     return Grid(
         label=grid.label,
         rows=grid.rows,
@@ -248,8 +255,7 @@ def _png(levels: Sequence[Sequence[int | None]]) -> str:
 
     Opacity instead of a colour ramp: the page shines through, so low is quiet on light and dark.
     """
-    hue, missing = (214, 69, 28), (128, 128, 128)
-    palette = bytes(hue) * 255 + bytes(missing)
+    palette = bytes(HUE) * 255 + bytes(GREY)
     opacity = bytes(range(255)) + bytes([70])
     rows = b"".join(b"\0" + bytes(255 if v is None else v for v in row) for row in levels)
     header = struct.pack(">IIBBBBB", len(levels[0]), len(levels), 8, 3, 0, 0, 0)
@@ -301,7 +307,7 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
     parts = []
     for line in lines:
         kept = [v for v in line.values if v is not None]
-        parts.append(f"{line.label} from {_short(kept[0])} to {_short(kept[-1])}")
+        parts.append(f"{line.label} from {short(kept[0])} to {short(kept[-1])}")
     return f"{title}: {'; '.join(parts)}"
 
 
@@ -309,8 +315,8 @@ def _rounded(values: Sequence[float | None]) -> list[float | None]:
     return [None if v is None else float(f"{v:.4g}") for v in values]
 
 
-def _short(value: float) -> str:
-    """At most about six characters, for axes."""
+def short(value: float) -> str:
+    """Return a number in about six characters, for axes."""
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e5:

@@ -12,6 +12,7 @@ from string import Template
 from ..errors import DataError, writing
 from ..files import atomic_write
 from . import sections
+from .layers import layers
 from .run import Run, read_run
 
 
@@ -54,7 +55,7 @@ def render(runs: Sequence[Run], title: str = "") -> str:
         ("What stands out", sections.findings(runs)),
         ("Training", sections.training(runs)),
         ("Train-inference gap", sections.policy(runs)),
-        ("Layers", sections.layers(runs)),
+        ("Layers", layers(runs)),
         ("Attribution", sections.attribution(runs)),
         ("Receipts", sections.receipts(runs)),
         ("Configuration", sections.configuration(runs)),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from .charts import Grid, Line, bar_chart, bounds_of, heat_map, line_chart
+from .charts import Line, bar_chart, line_chart
 from .findings import ENTROPY_NAMES, GRADIENT_NAMES, diagnose, sentence
+from .markup import cards, folded, number, table
 from .run import Run, first_known, flatten
 
 REWARD_NAMES = ("reward", "reward/mean", "train/reward", "rollout/reward", "reward_mean")
@@ -57,63 +58,6 @@ POLICY_CHARTS = (
     ),
 )
 
-# title, caption, metric per layer, what a cell shows, logarithmic
-LAYER_MAPS: tuple[tuple[str, str, str, Callable[[float], float], bool], ...] = (
-    (
-        "Tokens whose expert set differs",
-        "Share of tokens for which the live router selects another set than the replayed one.",
-        "exact_match",
-        lambda value: 1 - value,
-        False,
-    ),
-    (
-        "Expert slots that differ",
-        "Share of the selected experts that are not shared: 1 - overlap@K.",
-        "overlap",
-        lambda value: 1 - value,
-        False,
-    ),
-    (
-        "Router KL",
-        "KL(engine's router || trainer's live router) in nats, over all experts (exact).",
-        "router_kl",
-        float,
-        True,
-    ),
-    (
-        "Router KL, lower bound",
-        "The same on the selected experts and one bucket for the rest: never above the exact one.",
-        "router_kl_bound",
-        float,
-        True,
-    ),
-    (
-        "Experts without a token",
-        "Share of the layer's experts that no route of the step selects.",
-        "dead_experts",
-        float,
-        False,
-    ),
-    (
-        "Largest load of one expert",
-        "Share of the layer's selections that its busiest expert takes.",
-        "max_load",
-        float,
-        False,
-    ),
-)
-LAYER_COLUMNS = (
-    ("overlap", "overlap@K"),
-    ("exact_match", "exact set"),
-    ("router_kl", "router KL (nats)"),
-    ("router_kl_bound", "router KL, lower bound (nats)"),
-    ("margin", "margin"),
-    ("live_mass", "live mass"),
-    ("replay_bias", "replay bias (nats)"),
-    ("first_difference", "first difference here"),
-    ("dead_experts", "experts without a token"),
-    ("max_load", "largest load"),
-)
 RECEIPT_WORDS = ("coverage", "fallback_fraction", "receipt", "expected", "replayed_rows")
 
 
@@ -128,24 +72,24 @@ def summary(runs: Sequence[Run]) -> str:
         replayed = run.recent("train_infer/kl_k3")
         live = run.recent("train_infer/kl_k3" + LIVE_SUFFIX)
         ratio = f"{live / replayed:.1f}x" if live is not None and replayed else "–"
-        rose = f"{_text(run.earliest(reward))} → {_text(run.recent(reward))}" if reward else "–"
+        rose = f"{number(run.earliest(reward))} → {number(run.recent(reward))}" if reward else "–"
         entropy, time = first_known(run, ENTROPY_NAMES), first_known(run, TIME_NAMES)
         rows.append(
             [
                 html.escape(run.name),
                 str(len(run.steps)),
                 rose,
-                _text(run.recent(entropy)) if entropy else "–",
-                _text(replayed),
-                _text(live),
+                number(run.recent(entropy)) if entropy else "–",
+                number(replayed),
+                number(live),
                 ratio,
-                _text(run.recent("routing_replay/any_layer_differs"), percent=True),
-                _text(run.recent("routing_replay/coverage"), percent=True),
-                _text(run.recent(time)) if time else "–",
+                number(run.recent("routing_replay/any_layer_differs"), percent=True),
+                number(run.recent("routing_replay/coverage"), percent=True),
+                number(run.recent(time)) if time else "–",
             ]
         )
     note = '<p class="quiet">Means of the last quarter of each run\'s steps.</p>'
-    return _table(head, rows) + note
+    return table(head, rows) + note
 
 
 def findings(runs: Sequence[Run]) -> str:
@@ -175,12 +119,12 @@ def training(runs: Sequence[Run]) -> str:
     figures = []
     for title, caption, names, scale in groups:
         lines = []
-        for number, run in enumerate(runs):
+        for color, run in enumerate(runs):
             name = first_known(run, names)
             if name:
-                lines.append(_line(run, name, run.name, number))
+                lines.append(_line(run, name, run.name, color))
         figures.append(line_chart(title, caption, lines, scale))
-    return _cards(figures)
+    return cards(figures)
 
 
 def policy(runs: Sequence[Run]) -> str:
@@ -188,50 +132,14 @@ def policy(runs: Sequence[Run]) -> str:
     figures = []
     for title, caption, metrics, scale in POLICY_CHARTS:
         lines = []
-        for number, run in enumerate(runs):
-            for place, (name, adds) in enumerate(metrics):
+        for color, run in enumerate(runs):
+            for is_second, (name, adds) in enumerate(metrics):
                 parts = [run.name] if len(runs) > 1 else []
                 label = ", ".join([*parts, *([adds] if adds else [])]) or "replayed"
                 if name in run.series:
-                    lines.append(_line(run, name, label, number, dashed=place > 0))
+                    lines.append(_line(run, name, label, color, dashed=bool(is_second)))
         figures.append(line_chart(title, caption, lines, scale))
-    return _cards(figures)
-
-
-def layers(runs: Sequence[Run]) -> str:
-    """Heat maps of layers over steps, and a table of the recent means."""
-    maps = []
-    for title, caption, metric, shown, is_log in LAYER_MAPS:
-        name = f"routing_replay/{metric}"
-        grids = []
-        for run in runs:
-            rows = run.layers.get(name, {}).values()
-            grids.append([[None if v is None else shown(v) for v in row] for row in rows])
-        bounds = bounds_of((v for grid in grids for row in grid for v in row), is_log)
-        for run, values in zip(runs, grids, strict=True):
-            grid = Grid(
-                label=title,
-                rows=list(run.layers.get(name, ())),
-                steps=run.steps,
-                values=values,
-                bounds=bounds,
-                is_log=is_log,
-            )
-            maps.append(
-                heat_map(f"{title} ({run.name})" if len(runs) > 1 else title, caption, grid)
-            )
-    tables = []
-    for run in runs:
-        recent = {word: run.recent_by_layer(f"routing_replay/{m}") for m, word in LAYER_COLUMNS}
-        columns = {word: values for word, values in recent.items() if values}
-        numbers = sorted({layer for values in columns.values() for layer in values})
-        lines = [[str(i), *(_text(values.get(i)) for values in columns.values())] for i in numbers]
-        if lines:
-            head = ["layer", *columns]
-            label = f"Every layer of {html.escape(run.name)}, mean of the last quarter"
-            table = _table(head, lines)
-            tables.append(f'<details class="card"><summary>{label}</summary>{table}</details>')
-    return _cards(maps) + "".join(tables)
+    return cards(figures)
 
 
 def attribution(runs: Sequence[Run]) -> str:
@@ -252,7 +160,7 @@ def attribution(runs: Sequence[Run]) -> str:
         if costs:
             caption = "KL (k3) with every layer replayed but this one, minus all replayed."
             figures.append(bar_chart("Cost of each layer's routing" + heading, caption, costs))
-    return _cards(figures)
+    return cards(figures)
 
 
 def receipts(runs: Sequence[Run]) -> str:
@@ -263,9 +171,9 @@ def receipts(runs: Sequence[Run]) -> str:
             if any(word in name for word in RECEIPT_WORDS):
                 kept = [v for v in values if v is not None]
                 if kept:
-                    row = [run.name, name, *map(_text, (kept[0], kept[-1], min(kept), max(kept)))]
+                    row = [run.name, name, *map(number, (kept[0], kept[-1], min(kept), max(kept)))]
                     rows.append([html.escape(cell) for cell in row])
-    return _table(["run", "metric", "first", "last", "least", "most"], rows) if rows else ""
+    return table(["run", "metric", "first", "last", "least", "most"], rows) if rows else ""
 
 
 def configuration(runs: Sequence[Run]) -> str:
@@ -284,10 +192,10 @@ def configuration(runs: Sequence[Run]) -> str:
         rows.append([html.escape(name), *cells])
     if not rows:
         return ""
-    table = _table(["setting", *(html.escape(run.name) for run in runs)], rows, "settings")
+    content = table(["setting", *(html.escape(run.name) for run in runs)], rows, "settings")
     count = sum(map(differs, names))
     label = f"{len(names)} settings" + (f", {count} differ" if count else "")
-    return f'<details class="card"><summary>{label}</summary>{table}</details>'
+    return folded(label, content)
 
 
 def all_metrics(runs: Sequence[Run]) -> str:
@@ -295,11 +203,11 @@ def all_metrics(runs: Sequence[Run]) -> str:
     names = sorted({n for run in runs for n in run.series if run.recent(n) is not None})
     rows = []
     for name in names:
-        cells = [f"{_text(r.earliest(name))} → {_text(r.recent(name))}" for r in runs]
+        cells = [f"{number(r.earliest(name))} → {number(r.recent(name))}" for r in runs]
         rows.append([html.escape(name), *cells])
-    table = _table(["metric, first → last quarter", *(html.escape(r.name) for r in runs)], rows)
+    content = table(["metric, first → last quarter", *(html.escape(r.name) for r in runs)], rows)
     label = f"{len(names)} metrics"
-    return f'<details class="card"><summary>{label}</summary>{table}</details>'
+    return folded(label, content)
 
 
 def _line(run: Run, name: str, label: str, color: int, dashed: bool = False) -> Line:
@@ -308,27 +216,3 @@ def _line(run: Run, name: str, label: str, color: int, dashed: bool = False) -> 
         points = [point for point in points if point[1] is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
     return Line(label=label, steps=steps, values=values, color=color, dashed=dashed)
-
-
-def _text(value: float | None, percent: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.3g} %" if percent else f"{value:.4g}"
-
-
-def _cards(figures: Sequence[str]) -> str:
-    figures = [figure for figure in figures if figure]
-    return f'<div class="cards">{"".join(figures)}</div>' if figures else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of already escaped cells."""
-    header = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(
-        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="card scroll"><table class="{kind}"><thead><tr>{header}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
-    )

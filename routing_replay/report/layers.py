@@ -1,0 +1,127 @@
+"""What a report shows of the layers: heat maps over the steps, and a table of recent means."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .charts import Grid, heat_map, shared_bounds
+from .markup import cards, folded, number, table
+from .run import Run
+
+PREFIX = "routing_replay/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMap:
+    """A metric of the layers as a heat map.
+
+    Args:
+        metric: Its name without the prefix.
+        title: Heading.
+        caption: What a cell shows.
+        is_complement: A cell shows 1 - value, so that dark means far apart.
+        is_log: Cells are coloured by their logarithm.
+    """
+
+    metric: str
+    title: str
+    caption: str
+    is_complement: bool = False
+    is_log: bool = False
+
+    def grid(self, run: Run, bounds: tuple[float, float] | None = None) -> Grid:
+        """Return the run's cells; on a scale of its own if there are no common bounds."""
+        series = run.layers.get(PREFIX + self.metric, {})
+        values = [[self._shown(value) for value in row] for row in series.values()]
+        own = shared_bounds((value for row in values for value in row), self.is_log)
+        return Grid(
+            label=self.title,
+            rows=list(series),
+            steps=run.steps,
+            values=values,
+            bounds=bounds or own,
+            is_log=self.is_log,
+        )
+
+    def _shown(self, value: float | None) -> float | None:
+        return 1 - value if self.is_complement and value is not None else value
+
+
+LAYER_MAPS = (
+    LayerMap(
+        metric="exact_match",
+        title="Tokens whose expert set differs",
+        caption="Share of tokens for which the live router selects another set than the replayed.",
+        is_complement=True,
+    ),
+    LayerMap(
+        metric="overlap",
+        title="Expert slots that differ",
+        caption="Share of the selected experts that are not shared: 1 - overlap@K.",
+        is_complement=True,
+    ),
+    LayerMap(
+        metric="router_kl",
+        title="Router KL",
+        caption="KL(engine's router || trainer's live router) in nats, over all experts (exact).",
+        is_log=True,
+    ),
+    LayerMap(
+        metric="router_kl_bound",
+        title="Router KL, lower bound",
+        caption="The same on the selected experts and one bucket for the rest, in nats.",
+        is_log=True,
+    ),
+    LayerMap(
+        metric="dead_experts",
+        title="Experts without a token",
+        caption="Share of the layer's experts that no route of the step selects.",
+    ),
+    LayerMap(
+        metric="max_load",
+        title="Largest load of one expert",
+        caption="Share of the layer's selections that its busiest expert takes.",
+    ),
+)
+COLUMNS = {
+    "overlap": "overlap@K",
+    "exact_match": "exact set",
+    "router_kl": "router KL (nats)",
+    "router_kl_bound": "router KL, lower bound (nats)",
+    "margin": "margin",
+    "live_mass": "live mass",
+    "replay_bias": "replay bias (nats)",
+    "first_difference": "first difference here",
+    "dead_experts": "experts without a token",
+    "max_load": "largest load",
+}
+
+
+def layers(runs: Sequence[Run]) -> str:
+    """Return heat maps of layers over steps, and a table of the recent means of each run."""
+    maps = [figure for layer_map in LAYER_MAPS for figure in _heat_maps(layer_map, runs)]
+    return cards(maps) + "".join(_recent_table(run) for run in runs)
+
+
+def _heat_maps(layer_map: LayerMap, runs: Sequence[Run]) -> list[str]:
+    """Several runs share one scale, so that their colours compare."""
+    bounds = [layer_map.grid(run).bounds for run in runs]
+    common = min(low for low, _ in bounds), max(high for _, high in bounds)
+    figures = []
+    for run in runs:
+        title = f"{layer_map.title} ({run.name})" if len(runs) > 1 else layer_map.title
+        figures.append(heat_map(title, layer_map.caption, layer_map.grid(run, common)))
+    return figures
+
+
+def _recent_table(run: Run) -> str:
+    recent = {words: run.recent_by_layer(PREFIX + name) for name, words in COLUMNS.items()}
+    columns = {words: values for words, values in recent.items() if values}
+    numbers = sorted({layer for values in columns.values() for layer in values})
+    rows = [[str(i), *(number(values.get(i)) for values in columns.values())] for i in numbers]
+    if not rows:
+        return ""
+    label = f"Every layer of {html.escape(run.name)}, mean of the last quarter"
+    return folded(label, table(["layer", *columns], rows))
