@@ -48,7 +48,7 @@ docs: env  ## the documentation as a site, in site/; a broken link or reference 
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: env  ## the benchmarks of tools/bench/, one after another
-	@set -e; for file in $(filter-out %/__init__.py,$(wildcard tools/bench/*.py)); do \
+	@set -e; for file in $(filter-out %/__init__.py %/paired.py,$(wildcard tools/bench/*.py)); do \
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
 clean:  ## remove the environments and all caches; the runs in runs/ stay

@@ -178,22 +178,19 @@ class Job:
 
 
 def _config(case, **more):
-    from transformers import Qwen3MoeConfig
-
     from recipes.model.model import transformer_config
+    from recipes.model.tiny import tiny_config
 
-    hf = Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=len(case.pattern.replace("|", "")) or case.num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+    hf = tiny_config(
+        layers=len(case.pattern.replace("|", "")) or case.num_layers,
+        hidden=HIDDEN,
+        experts=EXPERTS,
+        top_k=TOP_K,
+        vocab=VOCAB,
+        heads=2,
         head_dim=16,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        norm_topk_prob=True,
+        expert_size=16,
+        dense_size=32,
         mlp_only_layers=list(case.dense),
         max_position_embeddings=256,
     )

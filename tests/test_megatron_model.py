@@ -4,11 +4,11 @@ import pytest
 import torch
 from megatron_worlds import run_world
 from tiny_models import tiny_qwen3_moe
-from transformers import Qwen3MoeConfig
 
 from recipes.model.memory import Workload, estimate, require_fit
 from recipes.model.model import _fusion_fields, resolve_spec, transformer_config
 from recipes.model.parallel import ParallelLayout
+from recipes.model.tiny import tiny_config
 from routing_replay.errors import ConfigError
 
 FUSIONS = ("moe_permute_fusion", "apply_rope_fusion", "bias_activation_fusion", "moe_grouped_gemm")
@@ -95,20 +95,17 @@ def test_the_estimate_of_the_optimizer_is_what_the_ranks_hold(
 def qwen3_30b():
     """The published sizes of Qwen3-30B-A3B."""
     return transformer_config(
-        Qwen3MoeConfig(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=6144,
-            moe_intermediate_size=768,
-            num_hidden_layers=48,
-            num_attention_heads=32,
-            num_key_value_heads=4,
+        tiny_config(
+            layers=48,
+            hidden=2048,
+            experts=128,
+            top_k=8,
+            vocab=151936,
+            heads=32,
+            groups=4,
             head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
-            max_position_embeddings=40960,
-            tie_word_embeddings=False,
+            expert_size=768,
+            dense_size=6144,
         ),
         LAYOUT_30B,
         dtype=torch.bfloat16,

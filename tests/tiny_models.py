@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from recipes.model.tiny import tiny_config
+
 
 def write_tiny_qwen3_moe(
     path,
@@ -33,26 +35,23 @@ def write_tiny_qwen3_moe(
     The weights are wide (standard deviation 0.12): with the usual 0.02 the logits of so small a
     model are flat, and a wrong layer would hardly change them. Head size 64 suits SGLang on a CPU.
     """
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=dense_size,
-        moe_intermediate_size=expert_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
+    config = tiny_config(
+        layers=layers,
+        hidden=hidden,
+        experts=experts,
+        top_k=top_k,
+        vocab=vocab,
+        heads=heads,
+        groups=groups,
         head_dim=head_dim,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
+        expert_size=expert_size,
+        dense_size=dense_size,
         norm_topk_prob=norm_topk,
         mlp_only_layers=list(dense_layers),
-        max_position_embeddings=512,
         tie_word_embeddings=tie_embeddings,
         initializer_range=0.12,
-        bos_token_id=None,
-        eos_token_id=None,
     )
     return _save(Qwen3MoeForCausalLM, config, path, dtype, seed)
 

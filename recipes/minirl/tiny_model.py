@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from recipes.model.tiny import tiny_config
+
 from .config import RecipeConfig
 from .prompts import Prompt, read_prompts, take
 from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
@@ -95,30 +97,23 @@ def make_model(config: RecipeConfig) -> PreTrainedModel:
 
 def hf_config(config: RecipeConfig) -> Qwen3MoeConfig:
     """Return the tiny model's sizes."""
-    from transformers import Qwen3MoeConfig
-
     m = config.model
-    return Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=len(VOCABULARY),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
-        moe_intermediate_size=EXPERT_SIZE,
-        num_hidden_layers=m.tiny_layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=64,  # SGLang's CPU attention is safe with it
-        num_experts=m.tiny_experts,
-        num_experts_per_tok=m.tiny_top_k,
-        norm_topk_prob=True,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
+    hf: Qwen3MoeConfig = tiny_config(
+        layers=m.tiny_layers,
+        hidden=HIDDEN_SIZE,
+        experts=m.tiny_experts,
+        top_k=m.tiny_top_k,
+        vocab=len(VOCABULARY),
+        heads=2,
+        expert_size=EXPERT_SIZE,
+        dense_size=2 * HIDDEN_SIZE,  # of dense layers, of which there are none
         initializer_range=INITIALIZER_RANGE,
-        bos_token_id=None,
         eos_token_id=VOCABULARY.index(EOS),
         # transformers sets the embedding of a padding token to zero. Responses sample it at
         # first, and RMSNorm scales the gradient of a zero vector by 1 / sqrt(eps) = 1,000.
         pad_token_id=None,
     )
+    return hf
 
 
 def warm_up(

@@ -2,17 +2,18 @@
 
     python -m tools.bench.payload [--rows 32768] [--layers 48] [--experts 128] [--top-k 8]
 
-All kinds take turns, round after round; figures are medians. Below the table: what a server does
-when a request finishes (its rows gathered from 8192 of its slots, and encoded) as a ratio to
-stock's gathering, and the search for doubled experts, the dearest check of `Routes`, against its
-plain form.
+All kinds take turns; figures are medians. Below the table: what a server does when a request
+finishes (its rows gathered from 8192 of its slots, and encoded) as a ratio to stock's gathering,
+and the search for doubled experts, the most expensive check of `Routes`, against its plain form.
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
-import statistics
-import time
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,15 @@ from routing_replay.routes.routes import Origin, Routes, compact_dtype, has_dupl
 from routing_replay.sglang.rows import collect
 from routing_replay.sglang.slots import SlotRows
 
+from .paired import finish, parse, parser, ratios, spread, take_turns, timed
+
+Figures = dict[str, dict[str, float]]
+# Rounds of every comparison.
 ROUNDS = 15
 
 
-def random_routes(arguments):
-    """Distinct experts drawn from few choices: fast to make, and no easier to check."""
+def random_routes(arguments: argparse.Namespace) -> Routes:
+    """Return distinct experts drawn from few choices: fast to make, and no easier to check."""
     random = np.random.default_rng(0)
     choices = np.argsort(random.random((4096, arguments.experts)), -1)[:, : arguments.top_k]
     picks_TL = random.integers(0, len(choices), (arguments.rows, arguments.layers))
@@ -35,7 +40,8 @@ def random_routes(arguments):
     return with_gates(ids_TLK, range(arguments.layers), arguments.experts)
 
 
-def with_gates(ids_TLK, layers, num_experts):
+def with_gates(ids_TLK: np.ndarray, layers: Iterable[int], num_experts: int) -> Routes:
+    """Return routes whose gates are all equal."""
     gates_TLK = np.full(ids_TLK.shape, 1 / ids_TLK.shape[2], np.float16)
     layers = tuple(layers)
     return Routes(
@@ -43,61 +49,51 @@ def with_gates(ids_TLK, layers, num_experts):
     )
 
 
-def long_version(routes, num_rows=32768):
-    """The same rows again and again, until they are as many as a long rollout's."""
+def long_version(routes: Routes, num_rows: int = 32768) -> Routes:
+    """Return the same rows, repeated to the length of a long rollout."""
     repeats = -(-num_rows // routes.num_rows)
     ids_TLK = np.tile(routes.expert_ids_TLK, (repeats, 1, 1))[:num_rows]
     return with_gates(ids_TLK, routes.layers, routes.num_experts)
 
 
-def payloads_of(routes):
-    """What each kind of server would send, as (bytes, function that makes them)."""
+def payloads_of(routes: Routes) -> dict[str, Callable[[], bytes]]:
+    """Return the function that makes each kind of server's bytes."""
     ids = Routes(
         expert_ids_TLK=routes.expert_ids_TLK, layers=routes.layers, num_experts=routes.num_experts
     )
     wide_TLK = np.zeros((routes.num_rows, routes.layers[-1] + 1, routes.top_k), np.int32)
 
-    def stock():
+    def stock() -> bytes:
         wide_TLK[:, list(routes.layers)] = routes.expert_ids_TLK
         return wide_TLK.tobytes()
 
     return {"stock": stock, "ids": lambda: encode(ids), "gates": lambda: encode(routes)}
 
 
-def speeds(routes):
-    """For each kind: bytes, and GB of ids per second encoded and decoded (base64 included)."""
-    kinds, times = payloads_of(routes), {}
+def speeds(routes: Routes, rounds: int = ROUNDS) -> Figures:
+    """Return bytes, and GB of ids per second encoded and decoded, of each kind."""
+    kinds = payloads_of(routes)
     data = {kind: make() for kind, make in kinds.items()}
-    texts = {kind: base64.b64encode(data[kind]).decode() for kind in kinds}
-    for _ in range(ROUNDS):
-        for kind, make in kinds.items():
-            meta_info, num_tokens = {FIELD: texts[kind]}, routes.num_rows + 1
-            times.setdefault((kind, "encode"), []).append(seconds(make))
-            times.setdefault((kind, "decode"), []).append(
-                seconds(
-                    lambda m=meta_info, n=num_tokens: decode(m, num_tokens=n, shape=routes.shape)
-                )
-            )
+
+    def decoder(kind: str) -> Callable[[], object]:
+        meta_info = {FIELD: base64.b64encode(data[kind]).decode()}
+        return lambda: decode(meta_info, num_tokens=routes.num_rows + 1, shape=routes.shape)
+
+    encoding = take_turns({kind: timed(make) for kind, make in kinds.items()}, rounds)
+    decoding = take_turns({kind: timed(decoder(kind)) for kind in kinds}, rounds)
     gigabytes = routes.expert_ids_TLK.nbytes / 1e9
     return {
         kind: {
             "bytes": len(data[kind]),
-            **{
-                way: gigabytes / statistics.median(times[kind, way]) for way in ("encode", "decode")
-            },
+            "encode": gigabytes / spread(encoding[kind]).median,
+            "decode": gigabytes / spread(decoding[kind]).median,
         }
         for kind in kinds
     }
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def collectors(routes, num_rows=8192):
-    """What stock and our server do for a finished request of so many tokens."""
+def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], object]]:
+    """Return what stock and our server do for a finished request of so many tokens."""
     ids_TLK, num_rows = routes.expert_ids_TLK[:num_rows], min(num_rows, routes.num_rows)
     slots = SlotRows(ids_TLK.shape, routes.num_experts, has_gates=True)
     slots.ids_NLK[:], slots.gates_NLK[:] = ids_TLK, routes.gate_probs_TLK[:num_rows]
@@ -113,17 +109,17 @@ def collectors(routes, num_rows=8192):
         sampler=None,
     )
 
-    def ours(level):
+    def ours(level: str) -> Callable[[], object]:
         return lambda: collect(capturer, finished(num_rows, level), pool)
 
-    def stock():
+    def stock() -> torch.Tensor:
         return stock_NLK[pool.req_to_token[0, : num_rows - 1].cpu().clone()]
 
     return {"stock": stock, "ids": ours("ids"), "gates": ours("gates")}
 
 
-def finished(num_tokens, level):
-    """The fields of SGLang's request that `collect` reads, under the names of all versions."""
+def finished(num_tokens: int, level: str) -> SimpleNamespace:
+    """Return the fields of a request that `collect` reads, by the names of all versions."""
     return SimpleNamespace(
         origin_input_ids=[0] * (num_tokens - 1),
         output_ids=[0],
@@ -135,54 +131,43 @@ def finished(num_tokens, level):
     )
 
 
-def ratios_of(calls, reference):
-    """Time of each call as a ratio to the reference's, in the same round."""
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    return {
-        name: quartiles([a / b for a, b in zip(values, times[reference], strict=True)])
-        for name, values in times.items()
-        if name != reference
-    }
-
-
-def quartiles(ratios):
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def plain_duplicates(ids_TLK):
-    """The obvious form, over all rows at once."""
+def plain_duplicates(ids_TLK: np.ndarray) -> np.ndarray:
+    """Search for doubled experts in the plain form, over all rows at once."""
     doubled_TL = np.zeros(ids_TLK.shape[:-1], np.bool_)
     for shift in range(1, ids_TLK.shape[-1]):
         doubled_TL |= (ids_TLK[..., shift:] == ids_TLK[..., :-shift]).any(-1)
     return doubled_TL
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=32768)
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    routes = random_routes(parser.parse_args())
-    found = speeds(routes)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the payloads' table and the two ratios below it."""
+    made = parser(__doc__)
+    made.add_argument("--rows", type=int, default=32768)
+    made.add_argument("--layers", type=int, default=48)
+    made.add_argument("--experts", type=int, default=128)
+    made.add_argument("--top-k", type=int, default=8)
+    made.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parse(made, argv, {"rows": 64, "layers": 2, "rounds": 1})
+    routes = random_routes(arguments)
+    figures: dict[str, Any] = {"payloads": speeds(routes, arguments.rounds)}
     print("| payload | bytes | of stock's | encode GB/s | decode GB/s |")
     print("| --- | --- | --- | --- | --- |")
-    for kind, values in found.items():
-        share = values["bytes"] / found["stock"]["bytes"]
+    for kind, values in figures["payloads"].items():
+        share = values["bytes"] / figures["payloads"]["stock"]["bytes"]
         row = f"| {kind} | {values['bytes']} | {share:.4f} "
         print(row + f"| {values['encode']:.2f} | {values['decode']:.2f} |")
-    for kind, ratio in ratios_of(collectors(routes), "stock").items():
-        print(f"collection of {kind}: {ratio} of the time of stock's")
+    collecting = {name: timed(call) for name, call in collectors(routes).items()}
+    figures["collection"] = ratios(take_turns(collecting, arguments.rounds), "stock")
+    for kind in ("ids", "gates"):
+        print(f"collection of {kind}: {figures['collection'][kind]} of the time of stock's")
     ids_TLK = routes.expert_ids_TLK
-    searches = {"plain": plain_duplicates, "ours": has_duplicates}
-    calls = {name: (lambda search=search: search(ids_TLK)) for name, search in searches.items()}
-    print(f"search for doubled experts: {ratios_of(calls, 'plain')['ours']} of the plain form's")
+    searches = {
+        "plain": timed(lambda: plain_duplicates(ids_TLK)),
+        "ours": timed(lambda: has_duplicates(ids_TLK)),
+    }
+    figures["search"] = ratios(take_turns(searches, arguments.rounds), "plain")
+    print(f"search for doubled experts: {figures['search']['ours']} of the plain form's")
+    finish("payload", arguments, figures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tools.bench.replay [--tokens 4096] [--layers 4] [--rounds 9]
 
-Four ways to select experts take turns, so that a machine's mood meets all of them alike:
+Four ways to select experts take turns, so that noise affects all of them alike:
 
     live        stock routing
     stock       megatron-core's own RouterReplay, its int64 targets set for every microbatch
@@ -13,34 +13,36 @@ Printed are medians in milliseconds and the median of the ratios to `live` and t
 round, with their quartiles. One step of one microbatch is timed as a trainer runs it: the scope is
 opened, the rows of all layers are gathered from the step's table, checked, moved to the device and
 replayed (and recomputed before a backward), and the receipt is checked. A scope and a microbatch
-cost something once, however many layers there are: with a few layers instead of a model's dozens
-our share is rather over- than understated.
+have a fixed cost, so few layers instead of a model's dozens overstate our share.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
+from recipes.model.tiny import tiny_config
 from routing_replay.config import ReplayConfig
 from routing_replay.megatron import attach
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
+
+from .paired import Times, finish, parse, parser, ratios, spread, take_turns, timed
 
 # isort: split
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 WAYS = ("live", "stock", "ours", "agreement")
-MODELS = {
+MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
     # name: experts, top-k, fields of Megatron's configuration
     "Qwen3-30B-A3B": (128, 8, {}),
     "DeepSeek-V3": (
@@ -58,9 +60,9 @@ MODELS = {
 
 
 class Chunk(torch.nn.Module):
-    """Some MoE layers, or their routers alone, as a model chunk; recomputed in backward if asked.
+    """MoE layers, or their routers alone, as a model chunk; recomputed in backward if asked.
 
-    Each layer gets the same input: random experts one after another would blow up or die out.
+    Each layer gets the same input: through random experts in sequence it would explode or vanish.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], is_router_only: bool):
@@ -69,7 +71,7 @@ class Chunk(torch.nn.Module):
         self.is_router_only, self.recompute = is_router_only, False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        total = 0.0
+        total = hidden.new_zeros(())
         for layer in self.layers:
             module = layer.router if self.is_router_only else layer
             if self.recompute:
@@ -80,7 +82,7 @@ class Chunk(torch.nn.Module):
         return total
 
 
-def _first_output(module: torch.nn.Module):
+def _first_output(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda hidden: module(hidden)[0]
 
 
@@ -91,35 +93,34 @@ class Setting:
     name: str
     experts: int
     top_k: int
-    fields: dict
+    fields: dict[str, Any]
     layers: int
     tokens: int
     hidden: int
     expert_width: int
     is_router_only: bool
+    spec: str
 
 
 def build(setting: Setting, has_stock_replay: bool) -> Chunk:
-    """The MoE layers of a model; the same weights for every way."""
-    from transformers import Qwen3MoeConfig
-
-    hf = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=setting.hidden,
-        intermediate_size=64,
-        moe_intermediate_size=setting.expert_width,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=setting.experts,
-        num_experts_per_tok=setting.top_k,
-        norm_topk_prob=True,
+    """Return the MoE layers of a model; the same weights for every way."""
+    hf = tiny_config(
+        layers=setting.layers,
+        hidden=setting.hidden,
+        experts=setting.experts,
+        top_k=setting.top_k,
+        expert_size=setting.expert_width,
+        vocab=64,
     )
     layout = parallel.ParallelLayout()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     config = transformer_config(
-        hf, layout, dtype=dtype, moe_enable_routing_replay=has_stock_replay, **setting.fields
+        hf,
+        layout,
+        dtype=dtype,
+        spec=setting.spec,
+        moe_enable_routing_replay=has_stock_replay,
+        **setting.fields,
     )
     torch.manual_seed(1)
     model = build_model(config, layout)[0]
@@ -127,6 +128,7 @@ def build(setting: Setting, has_stock_replay: bool) -> Chunk:
 
 
 def random_routes(setting: Setting) -> RouteTable:
+    """Return a table of distinct random experts."""
     layers = tuple(range(setting.layers))
     model = MoEShape(layers=layers, num_experts=setting.experts, top_k=setting.top_k)
     table = RouteTable.empty(model, [setting.tokens], source="rollout")
@@ -180,41 +182,31 @@ class Way:
                 replay.set_router_replay_action(action)
 
 
-def measure(setting: Setting, backward: bool, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every way in every round."""
+def measure(setting: Setting, backward: bool, rounds: int) -> Times:
+    """Return the seconds of every way in every round."""
     table = random_routes(setting)
-    ways = [Way(name, setting, table) for name in WAYS]
-    device = next(ways[0].chunk.parameters()).device
-    dtype = next(ways[0].chunk.parameters()).dtype
-    hidden = torch.randn(setting.tokens, 1, setting.hidden, device=device).to(dtype)
+    ways = {name: Way(name, setting, table) for name in WAYS}
+    weight = next(ways["live"].chunk.parameters())
+    hidden = torch.randn(setting.tokens, 1, setting.hidden, device=weight.device).to(weight.dtype)
     hidden.requires_grad_(backward)
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    for number in range(rounds + 1):  # the first round warms up
-        # Who follows whom matters to the allocator and the caches: every other round backwards.
-        for way in ways if number % 2 else reversed(ways):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            way.step(hidden, backward)
-            torch.cuda.synchronize()
-            if number:
-                times[way.name].append(1e3 * (time.perf_counter() - start))
+
+    def step_of(way: Way) -> Callable[[], float]:
+        return timed(lambda: way.step(hidden, backward))
+
+    times = take_turns({name: step_of(way) for name, way in ways.items()}, rounds)
     RouterReplay.clear_global_router_replay_instances()
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str, base: str) -> str:
-    quotients = np.array(times[name]) / np.array(times[base])
-    low, middle, high = np.quantile(quotients, [0.25, 0.5, 0.75])
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def print_table(title: str, times: dict[str, list[float]]) -> None:
+def print_table(title: str, times: Times) -> dict[str, Any]:
+    """Print the medians and ratios of one setting, and return them."""
+    to_live, to_stock = ratios(times, "live"), ratios(times, "stock")
     print(f"\n{title}\n| way | ms | / live | / stock |\n| --- | --- | --- | --- |")
     for name in WAYS:
-        median = f"{np.median(times[name]):.2f}"
-        print(
-            f"| {name} | {median} | {ratio(times, name, 'live')} | {ratio(times, name, 'stock')} |"
-        )
+        milliseconds = 1e3 * spread(times[name]).median
+        print(f"| {name} | {milliseconds:.2f} | {to_live[name]} | {to_stock[name]} |")
+    seconds = {name: spread(values) for name, values in times.items()}
+    return {"seconds": seconds, "to_live": to_live, "to_stock": to_stock}
 
 
 def print_bytes(setting: Setting) -> None:
@@ -228,43 +220,61 @@ def print_bytes(setting: Setting) -> None:
     print(f"| ours | {id_bytes * top_k} until its backward | {id_bytes * top_k}, one per node |")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
-    parser.add_argument("--layers", type=int, default=4, help="MoE layers of the chunk")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size")
-    parser.add_argument("--expert-width", type=int, default=64, help="width of an expert")
-    arguments = parser.parse_args(argv)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
+    made.add_argument("--layers", type=int, default=4, help="MoE layers of the chunk")
+    made.add_argument("--rounds", type=int, default=9, help="timed rounds")
+    made.add_argument("--hidden", type=int, default=512, help="hidden size")
+    made.add_argument("--expert-width", type=int, default=64, help="width of an expert")
+    made.add_argument("--spec", choices=("auto", "te", "local"), default="local", help="layer spec")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time every model, part and direction, and print one table for each."""
+    quick = {"tokens": 16, "layers": 1, "rounds": 1, "hidden": 64, "expert_width": 32}
+    arguments = parse(make_parser(), argv, quick)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # one thread is steadier than a shared machine's two
     parallel.initialize(parallel.ParallelLayout(), seed=1)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 1 thread"
-    print(f"{where}; {arguments.layers} layers, {arguments.tokens} tokens, hidden ", end="")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 1 thread"
+    print(f"{device}; {arguments.layers} layers, {arguments.tokens} tokens, hidden ", end="")
     print(f"{arguments.hidden}, expert width {arguments.expert_width}; ", end="")
     print(f"median of {arguments.rounds} rounds [quartiles]")
-    for name, (experts, top_k, fields) in MODELS.items():
-        for is_router_only in (True, False):
-            setting = Setting(
-                name=name,
-                experts=experts,
-                top_k=top_k,
-                fields=fields,
-                layers=arguments.layers,
-                tokens=arguments.tokens,
-                hidden=arguments.hidden,
-                expert_width=arguments.expert_width,
-                is_router_only=is_router_only,
-            )
-            part = "routers" if is_router_only else "whole MoE layers"
-            for backward in (False, True):
-                what = "forward + backward with recomputation" if backward else "forward"
-                times = measure(setting, backward, arguments.rounds)
-                print_table(f"{name} ({experts} experts, top-{top_k}), {part}, {what}", times)
-        print_bytes(setting)
+    figures = {}
+    for setting in settings(arguments):
+        part = "routers" if setting.is_router_only else "whole MoE layers"
+        for backward in (False, True):
+            direction = "forward + backward with recomputation" if backward else "forward"
+            title = f"{setting.name} ({setting.experts} experts), {part}, {direction}"
+            times = measure(setting, backward, arguments.rounds)
+            figures[title] = print_table(title, times)
+        if not setting.is_router_only:
+            print_bytes(setting)
+    finish("replay", arguments, figures)
     parallel.destroy()
+
+
+def settings(arguments: argparse.Namespace) -> list[Setting]:
+    """Return routers alone and whole layers of every model."""
+    return [
+        Setting(
+            name=name,
+            experts=experts,
+            top_k=top_k,
+            fields=fields,
+            layers=arguments.layers,
+            tokens=arguments.tokens,
+            hidden=arguments.hidden,
+            expert_width=arguments.expert_width,
+            is_router_only=is_router_only,
+            spec=arguments.spec,
+        )
+        for name, (experts, top_k, fields) in MODELS.items()
+        for is_router_only in (True, False)
+    ]
 
 
 if __name__ == "__main__":

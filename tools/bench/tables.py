@@ -1,19 +1,20 @@
-"""Inspect and diff of large routes files: time against the machine's own speed, and peak memory.
+"""Time and peak memory of inspecting and comparing large routes files.
 
-    python tools/bench/tables.py --tokens 10_000_000 --layers 48 --top-k 8
+    python -m tools.bench.tables --tokens 10_000_000 --layers 48 --top-k 8
 
 writes two files of that size (3.8 GB each at the default model), inspects the first, compares both,
 and prints for each the bytes per second, the same for merely reading the file, and the peak of
 the memory that the process owned (mapped file pages are the kernel's and do not count).
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ from routing_replay.analysis.inspection import inspect_table
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 
+from .paired import finish, parse, parser, run_apart
+
 BLOCK_ROWS = 1 << 18
 SEQUENCE_ROWS = 4096
 
 
 def write_table(path: Path, model: MoEShape, num_rows: int, flip_share: float) -> None:
-    """Random distinct experts; the share `flip_share` of rows differs from the seed's routes."""
+    """Write random distinct experts; `flip_share` of the rows differ from the seed's routes."""
     generator = np.random.default_rng(0)
     lengths = [SEQUENCE_ROWS] * (num_rows // SEQUENCE_ROWS)
     lengths += [num_rows % SEQUENCE_ROWS] * (num_rows % SEQUENCE_ROWS > 0)
@@ -56,13 +59,13 @@ def write_table(path: Path, model: MoEShape, num_rows: int, flip_share: float) -
 
 
 def owned_bytes() -> int:
-    """Memory of this process that is not a mapped file."""
+    """Return the memory of this process that is not a mapped file."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def read_all(path: Path) -> float:
-    """Seconds to read the file once, in blocks: what no tool can beat."""
+    """Return the seconds of reading the file once, in blocks: no tool can be faster."""
     started = time.perf_counter()
     with open(path, "rb", buffering=0) as file:
         buffer = bytearray(1 << 24)
@@ -71,14 +74,12 @@ def read_all(path: Path) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, paths: list[Path]) -> dict:
-    """Runs in a process of its own, so that the peak is this operation's."""
-    import threading
-
+def measure(name: str, paths: list[Path]) -> dict[str, float]:
+    """Return time and peak memory of one operation."""
     before = peak = owned_bytes()
     done = threading.Event()
 
-    def watch():
+    def watch() -> None:
         nonlocal peak
         while not done.wait(0.02):
             peak = max(peak, owned_bytes())
@@ -98,15 +99,21 @@ def measure(name: str, paths: list[Path]) -> dict:
     return {"seconds": seconds, "gb_per_s": size / seconds / 1e9, "peak_mb": (peak - before) / 1e6}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--folder", help="where the files go; a temporary folder by default")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    parsed = parser.parse_args()
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, default=1_000_000)
+    made.add_argument("--layers", type=int, default=48)
+    made.add_argument("--top-k", type=int, default=8)
+    made.add_argument("--experts", type=int, default=128)
+    made.add_argument("--folder", help="where the files go; a temporary folder by default")
+    made.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write two files and measure each operation in a process of its own."""
+    parsed = parse(make_parser(), argv, {"tokens": 100, "layers": 2})
     if parsed.measure:
         name, *paths = parsed.measure
         print(json.dumps(measure(name, [Path(path) for path in paths])))
@@ -115,21 +122,22 @@ def main() -> None:
         layers=tuple(range(parsed.layers)), num_experts=parsed.experts, top_k=parsed.top_k
     )
     with tempfile.TemporaryDirectory(dir=parsed.folder) as folder:
-        paths = [Path(folder) / name for name in ("a.safetensors", "b.safetensors")]
-        for path, share in zip(paths, (0.0, 0.02), strict=True):
+        files = [Path(folder) / name for name in ("a.safetensors", "b.safetensors")]
+        for path, share in zip(files, (0.0, 0.02), strict=True):
             write_table(path, model, parsed.tokens, share)
-        size = os.path.getsize(paths[0])
+        size = files[0].stat().st_size
         print(f"{parsed.tokens} tokens x {parsed.layers} layers x top-{parsed.top_k}: {size} bytes")
-        seconds = read_all(paths[0])
-        print(f"{'read':8s} {seconds:8.2f} s {size / seconds / 1e9:7.2f} GB/s")
+        seconds = read_all(files[0])
+        figures = {"read": {"seconds": seconds, "gb_per_s": size / seconds / 1e9, "peak_mb": 0.0}}
         for name, count in (("verify", 1), ("inspect", 1), ("diff", 2)):
-            command = [sys.executable, __file__, "--measure", name, *map(str, paths[:count])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout)
-            print(
-                f"{name:8s} {found['seconds']:8.2f} s {found['gb_per_s']:7.2f} GB/s, "
-                f"peak {found['peak_mb']:.0f} MB"
-            )
+            operands = [str(path) for path in files[:count]]
+            figures[name] = run_apart(__spec__.name, "--measure", name, *operands)
+    for name, result in figures.items():
+        print(
+            f"{name:8s} {result['seconds']:8.2f} s {result['gb_per_s']:7.2f} GB/s, "
+            f"peak {result['peak_mb']:.0f} MB"
+        )
+    finish("tables", parsed, figures)
 
 
 if __name__ == "__main__":
