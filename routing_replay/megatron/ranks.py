@@ -38,7 +38,8 @@ class RankGrid:
         if not dist.is_initialized():
             return cls()
         if not parallel_state.model_parallel_is_initialized():
-            return cls(tokens=_larger([dist.group.WORLD]))
+            world = dist.group.WORLD
+            return cls() if world is None else cls(tokens=_larger([world]))
         return cls(
             tokens=_larger(
                 [
