@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from routing_replay import cli
-from routing_replay.config import ReplayConfig
+from routing_replay.config import ReplayConfig, add_arguments
 from routing_replay.errors import PreflightError
 from routing_replay.megatron import preflight
 
@@ -159,3 +159,17 @@ def test_the_doctor_reads_a_saved_configuration_without_a_model(tmp_path, capsys
         path.write_text(yaml.safe_dump(simple | changes))
         assert cli.main(["doctor", "--megatron-args", str(path)]) == code
         assert text in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not (find_spec("megatron") and find_spec("megatron.training")),
+    reason="the wheels before 0.17 hold no training script",
+)
+def test_the_flags_of_replay_are_an_extra_args_provider_of_megatrons_own_parser(monkeypatch):
+    from recipes.model import cpu  # noqa: F401  isort: skip
+    from megatron.training.arguments import parse_args
+
+    flags = ["--routing-replay-mode", "R2", "--routing-replay-agreement-every", "3"]
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *flags])
+    arguments = parse_args(extra_args_provider=add_arguments, ignore_unknown_args=True)
+    assert ReplayConfig.from_arguments(arguments) == ReplayConfig(mode="R2", agreement_every=3)
