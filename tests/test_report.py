@@ -316,9 +316,11 @@ def test_the_pixels_of_a_heat_map_are_the_values(tmp_path):
 
 def test_a_picture_has_one_rectangle_for_each_run_of_equal_cells(tmp_path):
     cells = [{"0": 1.0, "2": 0.0}, {"0": 1.0, "2": None}, {"0": 0.5, "2": None}]
-    rows = [
+    # Step 0, an evaluation, has no layers: the picture starts with step 1.
+    rows = [{"step": 0, "eval/reward": 0.5}]
+    rows += [
         {"step": s, "routing_replay/exact_match": {"mean": 0.9, "layers": cell}}
-        for s, cell in enumerate(cells)
+        for s, cell in enumerate(cells, 1)
     ]
     path = write_picture(write_run(tmp_path / "run", rows), tmp_path / "map.svg")
     root = ElementTree.parse(path).getroot()
@@ -331,7 +333,7 @@ def test_a_picture_has_one_rectangle_for_each_run_of_equal_cells(tmp_path):
         ("64.0", "213.6", "#d6451c"),
         ("277.3", "427.0", "#d5d5d5"),
     ]
-    assert {"layer 0", "layer 2", "step 0"} <= {text.text for text in root.iter(SVG + "text")}
+    assert {"layer 0", "layer 2", "step 1", "3"} <= {text.text for text in root.iter(SVG + "text")}
 
 
 def test_a_picture_of_nothing_is_refused(healthy, tmp_path):

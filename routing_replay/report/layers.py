@@ -32,14 +32,22 @@ class LayerMap:
     is_log: bool = False
 
     def grid(self, run: Run, bounds: tuple[float, float] | None = None) -> Grid:
-        """Return the run's cells; on a scale of its own if there are no common bounds."""
+        """Return the run's cells, from the first step with a value to the last.
+
+        Args:
+            run: The run.
+            bounds: Scale that several runs share; the run's own if None.
+        """
         series = run.layers.get(PREFIX + self.metric, {})
-        values = [[self._shown(value) for value in row] for row in series.values()]
+        columns = list(zip(*series.values(), strict=True))
+        known = [i for i, column in enumerate(columns) if any(v is not None for v in column)]
+        steps = slice(known[0], known[-1] + 1) if known else slice(0)
+        values = [[self._shown(value) for value in row[steps]] for row in series.values()]
         own = shared_bounds((value for row in values for value in row), self.is_log)
         return Grid(
             label=self.title,
             rows=list(series),
-            steps=run.steps,
+            steps=run.steps[steps],
             values=values,
             bounds=bounds or own,
             is_log=self.is_log,
