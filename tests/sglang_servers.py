@@ -89,10 +89,10 @@ def running(capture, *arguments):
             yield RunningServer(server, RolloutClient([server.url], MODEL), checkpoints)
 
 
-def request(prompt, *, num_new=12, capture="gates", **others):
+def request(prompt, *, num_new=12, capture="gates", **options):
     """A request that samples exactly `num_new` tokens at temperature 1."""
     sampling = {"temperature": 1.0, "max_new_tokens": num_new, "ignore_eos": True}
-    return GenerateRequest(input_ids=list(prompt), sampling=sampling, capture=capture, **others)
+    return GenerateRequest(input_ids=list(prompt), sampling=sampling, capture=capture, **options)
 
 
 def random_prompt(seed, length=20):

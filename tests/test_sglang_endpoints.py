@@ -39,12 +39,12 @@ def test_several_samples_and_a_stream_from_the_raw_endpoint(server, references):
     assert_true(asked, completion_of(events[-1], asked, url, MODEL), references[0])
 
 
-def openai_body(prompt, is_chat, **others):
+def openai_body(prompt, is_chat, **options):
     """A request for eight greedy tokens and their gates, to one endpoint or the other."""
     words = " ".join(f"t{token}" for token in prompt)
     content = {"messages": [{"role": "user", "content": words}]} if is_chat else {"prompt": prompt}
     sampling = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
-    return {"model": "default", **content, **sampling, **request_fields("gates"), **others}
+    return {"model": "default", **content, **sampling, **request_fields("gates"), **options}
 
 
 ENDPOINTS = {"/v1/completions": False, "/v1/chat/completions": True}

@@ -243,8 +243,9 @@ def test_the_ring_of_logits_forgets_overwritten_slots_and_its_oldest():
         sampler.keep(np.array(slots), np.array(sampled, np.int64), values)
 
     def known():
-        found = sampler.of_slots(np.arange(8))
-        return dict(zip(found.rows_N.tolist(), found.values_NLE[:, 0, 0].tolist(), strict=True))
+        logits = sampler.of_slots(np.arange(8))
+        values = logits.values_NLE[:, 0, 0].tolist()
+        return dict(zip(logits.rows_N.tolist(), values, strict=True))
 
     keep([0, 1, 2, 3], [0, 1, 2, 3], 1.0)
     keep([2], [], 2.0)  # written again, not sampled

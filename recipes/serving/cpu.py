@@ -1,10 +1,9 @@
 """Let stock SGLang serve on a machine without a CUDA device.
 
-Three things stand in its way: the CPU engine is opt-in, the kernel package cannot be imported, and
-the capture pins host memory through the CUDA runtime. The first two are set before the server
-starts (`server_environment`, `server_arguments`; `server.launch` does it); the plugin patches the
-third inside the server (`routing_replay/sglang/cpu.py`). With a CUDA device nothing here has any
-effect.
+Three obstacles are removed: the CPU engine is opt-in, the kernel package cannot be imported, and
+the capture pins host memory through the CUDA runtime. `server.launch` removes the first two before
+the server starts (`server_environment`, `server_arguments`); the plugin removes the third inside
+the server (`routing_replay/sglang/cpu.py`). With a CUDA device nothing here has any effect.
 
 Every CPU takes SGLang's torch-native path, also those with AMX: its AMX kernels live in a build
 of `sgl_kernel` that no package index carries.
@@ -22,7 +21,7 @@ MAX_TOTAL_TOKENS = 1 << 16
 
 
 def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a server process needs in its environment; empty with a CUDA device.
+    """Return what a server process needs in its environment; empty with a CUDA device.
 
     Args:
         environment: The environment it would inherit, for its PYTHONPATH.
@@ -44,7 +43,7 @@ def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
 
 
 def server_arguments() -> list[str]:
-    """The command-line arguments of a server; none with a CUDA device."""
+    """Return the command-line arguments of a server; none with a CUDA device."""
     if torch.cuda.is_available():
         return []
     return [

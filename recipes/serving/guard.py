@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-# Servers answer SIGTERM by draining; a rollout that nobody waits for is not worth more time.
+# Servers drain on SIGTERM; without an owner nothing waits for the rollouts.
 GRACE_S = 3.0
 
 

@@ -253,7 +253,7 @@ class _TransientError(ServerError):
 
 
 def _check_weights(completion: Completion, weight_version: int | None) -> None:
-    """A server that restarted samples from the weights that it started with, and looks healthy."""
+    """Raise for older weights: a restarted server looks healthy, and serves its first ones."""
     got = completion.weight_version
     if weight_version is not None and got.isdigit() and int(got) < weight_version:
         raise _TransientError(

@@ -28,7 +28,7 @@ GATE_SLACK = 2.0**-11
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """What a probe found.
+    """The properties that a probe proved.
 
     Args:
         url: The server, or the gateway in front of it.

@@ -68,16 +68,16 @@ class Completion:
             and min-p are not: SGLang applies those afterwards, to the probabilities it samples
             from. A greedy request (temperature 0) has them at temperature 1. (A server started
             with SGLANG_RETURN_ORIGINAL_LOGPROB leaves the temperature out as well.)
-        routes: Rows `start` .. prompt + n - 2; None if they were not asked for.
+        routes: Rows `start` .. prompt + n - 2; None if they were not requested.
         finish_reason: "stop", "length" or "abort".
         weight_version: Of the last token, as the server reports it.
         cached_tokens: Prompt tokens that came from the prefix cache.
         num_retractions: How often the request lost its place and was prefilled again.
-        sampling_mask: For each sampled token the tokens that could be sampled, if asked for.
+        sampling_mask: For each sampled token the tokens that could be sampled, if requested.
         mask_logprobs: float32 [n], the log-probability of the sampled token within that mask
-            (after top-p and top-k), if asked for.
+            (after top-p and top-k), if requested.
         top_ids, top_logprobs: int64 and float32 [n, K], mu's most likely tokens at each position
-            and their log-probs, as `mu_logprobs` over the whole vocabulary; if asked for.
+            and their log-probs, as `mu_logprobs` over the whole vocabulary; if requested.
         url: The server that answered.
     """
 
@@ -125,12 +125,12 @@ def completion_of(
 
     Args:
         answer: The JSON of the answer.
-        request: What was asked for.
+        request: The request that it answers.
         url: The server, for errors.
         model: As for `RolloutClient`.
 
     Raises:
-        ServerError: The answer lacks what was asked for.
+        ServerError: The answer lacks a part of the request.
         PayloadError, RoutesError: Its routes are missing, damaged, or of another model.
     """
     meta_info = answer.get("meta_info") if isinstance(answer, Mapping) else None
@@ -166,7 +166,7 @@ def completion_of(
 def _top_of(
     meta_info: Mapping[str, Any], request: GenerateRequest, url: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return ids and log-probs [n, K] of the most likely tokens, if asked for."""
+    """Return ids and log-probs [n, K] of the most likely tokens, if requested."""
     if not request.num_top_logprobs:
         return None, None
     rows = meta_info.get("output_top_logprobs")

@@ -1,4 +1,4 @@
-"""SGLang's routed-experts capturer, with gates and with knowledge of what wrote each row."""
+"""SGLang's routed-experts capturer, with gates, and with the origin and weights of each row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class CaptureOutput(TopkCaptureOutput):
-    """One step's rows on their way to the host, with what is known of the step.
+    """One step's rows on their way to the host, with the step's origin and weight version.
 
     Args:
         stock: SGLang's own output: slots, and rows as they stand in the device's buffer.
@@ -60,17 +60,17 @@ class CaptureOutput(TopkCaptureOutput):
             self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(ids_TLK))
 
     def map_device_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """SGLang >= 0.5.15 passes the function that copies to the host."""
+        """Copy to the host with the function that SGLang >= 0.5.15 passes."""
         super().map_device_tensors(copy)
         self._copy_ours(copy)
 
     def copy_to_cpu(self) -> None:
-        """SGLang <= 0.5.14 copies so."""
+        """Copy to the host as SGLang <= 0.5.14 does."""
         super().copy_to_cpu()
         self._copy_ours(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def copy_now(self) -> None:
-        """Without overlap nobody else copies."""
+        """Copy everything at once: without overlap SGLang does not."""
         self.out_cache_loc: torch.Tensor = self.out_cache_loc.cpu()
         self.topk: torch.Tensor = self.topk.cpu()
         self._copy_ours(torch.Tensor.cpu)
@@ -86,7 +86,7 @@ class CaptureOutput(TopkCaptureOutput):
         self.capturer.slots.put(self.out_cache_loc.numpy(), self.rows())
 
     def rows(self) -> KeptRows:
-        """The step's rows; its requests' one after another, from 0."""
+        """Return the step's rows from 0 on, one request after another."""
         stamps, num_rows = self.capturer.slots.stamps, len(self.topk)
         stamp_T = np.full(num_rows, stamps.stamp(self.origin, self.weight_version), np.int32)
         if self.num_decode_rows:
@@ -104,7 +104,7 @@ class CaptureOutput(TopkCaptureOutput):
 
 
 class Capturer(RoutedExpertsCapturer):
-    """Takes the place of SGLang's class through the plugin framework; one per process.
+    """Replaces SGLang's class through the plugin framework; one per process.
 
     Raises:
         ServerError: A feature under which rows could be wrong, or a hook that is missing.
@@ -120,7 +120,7 @@ class Capturer(RoutedExpertsCapturer):
         # SGLang's own host buffer is not used: it gets one slot.
         super().__init__(model_config, num_tokens=1, **named)
         self.weight_version = parse_version(getattr(server_args, "weight_version", None))
-        # Learnt from the routers that report: dense and hash-routed layers never do.
+        # Filled by the routers that report: dense and hash-routed layers never do.
         self.layers: set[int] = set()
         self.sampler = self._sampler(num_tokens) if self.settings.has_logits else None
         shape = (num_tokens, self.num_layers, self.topk_size)

@@ -3,7 +3,7 @@
 It rides on SGLang's own capture, which already does the hard part: a preallocated device buffer
 that is written inside the graph-capturable region, one asynchronous copy per step beside the other
 results, and a host buffer indexed by KV slot, so that a radix-cache hit keeps its rows. Ours only
-changes what is written and what is known about it:
+changes what is written:
 
 - a slot of the int32 device buffer holds the expert id in its upper and the gate probability, as
   float16 bits, in its lower half: gates cost no byte more than stock's ids;
@@ -26,7 +26,7 @@ def score_function(topk_config: Any) -> str | None:
     if topk_config.custom_routing_function is not None:
         return None
     if topk_config.use_grouped_topk and topk_config.correction_bias is not None:
-        return "sigmoid"  # SGLang's biased grouped router, whatever the configuration says
+        return "sigmoid"  # SGLang's biased grouped router ignores scoring_func
     return str(topk_config.scoring_func)
 
 

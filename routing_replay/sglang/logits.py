@@ -1,8 +1,8 @@
-"""Full router logits of a random sample of tokens, kept by KV slot like the rows.
+"""Full router logits of a random sample of tokens, by KV slot like the rows.
 
-A device buffer holds the logits of one step. After the step a fresh random choice of its rows goes
-to the host with the other results, into a ring of fixed size; a slot that is written again loses
-its logits, and a full ring forgets its oldest.
+A device buffer holds the logits of one step. After the step a new random sample of its rows goes to
+the host with the other results, into a ring of fixed size. A slot that is written again loses its
+logits, and a full ring overwrites its oldest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NONE = -1
 
 
 class LogitSampler:
-    """The buffers; memory is bounded and allocated once.
+    """Device buffer and host ring of the logits; memory is bounded and allocated once.
 
     Args:
         shape: Tokens of the largest step, layers, experts.
@@ -53,7 +53,7 @@ class LogitSampler:
         return self.ring_RLE.nbytes + self.entry_of_slot.nbytes + self.slot_of_entry.nbytes
 
     def write(self, layer: int, num_tokens: int, logits_TE: torch.Tensor | None) -> None:
-        """Write one layer's logits of the step, nan where the router told none.
+        """Write one layer's logits of the step, nan where there are none.
 
         Runs inside CUDA graphs: static shapes and no sync.
         """
@@ -70,7 +70,7 @@ class LogitSampler:
         return rows_N, self.step_TLE[index_N.to(self.step_TLE.device, non_blocking=True)]
 
     def keep(self, slots_T: np.ndarray, rows_N: np.ndarray, values_NLE: np.ndarray) -> None:
-        """Note that a step wrote these slots, and keep the logits of some of its rows."""
+        """Drop the logits of the slots that a step wrote, and keep those of its sampled rows."""
         self.entry_of_slot[slots_T] = NONE
         entries_N = (self._next + np.arange(len(rows_N))) % len(self.ring_RLE)
         self._next = int(self._next + len(rows_N)) % len(self.ring_RLE)
@@ -83,7 +83,7 @@ class LogitSampler:
         self.entry_of_slot[slots_T[rows_N]] = entries_N
 
     def of_slots(self, slots_T: np.ndarray) -> RouterLogits:
-        """The logits that are known of some slots; rows are positions in `slots_T`."""
+        """Return the logits that are kept of some slots; rows are positions in `slots_T`."""
         entries_T = self.entry_of_slot[slots_T]
         rows_N = np.flatnonzero(entries_T != NONE)
         return RouterLogits(rows_N=rows_N, values_NLE=self.ring_RLE[entries_T[rows_N]])

@@ -59,7 +59,7 @@ def _around(target: str, hook: Hook) -> None:
 
 def _refuse(error: RoutingReplayError) -> Hook:
     def create(stock: Hook, *arguments: Any, **named: Any) -> None:
-        # SGLang itself knows best whether routes are wanted; each version asks elsewhere.
+        # SGLang decides whether routes are wanted; each version reads another setting.
         if stock(*arguments, **named) is not None:
             raise error
 
@@ -110,7 +110,7 @@ def _update_weights(stock: Hook, owner: Any, recv_req: Any, *arguments: Any, **n
     from .gates import parse_version
 
     capturer = _capturer()
-    # Until the update has succeeded under a name, nobody can name the weights.
+    # Until the update has succeeded, the weights have no version.
     if capturer is not None:
         capturer.weight_version = parse_version(None)
     result = stock(owner, recv_req, *arguments, **named)

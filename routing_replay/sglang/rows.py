@@ -1,4 +1,4 @@
-"""Which rows are true: the forward pass of each row of one request.
+"""The rows of one request: each of the forward pass whose log-prob was returned.
 
 SGLang keeps rows by KV slot. That is the truth for a cached prefix and for decoded tokens, and
 fails where a request's slots stop being its own:
@@ -72,7 +72,7 @@ def keep_retracted(capturer: Capturer, req: Any, req_to_token_pool: Any) -> None
 
 
 def collect(capturer: Capturer, req: Any, req_to_token_pool: Any) -> torch.Tensor:
-    """What the request's answer carries: our payload, or stock's rows if it asked for those."""
+    """Return what the answer carries: our payload, or stock's rows for SGLang's own clients."""
     start = req.routed_experts_start_len
     stop = len(req.origin_input_ids) + len(req.output_ids_through_stop) - 1
     start = min(start, stop)
@@ -85,7 +85,7 @@ def collect(capturer: Capturer, req: Any, req_to_token_pool: Any) -> torch.Tenso
 
 
 def level_of(req: Any) -> str | None:
-    """The capture level that the request named; None for SGLang's own clients."""
+    """Return the capture level that the request names; None for SGLang's own clients."""
     named = req.sampling_params.custom_params
     level = named.get(REQUEST_KEY) if isinstance(named, dict) else None
     return level if level in OURS else None
@@ -96,14 +96,14 @@ def _keep(req: Any, new: KeptRows) -> None:
     if kept is None:
         kept = []
         setattr(req, ATTRIBUTE, kept)
-    # Prefilled again after a retraction: what is known already came first.
-    known = max((rows.stop for rows in kept), default=0)
-    if known < new.stop:
-        kept.append(new if known <= new.start else new.part(known, new.stop))
+    # Prefilled again after a retraction: the rows kept so far came first.
+    stop = max((rows.stop for rows in kept), default=0)
+    if stop < new.stop:
+        kept.append(new if stop <= new.start else new.part(stop, new.stop))
 
 
 def _rows(capturer: Capturer, req: Any, req_to_token_pool: Any, start: int, stop: int) -> KeptRows:
-    """The rows start .. stop - 1: what was kept, and the slots for the rest."""
+    """Return the rows start .. stop - 1, kept with the request or read from its slots."""
     rows = _slot_rows(capturer, req, req_to_token_pool, start, stop)
     logits = [] if rows.logits is None else [rows.logits]
     for kept in getattr(req, ATTRIBUTE, ()):
@@ -125,14 +125,14 @@ def _slot_rows(
 ) -> KeptRows:
     pool_index = versions.req_pool_index(req)
     if pool_index is None or not req.output_ids:
-        # Without slots, or ended before its prefill was complete: they hold anything.
+        # It has no slots, or ended before its prefill was complete: they hold anything.
         return capturer.slots.unwritten(stop - start, start)
     slots_T = req_to_token_pool.req_to_token[pool_index, start:stop].cpu().long().numpy()
     return capturer.slots.take(slots_T, start)
 
 
 def _outside(parts: list[RouterLogits], low: int, high: int) -> list[RouterLogits]:
-    """The logits of rows before `low` and from `high` on."""
+    """Return the logits of the rows before `low` and from `high` on."""
     sides = ((0, low), (high, np.iinfo(np.int64).max))
     return [part.within(*side) for part in parts for side in sides]
 
@@ -145,7 +145,7 @@ def _joined(parts: list[RouterLogits]) -> RouterLogits:
 
 
 def _stock_rows(rows: KeptRows) -> torch.Tensor:
-    """As SGLang sends them: all layers, int32; a row that nobody wrote is zero."""
+    """Return rows as SGLang sends them: all layers, int32, zero where none was written."""
     ids_TLK = rows.ids_TLK.astype(np.int32)
     ids_TLK[rows.stamp_T == NOT_WRITTEN] = 0
     return torch.from_numpy(ids_TLK)
@@ -180,6 +180,6 @@ def _logits_of(rows: KeptRows, layers: list[int], covered_T: np.ndarray) -> Rout
     if rows.logits is None:
         return None
     rows_N, values_NLE = rows.logits.rows_N - rows.start, rows.logits.values_NLE[:, layers]
-    # nan: a router of that row told no logits.
+    # nan: a router had no logits for that row.
     known_N = covered_T[rows_N] & ~np.isnan(values_NLE).any((1, 2))
     return RouterLogits(rows_N=rows_N[known_N], values_NLE=values_NLE[known_N])

@@ -72,7 +72,7 @@ class Stamps:
 
 
 class SlotRows:
-    """The rows of all KV slots; memory is bounded and allocated once.
+    """Rows of all KV slots; memory is bounded and allocated once.
 
     Args:
         shape: KV slots, layers, top-k.

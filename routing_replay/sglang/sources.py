@@ -66,7 +66,7 @@ def _wanted(targets: versions.Targets) -> dict[str, tuple[str, ...]]:
 
 
 def _bad_calls(folder: Path, target: str) -> Iterator[str]:
-    """Name the calls of a function in which the arguments that we read cannot be told."""
+    """Name the calls of the router's function that hide an argument which the capture reads."""
     node, function = _find(folder, target.split(".")), target.rsplit(".", 1)[1]
     if not isinstance(node, ast.FunctionDef):
         return
