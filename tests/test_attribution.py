@@ -158,7 +158,7 @@ def test_a_saved_batch_is_read_and_a_foreign_file_is_not(tmp_path):
     for name, values in columns.items():
         assert name == "advantages_S" or torch.equal(getattr(batch, name), values)
     save_file({"mask_ST": columns["mask_ST"]}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="not a rollout batch; expected the columns"):
+    with pytest.raises(DataError, match="is not a rollout batch; expected the columns"):
         RolloutBatch.open(tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="cannot be read"):
         RolloutBatch.open(tmp_path / "absent.safetensors")

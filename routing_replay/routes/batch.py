@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from ..errors import DataError
+from ..errors import DataError, reading
 
 BATCH_COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
@@ -45,22 +46,20 @@ class RolloutBatch:
         Raises:
             DataError: Unreadable, a column is missing, or mu is not of the whole vocabulary.
         """
-        try:
+        with reading(path, "the rollout batch", DataError, also=(SafetensorError,)):
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-            with safe_open(Path(path), "pt") as file:
-                missing = set(BATCH_COLUMNS) - set(file.keys())
-                is_masked = MASK_COLUMN in file.keys()  # noqa: SIM118
-                columns = {n: file.get_tensor(n) for n in BATCH_COLUMNS if n not in missing}
-        except Exception as error:  # safetensors raises its own error, which is no OSError
-            raise DataError("the rollout batch cannot be read", got=error, where=path) from error
-        if missing:
+            tensors = load_file(Path(path))
+        if not tensors.keys() >= set(BATCH_COLUMNS):
             raise DataError(
-                "not a rollout batch", expected=f"the columns {BATCH_COLUMNS}", where=path
+                "the file is not a rollout batch",
+                expected=f"the columns {BATCH_COLUMNS}",
+                got=sorted(tensors),
+                where=path,
             )
-        if is_masked:
+        if MASK_COLUMN in tensors:
             raise DataError(
                 "the batch was sampled under a sampling mask: mu is not of the whole vocabulary",
                 where=path,
                 fix="Take a batch of a run without --top-p and --top-k",
             )
-        return cls(**columns, fingerprint=digest)
+        return cls(**{name: tensors[name] for name in BATCH_COLUMNS}, fingerprint=digest)

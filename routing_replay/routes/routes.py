@@ -16,6 +16,13 @@ ONE_BITS, MINUS_ZERO_BITS = 0x3C00, 0x8000  # as float16
 # Rows that are searched for doubled experts at a time: with 8 slots of one byte they fill half of
 # a processor's first or second cache.
 CHUNK_ROWS = 1 << 14
+ROW_COLUMNS = (
+    "expert_ids_TLK",
+    "covered_T",
+    "gate_probs_TLK",
+    "origin_T",
+    "weight_version_T",
+)
 COMPACT_LIMIT = 256  # the largest number of experts whose ids fit in one byte
 
 
@@ -120,28 +127,23 @@ class Routes:
 
     @property
     def size_bytes(self) -> int:
-        arrays = [self.expert_ids_TLK, self.covered_T, self.origin_T, self.weight_version_T]
-        if self.gate_probs_TLK is not None:
-            arrays.append(self.gate_probs_TLK)
-        return sum(array.nbytes for array in arrays)
+        return sum(column.nbytes for column in self._columns().values())
 
     def __getitem__(self, rows: slice) -> Routes:
         """Return the routes of a contiguous range of rows."""
         start, stop, step = rows.indices(self.num_rows)
         if step != 1:
             raise RoutesError("routes can only be sliced contiguously", expected="step 1", got=step)
-        rows, gates, logits = slice(start, stop), self.gate_probs_TLK, self.router_logits
+        logits = self.router_logits
         if logits is not None:
             logits = logits.within(start, stop, shift=-start)
-        return replace(
-            self,
-            expert_ids_TLK=self.expert_ids_TLK[rows],
-            covered_T=self.covered_T[rows],
-            gate_probs_TLK=None if gates is None else gates[rows],
-            router_logits=logits,
-            origin_T=self.origin_T[rows],
-            weight_version_T=self.weight_version_T[rows],
-        )
+        columns = {name: column[start:stop] for name, column in self._columns().items()}
+        return replace(self, **columns, router_logits=logits)
+
+    def _columns(self) -> dict[str, Any]:
+        """The columns with one entry per row, without gates that were not captured."""
+        columns = {name: getattr(self, name) for name in ROW_COLUMNS}
+        return {name: column for name, column in columns.items() if column is not None}
 
     def with_turn(self, turn: Routes, start: int) -> Routes:
         """Return these routes up to row `start`, followed by those of a later request.
@@ -196,17 +198,17 @@ def concatenate(parts: Sequence[Routes]) -> Routes:
     first = parts[0]
     for part in parts[1:]:
         first.shape.require_equal(part.shape, "the routes belong to different models")
-    rows = np.cumsum([0] + [part.num_rows for part in parts])
-    gates = [part.gate_probs_TLK for part in parts if part.gate_probs_TLK is not None]
+    starts = np.cumsum([0] + [part.num_rows for part in parts[:-1]])
+    columns_of_parts = [part._columns() for part in parts]
     return Routes(
-        expert_ids_TLK=np.concatenate([part.expert_ids_TLK for part in parts]),
-        covered_T=np.concatenate([part.covered_T for part in parts]),
         layers=first.layers,
         num_experts=first.num_experts,
-        gate_probs_TLK=np.concatenate(gates) if len(gates) == len(parts) else None,
-        router_logits=concatenate_logits(parts, rows[:-1]),
-        origin_T=np.concatenate([part.origin_T for part in parts]),
-        weight_version_T=np.concatenate([part.weight_version_T for part in parts]),
+        router_logits=concatenate_logits(parts, starts),
+        **{
+            name: np.concatenate([columns[name] for columns in columns_of_parts])
+            for name in ROW_COLUMNS
+            if all(name in columns for columns in columns_of_parts)
+        },
     )
 
 
@@ -247,18 +249,15 @@ def _fill_defaults(routes: Routes) -> None:
         object.__setattr__(routes, "origin_T", origin_T)
     if routes.weight_version_T is None:
         object.__setattr__(routes, "weight_version_T", np.full(num_rows, -1, np.int64))
-    for name, dtype in (("covered_T", np.bool_), ("origin_T", np.uint8)):
-        _check_column(name, getattr(routes, name), num_rows, dtype)
-    _check_column("weight_version_T", routes.weight_version_T, num_rows, np.int64)
-
-
-def _check_column(name: str, column: np.ndarray, num_rows: int, dtype: type) -> None:
-    if column.shape != (num_rows,) or column.dtype != dtype:
-        raise RoutesError(
-            f"{name} of the routes has another shape or type",
-            expected=f"{np.dtype(dtype)} ({num_rows},)",
-            got=f"{column.dtype} {column.shape}",
-        )
+    types = {"covered_T": np.bool_, "origin_T": np.uint8, "weight_version_T": np.int64}
+    for name, dtype in types.items():
+        column = getattr(routes, name)
+        if column.shape != (num_rows,) or column.dtype != dtype:
+            raise RoutesError(
+                f"{name} of the routes has another shape or type",
+                expected=f"{np.dtype(dtype)} ({num_rows},)",
+                got=f"{column.dtype} {column.shape}",
+            )
 
 
 def _check_rows(routes: Routes) -> None:
