@@ -135,6 +135,21 @@ def test_the_core_loads_no_engine():
     assert loaded_by(f"routing_replay, routing_replay.routes.table, {core}") == []
 
 
+def test_the_megatron_package_loads_megatron_when_a_name_is_touched():
+    names = "Receipt, Recording, Replay, attach"
+    code = f"""import sys, routing_replay.megatron as package
+assert ', '.join(package.__all__) == {names!r}
+assert not {{'megatron', 'torch'}} & set(sys.modules), 'loaded by the import'
+try:
+    package.nothing
+except AttributeError as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "module 'routing_replay.megatron' has no attribute 'nothing'", (
+        done.stderr
+    )
+
+
 def test_the_client_loads_no_engine():
     assert set(loaded_by("routing_replay.rollout.client")) <= {"httpx"}
 

@@ -5,7 +5,7 @@ the map [tokens, experts] with the mask [tokens], which fails, or, with as many 
 counts wrongly without a word. We mask the map ourselves and hand it to the stock function.
 
 Upstream: NVIDIA/Megatron-LM issue 6111, fixed by pull request 6114, after 0.19.2. Delete this file
-with the support of 0.19.
+with the support of 0.19; on later versions it does nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+from packaging.version import Version
 
 from ..errors import PreflightError
+from .preflight import installed_version
 
+FIXED_IN = Version("0.20")
 _SIGNATURE = ["self", "routing_map", "padding_mask"]
 
 
@@ -28,7 +31,7 @@ def install(router: TopKRouter, is_active: Callable[[], bool]) -> None:
     Raises:
         PreflightError: Megatron's function is not the one that this patch was written for.
     """
-    if not router.enable_expert_bias:
+    if not router.enable_expert_bias or installed_version() >= FIXED_IN:
         return
     signature = list(inspect.signature(TopKRouter._apply_expert_bias).parameters)
     if signature != _SIGNATURE:

@@ -43,7 +43,7 @@ def examine(
         version: Version of megatron-core; None reads the installed one.
     """
     findings = [f for r in RULES for f in r(model_config, config or ReplayConfig())]
-    findings += _version(version or _installed_version())
+    findings += _version(version or str(installed_version()))
     return sorted(findings, key=lambda finding: finding.rank)
 
 
@@ -261,6 +261,7 @@ def _version(version: str) -> Iterator[Finding]:
         )
 
 
-def _installed_version() -> str:
+def installed_version() -> Version:
+    """Return the version of the installed megatron-core."""
     # Not megatron.core.__version__: it may carry the commit of whatever checkout is current.
-    return importlib.metadata.version("megatron-core")
+    return Version(importlib.metadata.version("megatron-core"))
