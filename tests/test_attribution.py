@@ -42,49 +42,51 @@ def test_the_main_table_takes_l_plus_three_passes():
 
 
 def test_the_parts_add_up_to_the_live_kl_exactly():
-    found = run({1: 0.002, 2: 0.0, 5: 0.001}, ("without", "first"), has_rollout_weights=True)
-    parts = found.parts
+    result = run({1: 0.002, 2: 0.0, 5: 0.001}, ("without", "first"), has_rollout_weights=True)
+    parts = result.parts
     total = sum(part.value for part in parts.values())
-    assert total == pytest.approx(found.kl["none"].value, rel=1e-12)
+    assert total == pytest.approx(result.kl["none"].value, rel=1e-12)
     # all: 0.001, rollout: 0.0004 less; both with the sequences' mean factor.
     ratio = parts["staleness"].value / parts["routing"].value
-    factor = found.kl["all"].value / 0.001
+    factor = result.kl["all"].value / 0.001
     assert ratio == pytest.approx(0.0004 / (0.003 * factor))
-    steps = sum(row["step"].value for row in found.layers.values())
+    steps = sum(row["step"].value for row in result.layers.values())
     assert steps == pytest.approx(parts["routing"].value, rel=1e-12)
 
 
 def test_the_layer_that_costs_is_named_and_the_others_are_not():
-    found = run({1: 0.0, 2: 0.004, 5: 0.0}, ("without", "only"))
-    clear = {i for i, row in found.layers.items() if row["leave_out"].is_clear}
+    result = run({1: 0.0, 2: 0.004, 5: 0.0}, ("without", "only"))
+    clear = {i for i, row in result.layers.items() if row["leave_out"].is_clear}
     assert clear == {2}
-    assert found.layers[2]["alone"].value == pytest.approx(found.layers[2]["leave_out"].value)
-    lines = [line for line in found.text().splitlines() if line.endswith("*")]
+    assert result.layers[2]["alone"].value == pytest.approx(result.layers[2]["leave_out"].value)
+    lines = [line for line in result.text().splitlines() if line.endswith("*")]
     assert [line.split()[0] for line in lines] == ["2", "2"]
 
 
 @pytest.mark.parametrize(("cost", "harmed"), [(-0.0001, []), (-0.0008, [2])])
 def test_a_layer_is_harmed_by_its_replay_only_if_that_makes_up_most_of_the_kl(cost, harmed):
     # KL(all) is 0.001. A tenth of it is what a newer policy gains by routing as it likes.
-    found = run({1: 0.0, 2: cost, 5: 0.0})
-    assert found.layers[2]["leave_out"].is_clear
-    assert found.harmed_layers == harmed
-    assert ("Replay makes layer 2 worse" in found.text()) == bool(harmed)
+    result = run({1: 0.0, 2: cost, 5: 0.0})
+    assert result.layers[2]["leave_out"].is_clear
+    assert result.harmed_layers == harmed
+    assert ("Replay makes layer 2 worse" in result.text()) == bool(harmed)
 
 
 def test_repeated_runs_agree_within_their_intervals():
     runs = [run({1: 0.002, 2: 0, 5: 0.001}, seed=seed) for seed in range(20)]
     # Each interval holds the truth (routing = 0.003) in 95 % of the runs: 20 runs of which
     # 17 or more agree has a probability of 98 %; the seeds are fixed.
-    holds = [found.parts["routing"].low <= 0.003 <= found.parts["routing"].high for found in runs]
+    holds = [
+        result.parts["routing"].low <= 0.003 <= result.parts["routing"].high for result in runs
+    ]
     assert sum(holds) >= 17
 
 
 def test_a_difference_is_resampled_in_pairs():
-    found = run({1: 0.0002, 2: 0, 5: 0})
+    result = run({1: 0.0002, 2: 0, 5: 0})
     # Every KL here is its size times the same factor of a sequence, so intervals are as wide as
     # the values: 0.0002 of 0.0012. Without pairs the difference were as wide as both together.
-    widths = [e.high - e.low for e in (found.parts["routing"], found.kl["none"])]
+    widths = [e.high - e.low for e in (result.parts["routing"], result.kl["none"])]
     assert widths[0] / widths[1] == pytest.approx(1 / 6)
 
 
@@ -134,8 +136,8 @@ def test_sums_follow_the_estimators_on_the_masked_tokens():
         [-np.log(2), 1 - np.log(2), np.log(0.1) + 2.4, 2],
         [0, 0, np.log(0.9) + 0.1, 1],
     ]
-    found = sequence_sums(logp_pi, entropy_pi, logp_mu, mask)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    result = sequence_sums(logp_pi, entropy_pi, logp_mu, mask)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 def test_an_unknown_family_is_refused():

@@ -53,21 +53,23 @@ def test_wrong_usage_exits_with_two(capsys):
 def test_inspect_prints_text_and_json(capsys, table):
     assert main(["inspect", str(table)]) == 0
     assert "2 routed layers, 8 experts, top-2" in capsys.readouterr().out
-    code, found = run_json(capsys, "inspect", table)
-    assert (code, found["num_rows"], len(found["loads"])) == (0, 6, 2)
+    code, content = run_json(capsys, "inspect", table)
+    assert (code, content["num_rows"], len(content["loads"])) == (0, 6, 2)
 
 
 def test_a_file_that_is_not_ours_exits_with_one_and_a_message(capsys, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK not ours")
     assert main(["inspect", str(tmp_path / "x.pt")]) == 1
     assert "routing-replay: the file is no safetensors file" in capsys.readouterr().err
-    code, found = run_json(capsys, "inspect", tmp_path / "x.pt")
-    assert (code, found["error"]) == (1, "TableError")
+    code, content = run_json(capsys, "inspect", tmp_path / "x.pt")
+    assert (code, content["error"]) == (1, "TableError")
 
 
 def test_diff_names_the_layer_and_can_fail_a_job(capsys, table, other):
-    code, found = run_json(capsys, "diff", table, other)
-    assert code == 0 and found["layers"][0]["overlap"] == 1 and found["layers"][1]["overlap"] < 1
+    code, content = run_json(capsys, "diff", table, other)
+    assert (
+        code == 0 and content["layers"][0]["overlap"] == 1 and content["layers"][1]["overlap"] < 1
+    )
     assert main(["diff", str(table), str(other), "--min-overlap", "0.99"]) == 1
     assert main(["diff", str(table), str(table), "--min-overlap", "0.99"]) == 0
     assert "overlap@K 1.000000" in capsys.readouterr().out
@@ -86,8 +88,8 @@ def test_report_writes_the_page_and_repeats_the_warnings(capsys, tmp_path):
     (run / "config.json").write_text("{}")
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
     assert "error  " in capsys.readouterr().out and (tmp_path / "r.html").exists()
-    code, found = run_json(capsys, "report", run, "-o", tmp_path / "r.html")
-    assert code == 0 and found["findings"][str(run)][0]["level"] == "error"
+    code, content = run_json(capsys, "report", run, "-o", tmp_path / "r.html")
+    assert code == 0 and content["findings"][str(run)][0]["level"] == "error"
 
 
 def test_convert_imports_and_exports(capsys, tmp_path, table):
@@ -101,10 +103,10 @@ def test_convert_imports_and_exports(capsys, tmp_path, table):
     target = tmp_path / "c.safetensors"
     assert main(["convert", str(tmp_path / "r.jsonl"), str(target), "--from", "sglang"]) == 1
     assert "do not describe their model" in capsys.readouterr().err
-    code, found = run_json(
+    code, content = run_json(
         capsys, "convert", tmp_path / "r.jsonl", target, "--from", "sglang", *MODEL_FLAGS
     )
-    assert code == 0 and found == {
+    assert code == 0 and content == {
         "target": str(target),
         "sequences": 1,
         "rows": 6,
@@ -117,8 +119,8 @@ def test_convert_imports_and_exports(capsys, tmp_path, table):
 
 
 def test_doctor_exits_with_one_on_an_error(capsys, table, tmp_path):
-    code, found = run_json(capsys, "doctor", "--table", table, *MODEL_FLAGS)
-    levels = {f["name"]: f["level"] for f in found["findings"]}
+    code, content = run_json(capsys, "doctor", "--table", table, *MODEL_FLAGS)
+    levels = {f["name"]: f["level"] for f in content["findings"]}
     assert levels["table"] == levels["torch"] == "ok"
     assert main(["doctor", "--table", str(tmp_path / "absent.safetensors")]) == 1
     assert capsys.readouterr().out.startswith("error   table: the routes file cannot be read")

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from routing_replay.analysis import inspection
 from routing_replay.analysis.inspection import expert_loads, inspect_table
 from routing_replay.routes.routes import Origin, Routes
 from routing_replay.routes.table import RouteTable
@@ -25,16 +24,16 @@ def random_table(num_rows=200, layers=3, experts=8, top_k=2, seed=0):
 
 def oracle_loads(table):
     loads = [[0] * table.shape.num_experts for _ in table.shape.layers]
-    for place, ids_TK in enumerate(table.expert_ids_LTK):
+    for index, ids_TK in enumerate(table.expert_ids_LTK):
         for row, ids in enumerate(ids_TK):
             for expert in ids if table.covered_T[row] else ():
-                loads[place][expert] += 1
+                loads[index][expert] += 1
     return loads
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (8, 3), (300, 4)])
 def test_loads_equal_the_oracle_for_every_dtype_and_across_blocks(monkeypatch, experts, top_k):
-    monkeypatch.setattr(inspection, "BLOCK_ROWS", 64)
+    monkeypatch.setattr("routing_replay.analysis.inspection.BLOCK_ROWS", 64)
     table = random_table(experts=experts, top_k=top_k)
     assert [list(load) for load in expert_loads(table)] == oracle_loads(table)
 
@@ -62,14 +61,19 @@ def test_origins_versions_and_coverage_are_counted():
         origin_T=np.array([Origin.PREFILL, Origin.DECODE, Origin.DECODE, 0], np.uint8),
         weight_version_T=np.array([3, 3, 4, -1]),
     )
-    found = inspect_table(RouteTable.from_routes([routes, routes[:1]]))
-    assert (found.num_sequences, found.shortest, found.longest, found.coverage) == (2, 1, 4, 0.8)
-    assert found.origins == {"absent": 1, "prefill": 2, "decode": 2}
-    assert found.weight_versions == {-1: 1, 3: 3, 4: 1}
-    assert "rows 1 to 4" in found.text() and "unknown: 1" in found.text()
+    inspection = inspect_table(RouteTable.from_routes([routes, routes[:1]]))
+    assert (
+        inspection.num_sequences,
+        inspection.shortest,
+        inspection.longest,
+        inspection.coverage,
+    ) == (2, 1, 4, 0.8)
+    assert inspection.origins == {"absent": 1, "prefill": 2, "decode": 2}
+    assert inspection.weight_versions == {-1: 1, 3: 3, 4: 1}
+    assert "rows 1 to 4" in inspection.text() and "unknown: 1" in inspection.text()
 
 
 def test_an_empty_table_is_described_too():
     empty = Routes(expert_ids_TLK=np.zeros((0, 2, 2), np.uint8), layers=(0, 1), num_experts=4)
-    found = inspect_table(RouteTable.from_routes([empty]))
-    assert (found.num_rows, found.coverage, found.loads[0].num_dead) == (0, 0.0, 4)
+    inspection = inspect_table(RouteTable.from_routes([empty]))
+    assert (inspection.num_rows, inspection.coverage, inspection.loads[0].num_dead) == (0, 0.0, 4)

@@ -56,8 +56,8 @@ def text(data):
     return base64.b64encode(data).decode()
 
 
-def meta(data, **others):
-    return {"routed_experts": text(data), **others}
+def meta(data, **fields):
+    return {"routed_experts": text(data), **fields}
 
 
 def stock(ids_TLK, num_layers=6, layers=MODEL.layers):

@@ -24,7 +24,7 @@ class RolloutBatch:
     """A saved rollout batch, aligned to the inputs: position t predicts token t + 1.
 
     Args:
-        input_ids_ST: int64; the last token of a sequence is consumed by nobody and left out.
+        input_ids_ST: int64; the last token of a sequence is never fed to the model and left out.
         labels_ST: int64, the next token.
         mask_ST: bool, the label was sampled.
         logp_mu_ST: float32, log mu of the label where the mask holds.

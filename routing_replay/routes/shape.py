@@ -66,7 +66,7 @@ class MoEShape:
             other: The shape to compare with this one, which is the expected one.
             what: One clause that names the problem, such as "the server runs another model".
             error_class: What to raise.
-            where: Where the other shape was found.
+            where: Where the other shape comes from.
             fix: The next step for the user.
         """
         if self == other:
