@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_worlds import run_world
+from megatron_worlds import run_world, selected
 from tiny_models import tiny_qwen3_moe
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
@@ -26,6 +26,8 @@ LAYOUTS = {
     "packed_ep2": {"expert_parallel": 2, "microbatch_tokens": 16},
     "packed_cp2": {"context_parallel": 2, "microbatch_tokens": 24},
 }
+# In the long matrix only.
+LONG = ("vp2", "packed_tp2", "packed_ep2")
 # Objectives that look at the whole step, at routers, at a reference or at mu's likely tokens; the
 # fractions choose some of the few tokens here.
 SOME_COV = ["fraction=0.3", "cov_low=-1", "beta=1"]
@@ -187,7 +189,7 @@ def on_two_ranks(rank, checkpoint, folder, layouts):
 
 
 @pytest.fixture(scope="module")
-def worlds(checkpoint, tmp_path_factory):
+def worlds(request, checkpoint, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("steps"))
     single = {f"single_{mode}": (mode, {}) for mode in ("R3", "R2", "disabled")} | WHOLE_STEP
     for mode in ("R3", "R2"):
@@ -195,9 +197,9 @@ def worlds(checkpoint, tmp_path_factory):
     for name in ("rspo", "dppo_topk", "kl_cov", "shaped"):
         mode, settings = WHOLE_STEP[name]
         single[f"packed_{name}"] = (mode, settings | {"microbatch_tokens": 16})
-    double = {name: ("R3", settings) for name, settings in LAYOUTS.items()}
+    double = {layout: ("R3", LAYOUTS[layout]) for layout in selected(request, "layout")}
     double["pp2_R2"] = ("R2", {"pipeline_parallel": 2})
-    for name, layout in WHOLE_STEP_ON:
+    for name, layout in selected(request, "choice"):
         mode, settings = WHOLE_STEP[name]
         double[f"{name}_{layout}"] = (mode, settings | LAYOUTS[layout])
     (alone,) = run_world(steps_of_layouts, 1, checkpoint, folder, single)
@@ -236,7 +238,10 @@ def assert_same_step(outcome, reference):
         assert outcome.metrics[name] == pytest.approx(reference.metrics[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in LAYOUTS],
+)
 def test_two_ranks_take_the_step_of_one(outcomes, layout):
     assert_same_step(outcomes[layout], outcomes["single_R3"])
 
@@ -247,8 +252,9 @@ def test_a_step_of_packed_sequences_is_that_of_padded_ones(outcomes, name):
     assert_same_step(outcomes[f"packed_{name}"], padded)
 
 
-@pytest.mark.parametrize(("name", "layout"), WHOLE_STEP_ON)
-def test_choices_over_the_whole_step_are_those_of_one_rank(outcomes, name, layout):
+@pytest.mark.parametrize("choice", WHOLE_STEP_ON, ids="-".join)
+def test_choices_over_the_whole_step_are_those_of_one_rank(outcomes, choice):
+    name, layout = choice
     assert_same_step(outcomes[f"{name}_{layout}"], outcomes[name])
 
 

@@ -23,24 +23,24 @@ from routing_replay.routes.token_rows import RowSource
 
 BATCH_FILE = "batch.safetensors"
 ROUTES_FILE = "routes.safetensors"
-PAD_ID = 0  # any id will do: padding is behind the sequence and outside every mask
+PAD_ID = 0  # any id: padding follows the sequence and is outside every mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response as the rollout engine gave it; nothing is decoded and encoded again.
+    """One response as the rollout engine returned it; nothing is decoded and encoded again.
 
     Args:
-        prompt_ids: Token ids that the server was sent.
-        response_ids: Token ids that it sampled, its end-of-text included.
+        prompt_ids: Token ids that were sent to the server.
+        response_ids: Token ids that it sampled, its end-of-text token included.
         logp_mu: Their log-probs under the sampling distribution.
-        routes: The expert routes; None where they were not asked for.
+        routes: The expert routes; None if they were not requested.
         reward: Set by the verifier.
-        support: For each response token the ids that top-p and top-k left to choose from, if
-            `logp_mu` is of that choice.
-        support_mass: Mean probability of that choice before it was made.
-        top_ids, top_logp_mu: [n, K], the engine's most likely tokens at each position, if asked
-            for.
+        support: For each response token the ids that top-p and top-k kept, if `logp_mu` is the
+            log-prob among these.
+        support_mass: Mean probability of the kept tokens in the whole distribution.
+        top_ids, top_logp_mu: [n, K], the engine's most likely tokens at each position, if they
+            were requested.
     """
 
     prompt_ids: tuple[int, ...]
@@ -59,17 +59,17 @@ class Batch:
     """The sequences of a step, groups one after another.
 
     Args:
-        input_ids_ST: int64; the last token of a sequence is consumed by nobody and left out.
+        input_ids_ST: int64; without the last token of a sequence, which no forward consumes.
         labels_ST: int64, the next token.
         mask_ST: bool, the label was sampled.
         logp_mu_ST: float32, log mu of the label where the mask holds.
         lengths_S: int64, tokens of the whole sequence, the last one included.
         rewards_S: float32, the verifier's.
         group_S: int64; sequences of one prompt have one number.
-        num_prompts: int64, one number: prompts consumed for the batch, those left out included.
+        num_prompts: int64, one number: prompts consumed for the batch, replaced ones included.
         advantages_S: float32; 0 until they are computed, which may need log-probs.
-        support_ids_N, support_starts_ST, support_counts_ST: Keep Sampling Mask: the ids that could
-            be sampled at a position are `counts` of `ids` from `starts` on; no ids: all of them.
+        support_ids_N, support_starts_ST, support_counts_ST: Keep Sampling Mask: at a position the
+            `counts` ids of `support_ids_N` from `starts` on could be sampled. None: all tokens.
         top_ids_STK, top_logp_mu_STK: int32 and float32, the engine's most likely tokens.
     """
 
@@ -170,7 +170,7 @@ def open_step(folder: Path, has_routes: bool) -> tuple[Batch, RouteTable | None]
 
 
 def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The supports of all response tokens, one after another; nothing without a sampling mask."""
+    """The concatenated supports of all response tokens; nothing without a sampling mask."""
     if samples[0].support is None:
         return {}
     supports = [ids for s in samples for ids in s.support or ()]
@@ -185,7 +185,7 @@ def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, t
 
 
 def _top_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The engine's most likely tokens at each response token; nothing if not asked for."""
+    """The engine's most likely tokens at each response token; nothing if not requested."""
     if samples[0].top_ids is None:
         return {}
     shape = (*mask_ST.shape, samples[0].top_ids.shape[1])

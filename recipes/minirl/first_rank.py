@@ -21,7 +21,7 @@ class FirstRank:
 
     The signal goes through the process group's store. Polling a file would be slow on a network
     file system, which remembers for up to a minute that a file did not exist. Data do go through
-    files: nobody asks for one before the signal says that it is complete.
+    files: no rank opens one before the signal says that it is complete.
 
     Args:
         folder: Scratch folder on a disk that all ranks share; emptied at the start.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its metrics in the sinks, a progress bar and one line per step."""
+"""A run's metrics: written to the sinks, shown as a progress bar and one line per step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from routing_replay.errors import ConfigError
+from routing_replay.files import atomic_write
 from routing_replay.metrics.sinks import open_sinks, scalars
 from routing_replay.metrics.typed import LayerValues, Value
 
@@ -117,16 +118,15 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(text))
         except ValueError:
-            break  # cut short by a crash: nothing whole can follow
+            break  # a crash cut this line short; it is the last one
     return records
 
 
 def truncate(path: Path, last_step: int) -> None:
     """Keep the records up to a step; an interruption leaves the earlier file or the new one."""
     kept = [record for record in read(path) if record["step"] <= last_step]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:

@@ -190,7 +190,7 @@ class Sharding:
         return values.pin_memory().to(self.device, non_blocking=True)
 
     def _padded_lengths(self, lengths_S: torch.Tensor) -> list[int]:
-        """Positions of each sequence: its last token is consumed by nobody."""
+        """Positions of each sequence: no forward consumes its last token."""
         return (-(-(lengths_S - 1) // self.multiple) * self.multiple).tolist()
 
     def _consecutive(self, start: int) -> list[tuple[int, ...]]:

@@ -60,9 +60,8 @@ class Policy:
 
     Args:
         config: The recipe's configuration, `auto` resolved.
-        checkpoint: Hugging Face folder that the weights are read from.
-        reference: The same of the frozen reference, if the configuration needs one; `checkpoint`
-            if None.
+        checkpoint: Hugging Face folder of the weights.
+        reference: That of the frozen reference, if the configuration needs one; None: `checkpoint`.
     """
 
     def __init__(self, config: RecipeConfig, checkpoint: Path, reference: Path | None = None):

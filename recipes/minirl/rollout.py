@@ -192,7 +192,7 @@ def sample_groups(
         ].tolist()
         groups += [samples[start : start + size] for start in range(0, len(samples), size)]
         num_rounds += 1
-    # Stable: those that teach first, then the earliest of the others; afterwards in sampling order.
+    # The sort is stable: informative groups first, then the earliest others.
     chosen = sorted(range(len(groups)), key=lambda number: not is_informative[number])[:count]
     return Groups(
         samples=[sample for number in sorted(chosen) for sample in groups[number]],

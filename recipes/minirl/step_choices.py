@@ -1,8 +1,8 @@
 """What an objective chooses or measures over a whole optimizer step, before its first microbatch.
 
-M2PO, Clip-Cov and KL-Cov rank a step's tokens against each other, RSPO compares routers before and
-after. Both need all tokens of the step: of all microbatches, data- and context-parallel ranks. What
-depends on pi_theta costs one forward pass more per update.
+M2PO, Clip-Cov and KL-Cov rank a step's tokens against each other; RSPO compares the routers before
+and after an update. Both need all tokens of the step, of all microbatches and ranks. A choice that
+depends on pi_theta costs one more forward pass per update.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def same_routes_as_update(
         with policy.replay.replaying(replayed):
             yield batch.token_rows(replayed)
     elif policy.router_shift is not None:
-        # Live routing; the recording names the tokens, what it records is not used.
+        # Live routing: the recording only numbers the tokens; its routes are not used.
         with policy.replay.recording(batch.lengths_S.numpy()) as recorded:
             yield batch.token_rows(recorded)
     else:
