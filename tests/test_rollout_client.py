@@ -92,14 +92,14 @@ class FakeServer:
         routes = Routes(expert_ids_TLK=ids_TLK, layers=MODEL.layers, num_experts=16)[start:]
         level = body["sampling_params"].get("custom_params")
         data = encode(routes, start=start) if level else stock(routes.expert_ids_TLK)
-        found = meta(data) if body.get("return_routed_experts") else {}
-        found["weight_version"] = getattr(self, "weight_version", "0")
+        meta_info = meta(data) if body.get("return_routed_experts") else {}
+        meta_info["weight_version"] = getattr(self, "weight_version", "0")
         logprobs = [[-0.5, 7, None], [-0.25, 8, None], [-1.0, 9, None]]
-        return {"output_token_logprobs": logprobs, "finish_reason": {"type": "length"}, **found}
+        return {"output_token_logprobs": logprobs, "finish_reason": {"type": "length"}, **meta_info}
 
 
-def asked(num_tokens=5, **others):
-    return GenerateRequest(input_ids=range(num_tokens), **others)
+def asked(num_tokens=5, **options):
+    return GenerateRequest(input_ids=range(num_tokens), **options)
 
 
 def test_a_completion_holds_what_the_server_said():
@@ -172,15 +172,15 @@ def test_another_server_takes_over_from_one_that_fails(trouble):
 def test_a_request_waits_for_a_server_that_restarts():
     with FakeServer() as first:
         port = first.http.server_address[1]
-    found = []
+    completions = []
     options = ClientOptions(num_retries=4, retry_wait_s=0.2)
     client = RolloutClient([f"http://127.0.0.1:{port}"], MODEL, options)
-    thread = threading.Thread(target=lambda: found.extend(client.generate([asked()])))
+    thread = threading.Thread(target=lambda: completions.extend(client.generate([asked()])))
     thread.start()
     time.sleep(0.3)  # the first try, at least, met nobody
     with FakeServer(port=port):
         thread.join(timeout=60)
-    assert found[0].output_ids == [7, 8, 9]
+    assert completions[0].output_ids == [7, 8, 9]
 
 
 def test_a_restarted_server_does_not_pass_for_one_with_the_new_weights():
