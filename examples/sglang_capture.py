@@ -1,7 +1,7 @@
 """Ask an SGLang server for routes, and print which experts each token went to.
 
-    python -m examples.sglang_capture                        launch a tiny model on this machine
-    python -m examples.sglang_capture --url http://host:30000    ask a server that runs already
+    python examples/sglang_capture.py                            launch a tiny model on this machine
+    python examples/sglang_capture.py --url http://host:30000    ask a server that runs already
 
 A server of your own needs `pip install routing_replay` beside SGLang and the argument
 `--enable-return-routed-experts`. For gates (the probabilities of the selected experts) set
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed with the package
 
 from recipes.serving import ServerOptions, launch
 from routing_replay.rollout import Completion, GenerateRequest, RolloutClient, probe
@@ -43,7 +46,7 @@ def main() -> None:
 @contextlib.contextmanager
 def tiny_server() -> Iterator[str]:
     """Serve a random model of a megabyte; yield its URL."""
-    from examples.tiny_checkpoint import write_tiny_checkpoint
+    from tiny_checkpoint import write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_tiny_checkpoint(Path(folder))

@@ -1,6 +1,6 @@
 """Both engines on one CPU: roll out in SGLang, replay its routes in Megatron, measure the KL.
 
-    python -m examples.two_engines          about a minute; needs both engines, no GPU
+    python examples/two_engines.py          about a minute; needs both engines, no GPU
 
 SGLang samples in bfloat16 and Megatron scores in float32, so their routers disagree on some
 tokens. Replay sends every token to the experts that sampled it.
@@ -8,13 +8,16 @@ tokens. Replay sends every token to the experts that sampled it.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from tiny_checkpoint import VOCAB, write_tiny_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed with the package
 
 import routing_replay as rr
-from examples.tiny_checkpoint import VOCAB, write_tiny_checkpoint
 from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
 from recipes.model.weights import load_hf
@@ -41,7 +44,8 @@ def main() -> None:
     with replay.replaying(table), replay.microbatch(token_rows_ST):
         replayed_ST = score(model, tokens_ST)
     replay.remove()
-    print(replay.receipt)
+    lines = replay.receipt.lines
+    print(f"replayed {sum(line.num_replayed for line in lines)} selections in {len(lines)} layers")
     print(f"KL(SGLang || Megatron), live routing:    {kl(mu_ST, live_ST):.2e} nats per token")
     print(f"KL(SGLang || Megatron), replayed routes: {kl(mu_ST, replayed_ST):.2e} nats per token")
     parallel.destroy()

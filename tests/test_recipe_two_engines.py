@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_replayed_kl_is_below_the_live_one():
-    command = [sys.executable, "-m", "examples.two_engines"]
+    command = [sys.executable, "examples/two_engines.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     kl = re.findall(r"(live|replayed) route.*: +(\S+) nats per token", done.stdout)

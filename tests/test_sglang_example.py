@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_example(*arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "examples.sglang_capture", *arguments]
+    command = [sys.executable, "examples/sglang_capture.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
