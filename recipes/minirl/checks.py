@@ -57,10 +57,7 @@ def _check_range(name: str, value: float, most: int | None = None) -> None:
 def _check_internal(config: RecipeConfig, objective: objectives.Objective) -> None:
     """BuPO: an inner layer's policy has no mu and no reference, and its layer is on one stage."""
     p = objective.parameters
-    looks_at_m = ("geometric_low", "geometric_high", "sequence_k3_max", "veto_below")
-    looks_elsewhere = p.has_m or p.correction != "none" or p.off_policy_delta is not None
-    looks_elsewhere |= any(getattr(p, name) is not None for name in looks_at_m)
-    if looks_elsewhere or p.kl_coefficient or objective.needs:
+    if p.needs_mu or p.kl_coefficient or objective.needs:
         raise ConfigError(
             f"objective {objective.name!r} with these parameters compares more than pi_theta and "
             "pi_old, which is all that an inner layer's policy has",
@@ -76,6 +73,7 @@ def _check_internal(config: RecipeConfig, objective: objectives.Objective) -> No
 
 
 def check_sizes(config: RecipeConfig) -> None:
+    """Raise ConfigError for sizes that are not positive or do not divide each other."""
     t = config.training
     positive = {
         "steps": config.run.steps,
@@ -89,9 +87,7 @@ def check_sizes(config: RecipeConfig) -> None:
     }
     for name, value in positive.items():
         if value <= 0:
-            raise ConfigError(
-                f"the setting {name!r} is out of range", expected="above 0", got=value
-            )
+            raise _out_of_range(name, "above 0", value)
     if bool(config.data.prompts) != bool(config.data.heldout_prompts):
         raise ConfigError(
             "only one of prompts and heldout_prompts is set",
@@ -108,6 +104,7 @@ def check_sizes(config: RecipeConfig) -> None:
             expected=f"a divisor of {config.batch_size}",
             got=t.minibatch_size,
         )
+    _check_range("microbatch_tokens", t.microbatch_tokens)
     model_ranks = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
     if config.world_size % model_ranks:
         raise ConfigError(
