@@ -150,26 +150,18 @@ def all_reduce(
     kinds: list[dict[str, _Kind]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(kinds, {n: _Kind.of(m) for n, m in metrics.items()}, group=group)
     union = _union(kinds)
-    names = sorted(union)
-    cells, num_cells = _cells(union)
+    if not union:
+        return {}
     device = device or "cpu"
-    sums_C2 = torch.zeros(num_cells, 2, dtype=torch.float64, device=device)
-    maximum_N = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=device)
-    for i, name in enumerate(names):
-        match metrics.get(name):
-            case Mean(total=total, count=count):
-                sums_C2[cells[name], 0], sums_C2[cells[name], 1] = total, count
-            case Sum(total=total):
-                sums_C2[cells[name], 0] = total
-            case Max(maximum=maximum):
-                maximum_N[i] = maximum
-            case LayerMean() as by_layer:
-                sums_C2[cells[name]] = by_layer.cells(union[name].layers).T.to(sums_C2)
+    sums = [_sums(metrics.get(name), kind).to(device) for name, kind in union.items()]
+    maxima = [_maximum(metrics.get(name)).to(device) for name in union]
+    sums_C2, maximum_N = torch.cat(sums), torch.stack(maxima)
     dist.all_reduce(sums_C2, group=group)
     dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=group)
+    parts = sums_C2.split([len(part) for part in sums])
     return {
-        name: union[name].metric(*sums_C2[cells[name]].T, maximum_N[i])
-        for i, name in enumerate(names)
+        name: kind.metric(*part.T, maximum)
+        for (name, kind), part, maximum in zip(union.items(), parts, maximum_N, strict=True)
     }
 
 
@@ -227,15 +219,22 @@ def _union(kinds_by_rank: list[dict[str, _Kind]]) -> dict[str, _Kind]:
                 )
             layers = tuple(sorted({*known.layers, *kind.layers}))
             union[name] = _Kind(type=kind.type, layers=layers, has_mean=kind.has_mean)
-    return union
+    return dict(sorted(union.items()))
 
 
-def _cells(union: Mapping[str, _Kind]) -> tuple[dict[str, slice], int]:
-    """Where each metric's sums stand in the reduced tensor, and how long that is."""
-    cells: dict[str, slice] = {}
-    start = 0
-    for name in sorted(union):
-        stop = start + (len(union[name].layers) if union[name].type == "LayerMean" else 1)
-        cells[name] = slice(start, stop)
-        start = stop
-    return cells, start
+def _sums(metric: Metric | None, kind: _Kind) -> torch.Tensor:
+    """Return totals and counts [C, 2]: one row, or one for each of the kind's layers."""
+    match metric:
+        case LayerMean():
+            return metric.cells(kind.layers).T
+        case Mean(total=total, count=count):
+            return torch.stack([total, count])[None].double()
+        case Sum(total=total):
+            return torch.stack([total, torch.zeros_like(total)])[None].double()
+    num_rows = len(kind.layers) if kind.type == "LayerMean" else 1
+    return torch.zeros(num_rows, 2, dtype=torch.float64)
+
+
+def _maximum(metric: Metric | None) -> torch.Tensor:
+    maximum = metric.maximum if isinstance(metric, Max) else torch.tensor(-torch.inf)
+    return maximum.double()

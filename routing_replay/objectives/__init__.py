@@ -11,7 +11,7 @@ goes wrong.
 # Importing registers the methods, in the order of the documentation, then the presets.
 from . import minirl, ppo, token_level, sequence_level, divergence, masks, variants  # noqa: F401, I001
 from .advantages import advantages, differential_smoothing, informative_groups, overlong_penalty
-from .documentation import help_text
+from .help import help_text
 from .inputs import Denominators, LossInputs, LossOutputs, StepTokens
 from .kl import reward_penalty
 from .logprobs import Support, TokenScores, logprobs_at, token_logprobs

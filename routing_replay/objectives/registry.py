@@ -136,10 +136,10 @@ def objective(parameters: type[Any]) -> Callable[[SurrogateFunction], SurrogateF
     return register
 
 
-def preset(entry: Preset) -> None:
-    """Register a preset of a registered method."""
-    assert entry.method in _METHODS, entry.method
-    _PRESETS[entry.name] = entry
+def preset(**entry: Any) -> None:
+    """Register a preset of a registered method; the arguments are those of `Preset`."""
+    assert entry["method"] in _METHODS, entry["method"]
+    _PRESETS[entry["name"]] = Preset(**entry)
 
 
 def methods() -> list[str]:
