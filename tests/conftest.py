@@ -3,7 +3,7 @@
 test_megatron_*     megatron-core, on the CPU
 test_sglang_*       SGLang, on the CPU
 test_recipe_*       both
-test_gpu_*          a CUDA device
+test_gpu_*, gpu/     a CUDA device
 any other name      neither engine: the core lane, `make test-fast`
 """
 
@@ -26,6 +26,8 @@ ENGINES = {"megatron", "sglang"}
 
 def need_of(path: Path) -> str:
     """Return what a test file needs: "core", "megatron", "sglang", "both" or "gpu"."""
+    if path.parent.name == "gpu":
+        return "gpu"
     return NEEDS.get(path.stem.split("_")[1], "core")
 
 
