@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ServerError,
         TableError,
     )
-    from .megatron.replay import attach
+    from .megatron import attach
     from .routes.routes import Routes
     from .routes.shape import MoEShape
     from .routes.table import RouteTable
@@ -36,10 +36,13 @@ _MODULES = {
     "MoEShape": "routes.shape",
     "RouteTable": "routes.table",
     "Routes": "routes.routes",
-    "attach": "megatron.replay",
+    "attach": "megatron",
 }
 _SUBPACKAGES = (
+    "adapters",
     "analysis",
+    "cli",
+    "kernels",
     "megatron",
     "metrics",
     "objectives",

@@ -67,6 +67,11 @@ def test_subpackages_are_reachable_as_attributes():
     assert "megatron" not in loaded_after(code)
 
 
+def test_every_folder_is_a_subpackage():
+    folders = {path.parent.name for path in (ROOT / "routing_replay").glob("*/__init__.py")}
+    assert folders <= set(dir(rr))
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'routing_replay' has no attribute 'atach'"):
         _ = rr.atach

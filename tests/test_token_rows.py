@@ -36,7 +36,8 @@ def test_a_padded_batch_by_hand(table):
 
 def test_a_packed_batch_by_hand(table):
     # Sequence 1 in five positions and three of alignment padding, then an empty one, then 3.
-    rows_T = table.token_rows([5, 1, 1], cu_seqlens=[0, 8, 8, 10], sequences=[1, -1, 3])
+    sequences = torch.tensor([1, -1, 3], dtype=torch.int32)
+    rows_T = table.token_rows([5, 1, 1], cu_seqlens=[0, 8, 8, 10], sequences=sequences)
     assert rows_T.tolist() == [8, 9, -1, 11, -1, -1, -1, -1, -1, -1]
 
 

@@ -34,7 +34,7 @@ class RowSource(ABC):
         *,
         width: int | None = None,
         cu_seqlens: Integers | None = None,
-        sequences: Sequence[int] | None = None,
+        sequences: Integers | None = None,
         context: tuple[int, int] = (0, 1),
     ) -> torch.Tensor:
         """Return the rows of a batch in the layout of its `input_ids`.
@@ -63,7 +63,9 @@ class RowSource(ABC):
         import torch  # numpy suffices until a batch is built
 
         lengths_B = integers(lengths, "the lengths")
-        numbers = range(len(lengths_B)) if sequences is None else sequences
+        numbers_B = np.arange(len(lengths_B))
+        if sequences is not None:
+            numbers_B = integers(sequences, "the sequences")
         if width is not None and cu_seqlens is not None:
             raise TableError("a batch is padded or packed", expected="width or cu_seqlens")
         if cu_seqlens is not None:
@@ -71,11 +73,11 @@ class RowSource(ABC):
         else:
             width = int(lengths_B.max(initial=0)) if width is None else width
             bounds = width * np.arange(len(lengths_B) + 1)
-        _check_segments(bounds, lengths_B, len(numbers))
+        _check_segments(bounds, lengths_B, len(numbers_B))
         rows_T = np.full(bounds[-1], -1, np.int64)
-        for start, length, number in zip(bounds[:-1], lengths_B, numbers, strict=True):
+        for start, length, number in zip(bounds[:-1], lengths_B, numbers_B, strict=True):
             if number >= 0:
-                rows_T[start : start + length - 1] = self.rows(number, int(length))[:-1]
+                rows_T[start : start + length - 1] = self.rows(int(number), int(length))[:-1]
         rows_T = rows_T[context_positions(bounds, *context)]
         token_rows = torch.from_numpy(rows_T)
         return token_rows if width is None else token_rows.view(len(lengths_B), width // context[1])
