@@ -137,13 +137,14 @@ def test_ranks_and_devices_that_do_not_fit_are_refused(argv, message):
 
 
 def test_a_server_is_not_launched_on_the_gpus_of_the_trainer():
+    model = ["--model", "large", "--prompts", "a.jsonl", "--heldout-prompts", "b.jsonl"]
     divided = ["--rollout-gpus", "0,1", "--trainer-gpus", "2,3"]
-    for argv in (divided, ["--rollout-url", "http://a"]):
+    for argv in ([*model, *divided], [*model, "--rollout-url", "http://a"], ["--model", "tiny"]):
         require_own_devices(parse(argv), has_cuda=True)
-    require_own_devices(parse([]), has_cuda=False)
+    require_own_devices(parse(model), has_cuda=False)
     for argv in ([], ["--rollout-gpus", "0"], ["--trainer-gpus", "1"]):
         with pytest.raises(ConfigError, match="would share GPUs.*--trainer-gpus 4,5,6,7"):
-            require_own_devices(parse(argv), has_cuda=True)
+            require_own_devices(parse([*model, *argv]), has_cuda=True)
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):

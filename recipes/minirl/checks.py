@@ -146,13 +146,15 @@ def check_devices(config: RecipeConfig) -> None:
 def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
     """Refuse to launch a server on the trainer's GPUs.
 
-    SGLang takes most of a GPU's memory at its start, and keeps it.
+    SGLang takes most of a GPU's memory at its start, and keeps it. The tiny model leaves room: its
+    presets bound the server's cache.
 
     Raises:
         ConfigError: A server would be launched on a machine with GPUs that are not divided.
     """
     is_divided = bool(config.rollout.rollout_gpus and config.run.trainer_gpus)
-    if has_cuda and not config.rollout.rollout_url and not is_divided:
+    is_tiny = config.model.model == "tiny"
+    if has_cuda and not config.rollout.rollout_url and not is_divided and not is_tiny:
         raise ConfigError(
             "the launched server and the trainer would share GPUs",
             expected="--rollout-gpus and --trainer-gpus, or --rollout-url of a running server",
