@@ -1,4 +1,4 @@
-"""What stands on the chunks of an attached model: seams at its routers, hooks on its chunks."""
+"""The attachment to a model: seams at its routers, hooks on its chunks."""
 
 from __future__ import annotations
 
@@ -67,12 +67,13 @@ class Attachment:
         self._tracker = PassTracker(self._begin)
         self._seams = self._install(entries)
         self._tracker.watch(model_chunks)
+        # Fixed here: a pass must not search the module tree.
         self.chunks = [self._routers_of(chunk) for chunk in range(len(model_chunks))]
         self._is_removed = False
 
     @property
     def is_writer(self) -> bool:
-        """Tensor-parallel ranks without sequence parallelism see the same tokens: one records."""
+        """Whether this rank records: without sequence parallelism tensor ranks see equal tokens."""
         if not self._seams or self._has_split_sequences:
             return True
         return bool(self._seams[0].router.tp_group.rank() == 0)
@@ -97,6 +98,7 @@ class Attachment:
 
     def close(self) -> None:
         """Make the model stock again; a late recomputation of a closed pass raises."""
+        # First the model, then the passes: whatever raises below, the model is stock.
         for seam in self._seams:
             seam.restore_fusion()
         if self.step is not None:

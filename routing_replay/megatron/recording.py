@@ -143,7 +143,7 @@ class Recording(RowSource):
             if one.recorded():
                 np.add.at(times_CR[index[one.chunk]], one.rows_T[one.rows_T >= 0], 1)
         reduce(times_CR, dist.ReduceOp.SUM, groups)
-        # A stage without routers has no say: neutral values for both.
+        # Neutral values for a stage without routers: it neither adds a row nor misses one.
         most_R, least_R = times_CR.max(0, initial=0), times_CR.min(0, initial=255)
         reduce(most_R, dist.ReduceOp.MAX, self._grid.stages)
         reduce(least_R, dist.ReduceOp.MIN, self._grid.stages)
@@ -191,6 +191,7 @@ class Recording(RowSource):
         """The table with the ids of some rows; collective over the groups."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies to the host were only enqueued
+        # Untouched pages of an empty table take no memory: rows of others cost nothing.
         table = self._empty
         parts = [(p, *self._positions(p, rows_M)) for p in self._passes if self._is_writer]
         for index, layer in enumerate(table.shape.layers):
@@ -201,6 +202,7 @@ class Recording(RowSource):
                     ids_MK[positions] = recorded.numpy().view(ids_MK.dtype)[kept_T]
             reduce(ids_MK.view(np.uint8), dist.ReduceOp.MAX, groups)
             if is_kept:
+                # Zero, so that the tables of equal recordings are equal bytes.
                 ids_MK[~covered_R[rows_M]] = 0
                 table.expert_ids_LTK[index, rows_M] = ids_MK
         table.covered_T[:] = covered_R

@@ -45,7 +45,7 @@ class RouterShift:
 
     @contextlib.contextmanager
     def remembering(self, num_rows: int) -> Iterator[None]:
-        """Within: what the old policy's routers say about the experts that are taken.
+        """Within: keep the old policy's log-probs of the experts that are taken.
 
         Args:
             num_rows: Rows of the step's table.
@@ -58,7 +58,7 @@ class RouterShift:
 
     @contextlib.contextmanager
     def comparing(self) -> Iterator[None]:
-        """Within: the same tokens again, under the current policy."""
+        """Within: compare the current policy's log-probs of the same experts."""
         comparer = _Comparer(self._memory, self._num_rows)
         with self._replay.watching(comparer):
             yield
@@ -71,7 +71,7 @@ class RouterShift:
         """
         both = torch.stack([self._sums_R, self._counts_R])
         if not self._replay.is_writer:
-            both.zero_()  # tensor-parallel ranks hold the same tokens: one of them speaks
+            both.zero_()  # tensor-parallel ranks hold the same tokens: one of them is summed
         reduce(both, dist.ReduceOp.SUM, self._replay.table_groups)
         sums_R, counts_R = both
         num_layers = len(self._replay.shape.layers)
@@ -80,7 +80,7 @@ class RouterShift:
 
 
 class _ChunkMemory:
-    """What the old policy's routers of one chunk said, on the host.
+    """The old policy's log-probs of one chunk's routers, on the host.
 
     Args:
         layers: Of the chunk.
@@ -143,7 +143,7 @@ class _Recorder:
         buffers.logs_LMK[index].copy_(logs_MK)
 
     def finish(self, num_rows: int) -> dict[int, _ChunkMemory]:
-        """Return what was seen, by chunk."""
+        """Return the log-probs by chunk."""
         for of_chunk in self._passes.values():
             of_chunk[-1].move_to_host()
         if torch.cuda.is_available():

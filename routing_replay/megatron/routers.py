@@ -35,7 +35,7 @@ class RouterSeam:
         self.router = entry.router
         self.chunk = entry.chunk
         self.layer = entry.layer
-        self.layer_number = entry.layer + 1  # Megatron sets and shows this 1-based name
+        self.layer_number = entry.layer + 1  # 1-based: Megatron sets it on replay objects, too
         self.name = entry.name
         self._select = select
         self._stock = entry.router.router_replay
@@ -53,7 +53,8 @@ class RouterSeam:
         return bool(self._stock_config.moe_router_fusion)
 
     def unfuse(self) -> None:
-        """Route through the seam; the configuration is the model's own, so this takes a copy."""
+        """Route through the seam, on a copy of the shared configuration."""
+        # Megatron reads router.config at call time, and all layers share one configuration.
         if self.is_fused:
             self.router.config = copy.copy(self._stock_config)
             self.router.config.moe_router_fusion = False
