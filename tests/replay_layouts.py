@@ -309,7 +309,7 @@ class Dispatched:
 
 def random_table(model):
     """Distinct experts, drawn for every (layer, row); every fifth row and a sequence uncovered."""
-    table = RouteTable.empty(model, [n - 1 for n in LENGTHS], source="rollout")
+    table = RouteTable.empty(model, LENGTHS, source="rollout")
     scores = np.random.default_rng(5).random((len(model.layers), table.num_rows, model.num_experts))
     table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : model.top_k]
     table.covered_T[:] = np.arange(table.num_rows) % 5 != 4

@@ -228,8 +228,7 @@ def _reset_statistics(chunk):
 
 def random_table(job: Job, model) -> RouteTable:
     """Distinct experts, drawn for every (layer, row); every fifth row uncovered."""
-    lengths = [n - 1 for n in job.batch.lengths]
-    table = RouteTable.empty(model, lengths, source="rollout")
+    table = RouteTable.empty(model, job.batch.lengths, source="rollout")
     generator = np.random.default_rng(11)
     scores = generator.random((len(model.layers), table.num_rows, model.num_experts))
     table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : model.top_k]

@@ -30,7 +30,7 @@ def sliced_by_megatron(token_rows, rank, size):
 )
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_padded_batch_is_sliced_as_megatron_slices_it(size):
-    table = RouteTable.empty(MoEShape(layers=(0,), num_experts=4, top_k=1), [10, 6])
+    table = RouteTable.empty(MoEShape(layers=(0,), num_experts=4, top_k=1), [11, 7])
     table.covered_T[:] = np.arange(16) != 3
     whole = table.token_rows([11, 7], width=12)
     assert (whole >= 0).sum() == 15

@@ -56,7 +56,7 @@ def test_padding_makes_the_length_a_multiple_and_is_never_replayed():
     assert batch.input_ids_ST.shape == (2, 8)
     # Sequences of 5 and 4 tokens have 4 and 3 rows.
     shape = MoEShape(layers=(0,), num_experts=2, top_k=1)
-    table = RouteTable.empty(shape, [4, 3])
+    table = RouteTable.empty(shape, [5, 4])
     table.covered_T[:] = True
     assert batch.token_rows(table).tolist() == [
         [0, 1, 2, 3, -1, -1, -1, -1],

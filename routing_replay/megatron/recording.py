@@ -57,7 +57,7 @@ class Recording(RowSource):
         self._sharing_data = grid.data if is_shared else ()
         self._is_writer = is_writer
         self._is_partial = is_partial
-        self._empty = RouteTable.empty(shape, (lengths_S - 1).tolist())
+        self._empty = RouteTable.empty(shape, lengths_S)
         self._passes: list[ForwardPass] = []
         self._is_complete = False
 

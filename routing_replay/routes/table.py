@@ -93,16 +93,17 @@ class RouteTable(RowSource):
         return cls(shape, _columns_of(sequences), source)
 
     @classmethod
-    def empty(cls, shape: MoEShape, lengths: Sequence[int], source: str = "training") -> RouteTable:
-        """Return a table with room for the given numbers of rows, none covered yet (R2 fills it).
+    def empty(
+        cls, shape: MoEShape, lengths: Sequence[int] | np.ndarray, source: str = "training"
+    ) -> RouteTable:
+        """Return a table of which no row is covered yet (R2 fills it).
 
         Args:
             shape: Layers, number of experts and top-k.
-            lengths: Rows of each sequence. R2 records every token, the last one too, but `rows`
-                grants no row to it: give `num_tokens - 1`.
+            lengths: Tokens of each sequence, at least 1; n tokens have n - 1 rows.
             source: As for the constructor.
         """
-        offsets_S1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets_S1 = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64) - 1)])
         num_rows = int(offsets_S1[-1])
         shape_LTK = (len(shape.layers), num_rows, shape.top_k)
         tensors = {
@@ -110,7 +111,7 @@ class RouteTable(RowSource):
             "covered_T": np.zeros(num_rows, np.bool_),
             "origin_T": np.zeros(num_rows, np.uint8),
             "weight_version_T": np.full(num_rows, -1, np.int64),
-            "offsets_S1": offsets_S1,
+            "offsets_S1": offsets_S1.astype(np.int64),
         }
         return cls(shape, tensors, source)
 
@@ -202,13 +203,11 @@ class RouteTable(RowSource):
         rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
         gates = self.gate_probs_LTK
         return Routes(
-            expert_ids_TLK=np.ascontiguousarray(self.expert_ids_LTK[:, rows].swapaxes(0, 1)),
+            expert_ids_TLK=_token_first(self.expert_ids_LTK[:, rows]),
             covered_T=np.array(self.covered_T[rows]),
             layers=self.shape.layers,
             num_experts=self.shape.num_experts,
-            gate_probs_TLK=None
-            if gates is None
-            else np.ascontiguousarray(gates[:, rows].swapaxes(0, 1)),
+            gate_probs_TLK=None if gates is None else _token_first(gates[:, rows]),
             router_logits=self._logits_of(rows),
             origin_T=np.array(self.origin_T[rows]),
             weight_version_T=np.array(self.weight_version_T[rows]),
@@ -311,6 +310,10 @@ def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
         tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)
         tensors["logits_NLE"] = logits.values_NLE.astype(np.float32)
     return tensors
+
+
+def _token_first(values_LTK: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values_LTK.swapaxes(0, 1))
 
 
 def _layer_first(parts_TLK: list[np.ndarray]) -> np.ndarray:

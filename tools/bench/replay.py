@@ -131,7 +131,7 @@ def random_routes(setting: Setting) -> RouteTable:
     """Return a table of distinct random experts."""
     layers = tuple(range(setting.layers))
     model = MoEShape(layers=layers, num_experts=setting.experts, top_k=setting.top_k)
-    table = RouteTable.empty(model, [setting.tokens], source="rollout")
+    table = RouteTable.empty(model, [setting.tokens + 1], source="rollout")
     scores = np.random.default_rng(1).random((setting.layers, setting.tokens, setting.experts))
     table.expert_ids_LTK[:] = np.argsort(scores, axis=-1)[..., : setting.top_k]
     table.covered_T[:] = True
