@@ -16,8 +16,12 @@ PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_tex
 
 @pytest.mark.parametrize("package", PINS)
 def test_the_tests_run_with_the_pinned_version(package):
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed: the core lane needs no engine")
     # A build's own suffix (torch's +cu130) says where it is from, not which version it is.
-    assert importlib.metadata.version(package).split("+")[0] == PINS[package]
+    assert version.split("+")[0] == PINS[package]
 
 
 def test_every_extra_that_the_environment_installs_exists_and_is_pinned():
