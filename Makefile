@@ -6,7 +6,8 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 EXTRAS  := sglang,megatron,rollout,recipe,test,docs
 SOURCES := routing_replay recipes tools tests examples
-# Options: EXTRAS=rollout,recipe,test,docs builds without engines; PYTHON=path names the Python 3.12 to build from; `make recipe RECIPE_ARGS="--seed 1"`;
+# Options: PYTHON=path names the Python 3.12 to build from; EXTRAS=rollout,recipe,test,docs builds
+# without engines, which is enough for `make check test-fast docs`; `make recipe RECIPE_ARGS="--seed 1"`;
 # `make test PYTEST_ARGS="-k table"`.
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
