@@ -164,7 +164,7 @@ def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
 
 
 def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:
-    """Refuse a stored configuration that would train otherwise than its author meant.
+    """Refuse a stored configuration that would not train as its author meant.
 
     Args:
         config: The trainer's configuration.
@@ -172,7 +172,7 @@ def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:
         where: The file that the configuration comes from.
 
     Raises:
-        ConfigError: The mode of routing replay is still `auto`, or the ranks are of another number.
+        ConfigError: The mode of routing replay is still `auto`, or the number of ranks differs.
     """
     fix = "Write it with `python -m recipes.minirl --prepare-only --run-dir DIR ...`"
     if config.replay.mode == "auto":
@@ -185,7 +185,7 @@ def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:
         )
     if world_size != config.world_size:
         raise ConfigError(
-            "the number of ranks is not that of the configuration",
+            "the number of ranks differs from the configuration",
             expected=f"nnodes * nproc = {config.run.nnodes} * {config.run.nproc}",
             got=f"{world_size} from torchrun",
             where=where,

@@ -265,7 +265,7 @@ def converted(name: str, f: Field[Any], value: object, where: object = None) -> 
 
 
 def _as_type(default: object, value: object) -> object | None:
-    """Return the value as the default's type; None if it is of another."""
+    """Return the value as the default's type, or None if it has another type."""
     if isinstance(default, tuple):
         if isinstance(value, Mapping):
             value = [f"{key}={json.dumps(inner)}" for key, inner in value.items()]

@@ -75,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class OldPass:
-    """What the old policy's pass leaves for the updates.
+    """Results of the old policy's pass that the updates need.
 
     Args:
         scores: log pi_old.
@@ -292,14 +292,14 @@ def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass
 
 
 def score_live(policy: Policy, batch: Batch, old: Scores) -> Scores:
-    """Return pi_old's scores without replay; under R2 and without replay its pass routed live."""
+    """Return pi_old's scores without replay; except in R3 its own pass has already routed live."""
     if policy.config.replay.mode != "R3":
         return old
     return policy.score(batch, batch.token_rows(None))
 
 
 def score_replayed(policy: Policy, batch: Batch, old: OldPass) -> Scores:
-    """Score in the way of the updates: BuPO compares an inner layer's policy with itself."""
+    """Score with the routes of the updates, for BuPO's pi_old of an inner layer."""
     with replaying(policy, old.table):
         return policy.score(batch, old.token_rows_ST)
 
