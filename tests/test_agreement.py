@@ -64,11 +64,11 @@ def test_every_statistic_equals_the_oracle(logits):
         oracles.agreement(oracles.top_k(mu, TOP_K), pi, oracles.softmax(pi))
         for mu, pi in zip(engine_TE.tolist(), live_TE.tolist(), strict=True)
     ]
-    found = to_floats(agreement.metrics())
+    metrics = to_floats(agreement.metrics())
     for name in expected[0]:
         mean = sum(token[name] for token in expected) / TOKENS
         # probabilities and margins pass through float32: 2^-24 relative, a few operations
-        values = found[f"routing_replay/{name}"]
+        values = metrics[f"routing_replay/{name}"]
         assert values.layers[2] == pytest.approx(mean, rel=1e-6, abs=1e-7)
         assert values.mean == values.layers[2]
         assert math.isnan(values.layers[0])
@@ -173,11 +173,11 @@ def test_first_differing_layer_is_found_across_layers_and_microbatches():
             token_rows_T=torch.tensor(rows),
         )
         agreement.observe(layer, view)
-    found = to_floats(agreement.reduced())
+    values = to_floats(agreement.reduced())
     # Row 0 never differs, row 1 first in layer 4, row 2 in 1, row 3 in 6; row 4 was not observed.
-    assert found["routing_replay/any_layer_differs"] == 3 / 4
-    assert found["routing_replay/first_differing_layer"] == pytest.approx((4 + 1 + 6) / 3)
-    assert found["routing_replay/first_difference"].layers[4] == 1 / 4
+    assert values["routing_replay/any_layer_differs"] == 3 / 4
+    assert values["routing_replay/first_differing_layer"] == pytest.approx((4 + 1 + 6) / 3)
+    assert values["routing_replay/first_difference"].layers[4] == 1 / 4
 
 
 def test_too_many_layers_for_one_byte_are_refused():

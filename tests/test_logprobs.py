@@ -60,11 +60,11 @@ def plain(logits, targets, temperature=1.0, rows=None):
 
 def test_values_are_those_of_a_loop():
     logits, targets = example()
-    found = token_logprobs(logits, targets)
+    scores = token_logprobs(logits, targets)
     rows = logits.tolist()
     expected = [oracle.log_softmax(row)[y] for row, y in zip(rows, targets.tolist(), strict=True)]
-    assert found.logp_T.tolist() == pytest.approx(expected)
-    assert found.entropy_T.tolist() == pytest.approx([oracle.entropy(row) for row in rows])
+    assert scores.logp_T.tolist() == pytest.approx(expected)
+    assert scores.entropy_T.tolist() == pytest.approx([oracle.entropy(row) for row in rows])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -73,12 +73,12 @@ def test_gradients_are_those_of_the_plain_softmax(temperature, with_support):
     logits, targets = example()
     allowed, rows = support() if with_support else (None, None)
     weights = torch.randn(2, TOKENS, dtype=torch.float64)
-    found = token_logprobs(logits, targets, temperature=temperature, support=allowed)
+    scores = token_logprobs(logits, targets, temperature=temperature, support=allowed)
     logp, entropy = plain(logits, targets, temperature, rows)
-    torch.testing.assert_close(found.logp_T, logp)
-    torch.testing.assert_close(found.entropy_T, entropy)
+    torch.testing.assert_close(scores.logp_T, logp)
+    torch.testing.assert_close(scores.entropy_T, entropy)
     gradients = []
-    for logp_T, entropy_T in ((found.logp_T, found.entropy_T), (logp, entropy)):
+    for logp_T, entropy_T in ((scores.logp_T, scores.entropy_T), (logp, entropy)):
         # Token 5 has probability 0 under its support: no gradient through its log-prob.
         logp_T = torch.where(torch.isfinite(logp_T), logp_T, 0.0)
         keep = torch.arange(TOKENS) != 5 if with_support else torch.ones(TOKENS).bool()
@@ -93,8 +93,8 @@ def test_finite_differences_agree():
     logits, targets = example()
 
     def scores(z):
-        found = token_logprobs(z, targets, temperature=0.7)
-        return found.logp_T, found.entropy_T
+        scores = token_logprobs(z, targets, temperature=0.7)
+        return scores.logp_T, scores.entropy_T
 
     assert torch.autograd.gradcheck(scores, (logits,))
 
@@ -111,13 +111,13 @@ def test_only_one_of_the_two_outputs_may_be_used():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_logits_are_scored_in_float32(dtype):
     logits, targets = example(dtype)
-    found = token_logprobs(logits, targets)
-    assert found.logp_T.dtype == torch.float32
+    scores = token_logprobs(logits, targets)
+    assert scores.logp_T.dtype == torch.float32
     logp, entropy = plain(logits, targets)
     # The logits are what they are; float32 arithmetic on them errs by some 2^-24 of |logp| <= 15.
-    torch.testing.assert_close(found.logp_T.double(), logp, rtol=0, atol=5e-6)
-    torch.testing.assert_close(found.entropy_T.double(), entropy, rtol=0, atol=5e-6)
-    ours = torch.autograd.grad(found.logp_T.sum(), logits)[0]
+    torch.testing.assert_close(scores.logp_T.double(), logp, rtol=0, atol=5e-6)
+    torch.testing.assert_close(scores.entropy_T.double(), entropy, rtol=0, atol=5e-6)
+    ours = torch.autograd.grad(scores.logp_T.sum(), logits)[0]
     theirs = torch.autograd.grad(logp.sum(), logits)[0]
     assert ours.dtype == dtype
     step = torch.finfo(dtype).eps
@@ -127,10 +127,10 @@ def test_low_precision_logits_are_scored_in_float32(dtype):
 def test_a_target_outside_the_vocabulary_scores_minus_infinity_without_gradient():
     logits, targets = example()
     targets[3], targets[4] = -100, VOCABULARY
-    found = token_logprobs(logits, targets)
-    assert found.logp_T[3] == found.logp_T[4] == -math.inf
-    assert torch.isfinite(found.entropy_T).all()
-    (gradient,) = torch.autograd.grad(found.logp_T.sum(), logits)
+    scores = token_logprobs(logits, targets)
+    assert scores.logp_T[3] == scores.logp_T[4] == -math.inf
+    assert torch.isfinite(scores.entropy_T).all()
+    (gradient,) = torch.autograd.grad(scores.logp_T.sum(), logits)
     assert (gradient[3:5] == 0).all()
     assert (gradient[5] != 0).any()
 
@@ -138,18 +138,18 @@ def test_a_target_outside_the_vocabulary_scores_minus_infinity_without_gradient(
 def test_vocabulary_padding_of_minus_infinity_has_no_part():
     logits, targets = example()
     padded = torch.cat([logits.detach(), torch.full((TOKENS, 4), -torch.inf)], 1).requires_grad_()
-    found, bare = token_logprobs(padded, targets), token_logprobs(logits, targets)
-    torch.testing.assert_close(found.logp_T, bare.logp_T)
-    torch.testing.assert_close(found.entropy_T, bare.entropy_T)
-    (gradient,) = torch.autograd.grad((found.logp_T + found.entropy_T).sum(), padded)
+    scores, bare = token_logprobs(padded, targets), token_logprobs(logits, targets)
+    torch.testing.assert_close(scores.logp_T, bare.logp_T)
+    torch.testing.assert_close(scores.entropy_T, bare.entropy_T)
+    (gradient,) = torch.autograd.grad((scores.logp_T + scores.entropy_T).sum(), padded)
     assert (gradient[:, VOCABULARY:] == 0).all()
 
 
 def test_a_row_of_one_token_has_probability_one():
     only = torch.tensor([[2.0, -torch.inf, -torch.inf]])
-    found = token_logprobs(only, torch.tensor([0]))
-    assert found.logp_T.tolist() == [0.0]
-    assert found.entropy_T.tolist() == [0.0]
+    scores = token_logprobs(only, torch.tensor([0]))
+    assert scores.logp_T.tolist() == [0.0]
+    assert scores.entropy_T.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("allowed", [None, "support"])
@@ -157,23 +157,23 @@ def test_log_probs_at_several_ids_are_those_of_the_plain_softmax(allowed):
     logits, targets = example()
     ids_TK = torch.stack([targets, (targets + 5) % VOCABULARY, (targets + 6) % VOCABULARY], 1)
     allowed = support()[0] if allowed else None
-    found = logprobs_at(logits, ids_TK, temperature=0.8, support=allowed)
+    scores = logprobs_at(logits, ids_TK, temperature=0.8, support=allowed)
     for column in range(3):
         expected = token_logprobs(logits, ids_TK[:, column], temperature=0.8, support=allowed)
-        torch.testing.assert_close(found[:, column], expected.logp_T.detach())
-    assert not found.requires_grad
+        torch.testing.assert_close(scores[:, column], expected.logp_T.detach())
+    assert not scores.requires_grad
     if allowed is None:
         plain = (logits.detach() / 0.8).log_softmax(1).gather(1, ids_TK)
-        torch.testing.assert_close(found, plain)
+        torch.testing.assert_close(scores, plain)
     outside = logprobs_at(logits, torch.full_like(ids_TK, VOCABULARY))
     assert (outside == -math.inf).all()
 
 
 def test_no_tokens_have_no_scores():
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
-    found = token_logprobs(logits, torch.zeros(0, dtype=torch.int64))
-    found.logp_T.sum().backward()
-    assert found.logp_T.shape == found.entropy_T.shape == (0,)
+    scores = token_logprobs(logits, torch.zeros(0, dtype=torch.int64))
+    scores.logp_T.sum().backward()
+    assert scores.logp_T.shape == scores.entropy_T.shape == (0,)
     assert logits.grad.shape == (0, VOCABULARY)
 
 
@@ -227,13 +227,13 @@ def _rank(rank, folder):
         logits, targets = example()
         targets[7] = -100
         local = logits.detach()[:, rank * half : (rank + 1) * half].clone().requires_grad_()
-        found = token_logprobs(
+        scores = token_logprobs(
             local, targets, temperature=0.8, group=dist.group.WORLD, support=allowed
         )
-        logp_T = torch.where(torch.isfinite(found.logp_T), found.logp_T, 0.0)
-        (logp_T * torch.arange(TOKENS) + found.entropy_T).sum().backward()
+        logp_T = torch.where(torch.isfinite(scores.logp_T), scores.logp_T, 0.0)
+        (logp_T * torch.arange(TOKENS) + scores.entropy_T).sum().backward()
         at_ids = logprobs_at(local, several_ids(), temperature=0.8, group=dist.group.WORLD)
-        results.append((found.logp_T.detach(), found.entropy_T.detach(), local.grad, at_ids))
+        results.append((scores.logp_T.detach(), scores.entropy_T.detach(), local.grad, at_ids))
     torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 

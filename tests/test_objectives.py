@@ -42,11 +42,11 @@ def test_autograd_gives_the_closed_form_on_the_grid(name, parameters):
     case = case_on_the_grid()
     objective = objectives.get(name, **parameters)
     expected = torch.tensor(oracle.gradient(name, objective.parameters, case), dtype=torch.float64)
-    found, outputs = gradient_of(name, inputs_of(case), **parameters)
+    gradient, outputs = gradient_of(name, inputs_of(case), **parameters)
     # Not vacuous: some tokens must keep a gradient (GSPO's published region keeps few of this
     # grid).
     assert (expected != 0).sum() > 5
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
     has_signal_T = torch.tensor(case.advantage) != 0
     if name != "kl_cov":  # its penalty has a gradient where A = 0
         assert torch.equal((expected != 0) & has_signal_T, outputs.kept_T & has_signal_T)
@@ -76,8 +76,8 @@ def test_masked_tokens_may_hold_anything(name):
     for bad in (math.nan, math.inf, -math.inf):
         for values in (case.theta, case.old, case.mu, case.advantage):
             values[:] = [v if kept else bad for v, kept in zip(values, case.mask, strict=True)]
-        found, outputs = gradient_of(name, inputs_of(case))
-        assert torch.equal(found, clean)
+        gradient, outputs = gradient_of(name, inputs_of(case))
+        assert torch.equal(gradient, clean)
         assert outputs.loss.item() == clean_outputs.loss.item()
         assert outputs.metrics["objective/nonfinite_tokens"].value() == 0
 
@@ -90,10 +90,10 @@ def test_a_token_without_a_finite_input_contributes_zero_and_is_counted(name):
             case = case_on_the_grid()
             assert case.mask[token]
             getattr(case, bad)[token] = value
-            found, outputs = gradient_of(name, inputs_of(case))
-            assert torch.isfinite(found).all()
+            gradient, outputs = gradient_of(name, inputs_of(case))
+            assert torch.isfinite(gradient).all()
             assert torch.isfinite(outputs.loss)
-            assert found[token] == 0
+            assert gradient[token] == 0
             assert outputs.metrics["objective/nonfinite_tokens"].value() == 1
 
 
@@ -101,18 +101,18 @@ def test_a_token_without_a_finite_input_contributes_zero_and_is_counted(name):
 def test_an_all_masked_batch_gives_zero(name):
     case = case_on_the_grid()
     case.mask = [False] * len(case.mask)
-    found, outputs = gradient_of(name, inputs_of(case))
+    gradient, outputs = gradient_of(name, inputs_of(case))
     assert outputs.loss.item() == 0
-    assert (found == 0).all()
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_of_empty_responses_gives_zero(name):
     case = simple_case([], [], [], [])
     case.num_sequences = 4
-    found, outputs = gradient_of(name, inputs_of(case))
+    gradient, outputs = gradient_of(name, inputs_of(case))
     assert outputs.loss.item() == 0
-    assert found.shape == (0,)
+    assert gradient.shape == (0,)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -121,8 +121,8 @@ def test_extreme_ratios_stay_finite(name):
     case = simple_case([-0.1, -200.0, -1.0], [-200.0, -0.1, -1.0], [-1.0, -1.0, -200.0], [1.0] * 3)
     for advantage in (1.0, -1.0):
         case.advantage = [advantage] * 3
-        found, outputs = gradient_of(name, inputs_of(case, torch.float32))
-        assert torch.isfinite(found).all()
+        gradient, outputs = gradient_of(name, inputs_of(case, torch.float32))
+        assert torch.isfinite(gradient).all()
         assert torch.isfinite(outputs.loss)
 
 
@@ -134,13 +134,13 @@ def test_on_policy_minirl_masks_nothing_and_weighs_by_the_truncated_discrepancy(
     old = [-2.0] * 4
     mu = [-2.0 - math.log(m) for m in (0.5, 1.0, 4.0, 7.0)]
     case = simple_case(list(old), old, mu, [1.0, -1.0, 1.0, -1.0])
-    found, outputs = gradient_of("minirl", inputs_of(case))
+    gradient, outputs = gradient_of("minirl", inputs_of(case))
     expected = torch.tensor([0.5, -1.0, 4.0, -5.0], dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, expected)
     assert outputs.kept_T.all()
     assert outputs.metrics["objective/clip_fraction"].value() == 0
     decoupled, _ = gradient_of("minirl_decoupled", inputs_of(case))
-    torch.testing.assert_close(decoupled, found)
+    torch.testing.assert_close(decoupled, gradient)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_with_equal_policies_every_method_is_reinforce(name):
     case.theta, case.mu = list(case.old), list(case.old)
     case.extra["shift"] = [1.0] * len(case.old)
     case.extra["topk_theta"] = case.extra["topk_mu"]
-    found, _ = gradient_of(name, inputs_of(case))
+    gradient, _ = gradient_of(name, inputs_of(case))
     p = objectives.get(name).parameters
     expected = [
         a * oracle.scale(p.aggregation, case, t, p.horizon) if case.mask[t] else 0.0
         for t, a in enumerate(case.advantage)
     ]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_log_w_is_log_m_plus_log_r_token_by_token():
@@ -219,8 +219,10 @@ def test_drpo_at_its_published_delta_never_corrects():
         # Far-apart probabilities exceed the bound on log-ratios (20): 1e-9 is e^-20.7.
         inside = [abs(t - m) < 20 for t, m in pairs]
         case = simple_case(theta, mu, mu, [a] * len(pairs))
-        found, _ = gradient_of("drpo", inputs_of(case), horizon=1)
-        factor = found * a / torch.tensor([math.exp(t - m) for t, m in pairs], dtype=torch.float64)
+        gradient, _ = gradient_of("drpo", inputs_of(case), horizon=1)
+        factor = (
+            gradient * a / torch.tensor([math.exp(t - m) for t, m in pairs], dtype=torch.float64)
+        )
         factor = factor[torch.tensor(inside)]
         assert factor.min() >= 0.92 - 1e-12
         assert factor.max() <= 1.08 + 1e-12
@@ -242,20 +244,20 @@ def test_icepop_keeps_m_from_one_half_to_five():
 def test_dual_clip_bounds_what_a_bad_token_can_cost():
     # A = -1, r = 6: without dual clip the term is -6; with c = 3 it is -3 and has no gradient.
     case = simple_case([-3 + math.log(6)], [-3.0], [-3.0], [-1.0])
-    found, outputs = gradient_of("ppo", inputs_of(case))
+    gradient, outputs = gradient_of("ppo", inputs_of(case))
     assert outputs.loss.item() == pytest.approx(3.0)
-    assert found.item() == 0
-    found, outputs = gradient_of("ppo", inputs_of(case), dual_clip=None)
+    assert gradient.item() == 0
+    gradient, outputs = gradient_of("ppo", inputs_of(case), dual_clip=None)
     assert outputs.loss.item() == pytest.approx(6.0)
-    assert found.item() == pytest.approx(-6.0)
+    assert gradient.item() == pytest.approx(-6.0)
 
 
 def test_m2po_with_keep_of_the_whole_step_ignores_its_own_mask():
     case = case_on_the_grid()
     everything = torch.ones(len(case.theta), dtype=torch.bool)
-    found, _ = gradient_of("m2po", inputs_of(case, keep_T=everything))
+    gradient, _ = gradient_of("m2po", inputs_of(case, keep_T=everything))
     free, _ = gradient_of("m2po", inputs_of(case), threshold=1e9)
-    torch.testing.assert_close(found, free)
+    torch.testing.assert_close(gradient, free)
 
 
 # --- clear errors -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def factors(expected_of_token, base="grpo", **parameters):
     """Compare the gradient to the plain one times the expected factors; return these."""
     case = case_on_the_grid()
     plain, _ = gradient_of(base, inputs_of(case), eps_low=1.0, eps_high=1e9)
-    found, outputs = gradient_of(base, inputs_of(case), eps_low=1.0, eps_high=1e9, **parameters)
+    gradient, outputs = gradient_of(base, inputs_of(case), eps_low=1.0, eps_high=1e9, **parameters)
     has_signal = plain != 0
     expected = [
         expected_of_token(case, t) if has_signal[t] else 0.0 for t in range(len(case.theta))
@@ -23,7 +23,7 @@ def factors(expected_of_token, base="grpo", **parameters):
     expected = torch.tensor(expected, dtype=torch.float64)
     # Not vacuous: the expectation neither keeps nor drops everything.
     assert len(expected[has_signal].unique()) > 1
-    torch.testing.assert_close(found, plain * expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradient, plain * expected, rtol=1e-10, atol=1e-14)
     return outputs, expected[has_signal]
 
 
@@ -73,8 +73,8 @@ def test_veto_drops_the_whole_sequence_of_one_bad_token():
     # m = 0.9e-4 is below 1e-4 and takes its neighbour, whose m is 1, along.
     mu = [-1.0, -10.0 - math.log(0.9e-4)]
     case = simple_case([-1.0, -10.0], [-1.0, -10.0], mu, [1.0, 1.0])
-    found, _ = gradient_of("grpo", inputs_of(case), veto_below=1e-4)
-    assert found.tolist() == [0.0, 0.0]
+    gradient, _ = gradient_of("grpo", inputs_of(case), veto_below=1e-4)
+    assert gradient.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("anchor", ["mu", "old"])
@@ -92,19 +92,19 @@ def test_off_policy_mask_spares_the_kl_term():
     case = simple_case([-2.0], [-2.0], [-1.0], [-1.0])
     reference = torch.tensor([-1.5], dtype=torch.float64)
     inputs = inputs_of(case, logp_ref_T=reference)
-    found, outputs = gradient_of(
+    gradient, outputs = gradient_of(
         "grpo", inputs, off_policy_delta=0.5, kl_coefficient=1.0, kl_estimator="k2", kl_ratio="none"
     )
     # The gradient of k2 is log(pi_theta / ref) = -0.5; of the objective its negative.
     assert not outputs.kept_T.any()
-    assert found.item() == pytest.approx(0.5)
+    assert gradient.item() == pytest.approx(0.5)
 
 
 def test_a_filter_of_the_caller_drops_the_policy_term_but_not_the_denominator():
     case = simple_case([-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0])
-    found, _ = gradient_of("dapo", inputs_of(case, keep_T=torch.tensor([True, False])))
+    gradient, _ = gradient_of("dapo", inputs_of(case, keep_T=torch.tensor([True, False])))
     # token-mean over two tokens, though one is dropped.
-    assert found.tolist() == [0.5, 0.0]
+    assert gradient.tolist() == [0.5, 0.0]
 
 
 @pytest.mark.parametrize(

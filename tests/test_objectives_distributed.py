@@ -84,17 +84,17 @@ def test_the_step_chooses_some_tokens_and_not_all():
 @pytest.mark.parametrize("name", ALL)
 def test_microbatches_add_up_to_the_step(name):
     expected, outputs = whole(name, **splittable(name))
-    found, loss = torch.zeros_like(expected), 0.0
+    assembled, loss = torch.zeros_like(expected), 0.0
     summed = {}
     # Uneven microbatches: one sequence, many, the empty one alone.
     for sequences in ([21], list(range(0, 9)), [22], list(range(9, 21))):
         token_T = tokens_of(sequences)
         inputs = part(name, splittable(name), token_T, sequences=sequences)
         gradient, of_part = gradient_of(name, inputs, **splittable(name))
-        found[token_T] = gradient
+        assembled[token_T] = gradient
         loss += of_part.loss.item()
         summed = metrics.merge(summed, of_part.metrics)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(assembled, expected, rtol=1e-12, atol=1e-15)
     assert loss == pytest.approx(outputs.loss.item(), rel=1e-10)
     for metric, value in metrics.to_floats(outputs.metrics).items():
         assert metrics.to_floats(summed)[metric] == pytest.approx(value, rel=1e-9), metric
@@ -103,21 +103,21 @@ def test_microbatches_add_up_to_the_step(name):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_microbatches_add_up_under_every_aggregation(aggregation):
     expected, _ = whole("minirl", aggregation=aggregation)
-    found = torch.zeros_like(expected)
+    assembled = torch.zeros_like(expected)
     for sequences in ([3, 4, 5], [*range(3), *range(6, 23)]):
         token_T = tokens_of(sequences)
         inputs = part("minirl", {}, token_T, sequences=sequences)
-        found[token_T], _ = gradient_of("minirl", inputs, aggregation=aggregation)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+        assembled[token_T], _ = gradient_of("minirl", inputs, aggregation=aggregation)
+    torch.testing.assert_close(assembled, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_dropping_tokens_does_not_enlarge_the_others():
     # IcePop drops tokens by m; with everything else equal the kept ones keep their weight.
     expected, _ = whole("icepop", m_low=1e-6, m_high=1e6)
-    found, outputs = whole("icepop")
+    assembled, outputs = whole("icepop")
     kept = outputs.kept_T & (expected != 0)
     assert 0 < kept.sum() < (expected != 0).sum()
-    torch.testing.assert_close(found[kept], expected[kept])
+    torch.testing.assert_close(assembled[kept], expected[kept])
 
 
 # --- two ranks ----------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ def of_two_ranks():
 def test_context_parallel_ranks_add_up_to_the_step(of_two_ranks, number):
     name, parameters = SPLIT[number]
     expected, outputs = whole(name, **parameters)
-    found = torch.zeros_like(expected)
+    assembled = torch.zeros_like(expected)
     for results in of_two_ranks:
         token_T, gradient, loss, reduced = results[number]
-        found[token_T] = gradient
+        assembled[token_T] = gradient
         assert loss == pytest.approx(outputs.loss.item(), rel=1e-10)
         for metric, value in metrics.to_floats(outputs.metrics).items():
             assert reduced[metric] == pytest.approx(value, rel=1e-9), metric
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(assembled, expected, rtol=1e-12, atol=1e-15)

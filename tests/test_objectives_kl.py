@@ -27,8 +27,8 @@ def kl(p, q):
 
 
 def grad(value, theta):
-    (found,) = torch.autograd.grad(value, theta)
-    return found
+    (estimate,) = torch.autograd.grad(value, theta)
+    return estimate
 
 
 def expected_gradient(theta, mu, ref, *, direction, ratio, estimator, reference="ref"):
@@ -71,26 +71,26 @@ def test_the_table_of_gradients(direction, ratio, own, other, estimator, gradien
     theta, mu, ref = policies()
     if own:
         mu = theta.detach().log_softmax(0)
-    found = expected_gradient(
+    estimate = expected_gradient(
         theta, mu, ref, direction=direction, ratio=ratio, estimator=estimator, reference=other
     )
     logp, target = theta.log_softmax(0), ref if other == "ref" else mu
     exact = {
-        "0": torch.zeros_like(found),
+        "0": torch.zeros_like(estimate),
         "R": grad(kl(logp, target), theta),
         "F": grad(kl(target, theta.log_softmax(0)), theta),
     }
     if gradient == "-":
         for value in exact.values():
-            assert (found - value).abs().max() > 1e-3
+            assert (estimate - value).abs().max() > 1e-3
     elif gradient == "blind":
         # E_mu[grad log pi_theta] is not 0 off-policy, but the same for every other policy.
         again = expected_gradient(
             theta, mu, ref.flip(0), direction=direction, ratio=ratio, estimator=estimator
         )
-        torch.testing.assert_close(found, again)
+        torch.testing.assert_close(estimate, again)
     else:
-        torch.testing.assert_close(found, exact[gradient])
+        torch.testing.assert_close(estimate, exact[gradient])
 
 
 def test_ratio_in_the_graph_times_k3_is_stopped_ratio_times_k2_per_sample():
@@ -102,14 +102,14 @@ def test_ratio_in_the_graph_times_k3_is_stopped_ratio_times_k2_per_sample():
     gradients = []
     for ratio, estimator in (("graph", "k3"), ("stopped", "k2")):
         case = simple_case(theta.tolist(), theta.tolist(), mu.tolist(), [0.0] * 3)
-        found, _ = gradient_of(
+        estimate, _ = gradient_of(
             "dapo",
             inputs_of(case, logp_ref_T=ref),
             kl_coefficient=3.0,
             kl_ratio=ratio,
             kl_estimator=estimator,
         )
-        gradients.append(found)
+        gradients.append(estimate)
     torch.testing.assert_close(gradients[0], gradients[1])
     # -3 * (1/3) * rho * log(pi_theta / ref) for the first token: rho = e^-0.3, log-ratio 0.5.
     assert gradients[0][0].item() == pytest.approx(-math.exp(-0.3) * 0.5)
@@ -131,14 +131,14 @@ def test_a_reference_without_a_finite_log_prob_adds_no_kl():
     for bad in (-math.inf, math.nan):
         ref = torch.tensor([bad, -2.0], dtype=torch.float64)
         for estimator in ("k1", "k2", "k3", "k3+"):
-            found, outputs = gradient_of(
+            estimate, outputs = gradient_of(
                 "dapo",
                 inputs_of(case, logp_ref_T=ref),
                 kl_coefficient=1.0,
                 kl_ratio="stopped",
                 kl_estimator=estimator,
             )
-            assert found[0] == 0
+            assert estimate[0] == 0
             assert torch.isfinite(outputs.loss)
 
 
@@ -176,9 +176,9 @@ def test_reinforce_with_w_is_the_gradient_of_the_expected_reward():
     # seq-mean-token-sum.
     advantages = mu.exp() * rewards
     inputs = inputs_of(case, logp_theta_T=logp, advantages_T=advantages)
-    found = grad(-objectives.get("reinforce_is")(inputs).loss, theta)
+    estimate = grad(-objectives.get("reinforce_is")(inputs).loss, theta)
     exact = grad((theta.log_softmax(0).exp() * rewards).sum(), theta)
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(estimate, exact)
 
 
 def test_first_order_errors_of_the_sum_and_of_the_geometric_mean():

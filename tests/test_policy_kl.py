@@ -22,19 +22,19 @@ def metrics_of(ratios, mask=None, **names):
 
 def test_every_metric_of_four_tokens():
     # rho = 1, 2.5, 0.1, 1; logs: 0, 0.916291, -2.302585, 0.
-    found = to_floats(metrics_of([1.0, 2.5, 0.1, 1.0]))
+    values = to_floats(metrics_of([1.0, 2.5, 0.1, 1.0]))
     logs = [0.0, math.log(2.5), math.log(0.1), 0.0]
-    assert found["train_infer/kl_k1"] == pytest.approx(-sum(logs) / 4)
-    assert found["train_infer/kl_k3"] == pytest.approx((4.6 - 4 - sum(logs)) / 4)
-    assert found["train_infer/logp_abs_diff_mean"] == pytest.approx((0.916291 + 2.302585) / 4)
-    assert found["train_infer/logp_abs_diff_max"] == pytest.approx(2.302585)
+    assert values["train_infer/kl_k1"] == pytest.approx(-sum(logs) / 4)
+    assert values["train_infer/kl_k3"] == pytest.approx((4.6 - 4 - sum(logs)) / 4)
+    assert values["train_infer/logp_abs_diff_mean"] == pytest.approx((0.916291 + 2.302585) / 4)
+    assert values["train_infer/logp_abs_diff_max"] == pytest.approx(2.302585)
     # 2.5 and 1 / 0.1 = 10 exceed 2; only 10 exceeds 5.
-    assert found["train_infer/extreme_tau2"] == 0.5
-    assert found["train_infer/extreme_tau5"] == 0.25
+    assert values["train_infer/extreme_tau2"] == 0.5
+    assert values["train_infer/extreme_tau5"] == 0.25
     # squares 1 + 6.25 + 0.01 + 1 = 8.26
-    assert found["train_infer/chi2"] == pytest.approx(8.26 / 4 - 1)
-    assert found["train_infer/ess"] == pytest.approx(4.6 / 8.26)
-    assert found["train_infer/nonfinite_tokens"] == 0
+    assert values["train_infer/chi2"] == pytest.approx(8.26 / 4 - 1)
+    assert values["train_infer/ess"] == pytest.approx(4.6 / 8.26)
+    assert values["train_infer/nonfinite_tokens"] == 0
 
 
 def test_a_ratio_of_exactly_tau_is_not_extreme():
@@ -50,41 +50,41 @@ def test_samples_come_from_the_second_policy():
     q = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
     counts = (q * 10).round().long()
     tokens = torch.arange(3).repeat_interleave(counts)
-    found = to_floats(policy_metrics(p.log()[tokens], q.log()[tokens], torch.ones(10).bool()))
+    values = to_floats(policy_metrics(p.log()[tokens], q.log()[tokens], torch.ones(10).bool()))
     exact = (q * (q / p).log()).sum().item()
-    assert found["train_infer/kl_k1"] == pytest.approx(exact)
-    assert found["train_infer/kl_k3"] == pytest.approx(exact)
-    assert found["train_infer/chi2"] == pytest.approx(((p**2 / q).sum() - 1).item())
+    assert values["train_infer/kl_k1"] == pytest.approx(exact)
+    assert values["train_infer/kl_k3"] == pytest.approx(exact)
+    assert values["train_infer/chi2"] == pytest.approx(((p**2 / q).sum() - 1).item())
 
 
 def test_close_policies_keep_their_digits():
     # d = 1e-6: k3 = d^2 / 2 = 5e-13, which rho - 1 - log rho in float32 would round to 0.
     q = torch.zeros(4, dtype=torch.float64)
-    found = to_floats(policy_metrics(q + 1e-6, q, EVERY))
-    assert found["train_infer/kl_k3"] == pytest.approx(5e-13, rel=1e-3)
+    values = to_floats(policy_metrics(q + 1e-6, q, EVERY))
+    assert values["train_infer/kl_k3"] == pytest.approx(5e-13, rel=1e-3)
 
 
 def test_equal_policies_have_no_distance():
-    found = to_floats(metrics_of([1.0] * 4))
-    assert found.pop("train_infer/ess") == 1.0
-    assert set(found.values()) == {0.0}
+    values = to_floats(metrics_of([1.0] * 4))
+    assert values.pop("train_infer/ess") == 1.0
+    assert set(values.values()) == {0.0}
 
 
 def test_masked_tokens_may_hold_anything_and_nonfinite_ones_are_counted():
     p = torch.tensor([-1.0, math.nan, -math.inf, -1.0])
     q = torch.tensor([-1.5, 3.0, -1.0, -math.inf])
     mask = torch.tensor([True, False, True, True])
-    found = to_floats(policy_metrics(p, q, mask))
-    assert found["train_infer/kl_k1"] == pytest.approx(-0.5)
-    assert found["train_infer/nonfinite_tokens"] == 2
-    assert all(math.isfinite(value) for value in found.values())
+    values = to_floats(policy_metrics(p, q, mask))
+    assert values["train_infer/kl_k1"] == pytest.approx(-0.5)
+    assert values["train_infer/nonfinite_tokens"] == 2
+    assert all(math.isfinite(value) for value in values.values())
 
 
 def test_absurd_distances_stay_finite():
     # e^2000 is far beyond float64.
-    found = to_floats(policy_metrics(torch.tensor([-1.0]), torch.tensor([-2001.0]), EVERY[:1]))
-    assert found["train_infer/kl_k1"] == -2000
-    assert all(math.isfinite(value) for value in found.values())
+    values = to_floats(policy_metrics(torch.tensor([-1.0]), torch.tensor([-2001.0]), EVERY[:1]))
+    assert values["train_infer/kl_k1"] == -2000
+    assert all(math.isfinite(value) for value in values.values())
 
 
 def test_parts_merge_to_the_whole():
@@ -101,10 +101,10 @@ def test_names_carry_prefix_and_suffix():
 def test_the_decomposition_adds_up():
     theta, old, mu = torch.randn(3, 50, dtype=torch.float64)
     everything = torch.ones(50).bool()
-    found = to_floats(update_metrics(theta, old, mu, everything, suffix="_live"))
-    found |= to_floats(policy_metrics(old, mu, everything, suffix="_live"))
-    parts = found["train_infer/kl_k1_live"] + found["staleness/kl_k1_live"]
-    assert found["off_policy/kl_k1_live"] == pytest.approx(parts)
+    values = to_floats(update_metrics(theta, old, mu, everything, suffix="_live"))
+    values |= to_floats(policy_metrics(old, mu, everything, suffix="_live"))
+    parts = values["train_infer/kl_k1_live"] + values["staleness/kl_k1_live"]
+    assert values["off_policy/kl_k1_live"] == pytest.approx(parts)
 
 
 def test_perplexity_ratio_is_the_mean_over_sequences():
@@ -113,8 +113,8 @@ def test_perplexity_ratio_is_the_mean_over_sequences():
     p = torch.tensor([-0.2, -0.4, 0.1, 9.0, math.nan], dtype=torch.float64)
     mask = torch.tensor([True, True, True, False, False])
     sequences = Sequences(index_T=torch.tensor([0, 0, 1, 1, 3]), count=4)
-    found = to_floats(policy_metrics(p, q, mask, sequences=sequences))
-    assert found["train_infer/perplexity_ratio"] == pytest.approx(
+    values = to_floats(policy_metrics(p, q, mask, sequences=sequences))
+    assert values["train_infer/perplexity_ratio"] == pytest.approx(
         (math.exp(0.3) + math.exp(-0.1)) / 2
     )
 

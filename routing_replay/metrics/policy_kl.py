@@ -52,12 +52,9 @@ def policy_metrics(
     - `logp_abs_diff_mean`, `logp_abs_diff_max`: of |log rho|.
     - `extreme_tau2`, `extreme_tau5`: share of tokens with max(rho, 1 / rho) above tau.
     - `chi2`: mean of rho^2 - 1, the chi-squared divergence of p from q.
-    - `ess`: sum of rho / sum of rho^2, the effective share of the samples; 1 where the policies
-      are equal. The usual (sum rho)^2 / (n * sum rho^2) is this times the mean of rho, which is 1
-      in expectation; without that factor it is a ratio of sums and so merges exactly over
-      microbatches and ranks.
-    - `nonfinite_tokens`: tokens in the mask that a policy gave no finite log-prob; in none of the
-      others.
+    - `ess`: sum of rho / sum of rho^2, the effective share of the samples. Unlike the usual
+      (sum rho)^2 / (n * sum rho^2) it merges exactly over ranks; the two agree in expectation.
+    - `nonfinite_tokens`: tokens in the mask without a finite log-prob. No other metric counts them.
     - `perplexity_ratio`, with `sequences`: mean over the sequences of (perplexity under p) /
       (perplexity under q) = exp(mean over its tokens of -log rho). Empty ones do not count.
 

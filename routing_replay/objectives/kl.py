@@ -1,4 +1,4 @@
-"""KL terms: estimators from sampled tokens, their place, and the gradient that each really gives.
+"""KL terms: estimators from sampled tokens, and the expected gradient of each.
 
 Samples come from mu. d = log(pi_theta / other) per token. The table says what the expected gradient
 of the term is when it stands in the loss (tests/test_objectives_kl.py proves each row by

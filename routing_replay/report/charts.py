@@ -75,7 +75,7 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "li
     last = max(max(line.steps[-1] for line in lines), first + 1)
     paths = "".join(_path(line, axis, first, last) for line in lines)
     grid = "".join(
-        f'<path class="grid" d="M0 {100 - axis.place(tick):.2f}H100"/>' for tick in axis.ticks
+        f'<path class="grid" d="M0 {100 - axis.position(tick):.2f}H100"/>' for tick in axis.ticks
     )
     svg = (
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
@@ -90,7 +90,7 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "li
         "last": last,
     }
     caption += " Logarithmic scale." if axis.is_log else ""
-    ticks = [(axis.label(tick), axis.place(tick)) for tick in axis.ticks]
+    ticks = [(axis.label(tick), axis.position(tick)) for tick in axis.ticks]
     plot = _plot(svg, ticks, first, last)
     return _figure(title, caption, _legend(lines), plot, data)
 
@@ -103,7 +103,7 @@ def heat_map(title: str, caption: str, grid: Grid) -> str:
     low, high = grid.bounds
     scale = Scale(low=low, high=high, is_log=grid.is_log, ticks=())
     levels = [
-        [None if v is None else round(254 * scale.place(v) / 100) for v in row]
+        [None if v is None else round(254 * scale.position(v) / 100) for v in row]
         for row in grid.values
     ]
     image = f'<img class="heat" alt="{html.escape(title)}" src="{_png(levels)}">'
@@ -134,17 +134,17 @@ def bar_chart(title: str, caption: str, rows: Sequence[tuple[str, float, float, 
     low = min(0.0, *(row[2] for row in rows))
     high = max(1e-12, *(row[3] for row in rows))
 
-    def place(value: float) -> float:
+    def position(value: float) -> float:
         return 100 * (value - low) / (high - low)
 
     bars = []
     for label, value, lower, upper in rows:
-        start, stop = sorted((place(0.0), place(value)))
+        start, stop = sorted((position(0.0), position(value)))
         bars.append(
             f'<div class="bar"><span class="name">{html.escape(label)}</span>'
             f'<span class="track"><i class="fill" style="left:{start:.2f}%;'
-            f'width:{stop - start:.2f}%"></i><i class="whisker" style="left:{place(lower):.2f}%;'
-            f'width:{place(upper) - place(lower):.2f}%"></i></span>'
+            f'width:{stop - start:.2f}%"></i><i class="whisker" style="left:{position(lower):.2f}%;'
+            f'width:{position(upper) - position(lower):.2f}%"></i></span>'
             f'<span class="value">{short(value)}</span></div>'
         )
     return _figure(title, caption, "", f'<div class="bars">{"".join(bars)}</div>', None)
@@ -190,7 +190,7 @@ class Scale:
         decimals = next(d for d in range(17) if abs(round(step, d) - step) < 1e-6 * step)
         return f"{tick:.{decimals}f}"
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Percent of the height from below."""
         low, high = self.low, self.high
         if self.is_log:
@@ -209,7 +209,7 @@ def _path(line: Line, scale: Scale, first: int, last: int) -> str:
         if value is None:
             is_down = False
             continue
-        x, y = 100 * (step - first) / (last - first), 100 - scale.place(value)
+        x, y = 100 * (step - first) / (last - first), 100 - scale.position(value)
         # "h0" makes a lone point visible: its round cap is a dot.
         commands.append(f"L{x:.2f} {y:.2f}" if is_down else f"M{x:.2f} {y:.2f}h0")
         is_down = True
@@ -271,7 +271,7 @@ def _png(levels: Sequence[Sequence[int | None]]) -> str:
 
 def _plot(content: str, ticks: Sequence[tuple[str, float]], first: int, last: int) -> str:
     labels = "".join(
-        f'<span style="bottom:{place:.2f}%">{html.escape(label)}</span>' for label, place in ticks
+        f'<span style="bottom:{height:.2f}%">{html.escape(label)}</span>' for label, height in ticks
     )
     return (
         f'<div class="plot"><div class="y">{labels}</div><div class="area">{content}'

@@ -97,7 +97,7 @@ def _cells(grid: Grid, scale: Scale) -> Iterator[str]:
 def _color(value: float | None, scale: Scale) -> str:
     if value is None:
         return "#{:02x}{:02x}{:02x}".format(*(255 - (255 - channel) // 3 for channel in GREY))
-    level = round(LEVELS * scale.place(value) / 100) / LEVELS
+    level = round(LEVELS * scale.position(value) / 100) / LEVELS
     return "#{:02x}{:02x}{:02x}".format(*(round(255 - level * (255 - c)) for c in HUE))
 
 
