@@ -106,6 +106,7 @@ def unknown_name(kind: str, name: object, known: Iterable[object]) -> ConfigErro
         known: All names that exist.
     """
     names = [str(k) for k in known]
+    # Without case, so that "r3" finds "R3", which resembles it in no other letter.
     by_folded = {n.casefold(): n for n in names}
     nearest = difflib.get_close_matches(str(name).casefold(), by_folded, n=1)
     fix = f"Did you mean {by_folded[nearest[0]]!r}?" if nearest else None

@@ -274,6 +274,7 @@ def attribute(
             continue
         sums_S4 = score(variant).cpu().numpy()
         progress.add(variant.name, sums_S4)
+        # k3: the other estimator may be negative, which reads as an error in a progress bar.
         on_result(variant, float(sums_S4[:, 1].sum() / max(1.0, sums_S4[:, 3].sum())))
 
 

@@ -138,6 +138,7 @@ def expert_loads(table: RouteTable) -> Iterator[np.ndarray]:
             block = slice(start, start + BLOCK_ROWS)
             covered_B = table.covered_T[block]
             ids_BK = np.asarray(ids_TK[block])
+            # Most tables are covered whole; the selection would copy the block.
             ids_BK = ids_BK if covered_B.all() else ids_BK[covered_B]
             counts_E += count_experts(ids_BK, len(counts_E))
         yield counts_E

@@ -34,6 +34,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Convert one file and print what it holds."""
+    # Loaded here, because torch takes seconds that `--help` must not cost.
     from ..analysis.comparison import read_token_lines
     from ..routes import conversion
 

@@ -35,6 +35,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Print the comparison of two tables; 1 if a layer's overlap is too low."""
+    # Loaded here, because torch takes seconds that `--help` must not cost.
     from ..analysis.comparison import compare_tables, token_decoder
 
     decode = None

@@ -90,6 +90,7 @@ def check_versions() -> Iterator[Finding]:
             fix="pip install routing_replay packaging",
         )
         return
+    # The bounds stand in pyproject.toml only; an extra's requirements carry a marker.
     for requirement in map(Requirement, requirements):
         is_optional = requirement.name in OPTIONAL
         if requirement.marker is None or is_optional:
@@ -105,6 +106,7 @@ def _check_version(name: str, specifier: str, is_optional: bool) -> Iterator[Fin
         if not is_optional:
             yield _error(name=name, what="not installed", fix=f"pip install {name}")
         return
+    # Prereleases count, as they are installed on purpose; by default a specifier excludes them.
     if SpecifierSet(specifier).contains(installed, prereleases=True):
         yield _ok(name=name, what=installed)
     else:

@@ -24,6 +24,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Print the inspection of a table."""
+    # Loaded here, because torch takes seconds that `--help` must not cost.
     from ..analysis.inspection import inspect_table
 
     inspection = inspect_table(RouteTable.open(parsed.file, verify=not parsed.no_verify))

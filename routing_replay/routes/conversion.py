@@ -136,6 +136,7 @@ def read_sglang_responses(path: str | os.PathLike[str], shape: MoEShape) -> Iter
             ) from error
         data = payload.from_base64(meta.get(payload.FIELD))
         is_compact = data[: len(payload.MAGIC)] == payload.MAGIC
+        # The request is not in the file, so the payload itself tells where it starts.
         start = payload.decode_compact(data)[1] if is_compact else 0
         routes = payload.decode(meta, num_tokens=num_tokens, shape=shape, start=start)
         # A response to a delta request lacks the rows before it.

@@ -31,6 +31,7 @@ class MoEShape:
     top_k: int
 
     def __post_init__(self) -> None:
+        # Lists and numpy integers would compare unequal, or not hash.
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         if any(layer < 0 for layer in self.layers) or any(a >= b for a, b in pairwise(self.layers)):
             raise RoutesError(

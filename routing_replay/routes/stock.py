@@ -71,6 +71,7 @@ def from_wide(ids_TLK: np.ndarray, shape: MoEShape, *, is_retracted: bool = Fals
         )
     if ids_TLK.size and ids_TLK.shape[1] != len(shape.layers):
         ids_TLK = _routed_layers(ids_TLK, shape)
+    # Before the cast below, which would wrap a wide id around to a valid one.
     if ids_TLK.size and not 0 <= int(ids_TLK.min()) <= int(ids_TLK.max()) < shape.num_experts:
         raise PayloadError(
             "an expert id is out of range",

@@ -154,8 +154,10 @@ def _map_tensor(path: Path, data: int, entry: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"shape {shape} does not fit {stop - start} bytes")
     if start < 0 or data + stop > os.path.getsize(path):
         raise damaged(path, f"at least {data + stop} bytes", os.path.getsize(path))
-    if size_bytes == 0:
+    if size_bytes == 0:  # nothing can be mapped
         return np.empty(shape, dtype)
+    # Mapped here, because safetensors copies a tensor for numpy: a pipeline stage reads its own
+    # layers only, and the ranks of a node share the pages.
     return np.memmap(path, dtype, "r", data + start, shape)
 
 

@@ -77,6 +77,7 @@ class RowSource(ABC):
         rows_T = np.full(bounds[-1], -1, np.int64)
         for start, length, number in zip(bounds[:-1], lengths_B, numbers_B, strict=True):
             if number >= 0:
+                # Without the last token, for which `input_ids` may have no position.
                 rows_T[start : start + length - 1] = self.rows(int(number), int(length))[:-1]
         rows_T = rows_T[context_positions(bounds, *context)]
         token_rows = torch.from_numpy(rows_T)
@@ -136,6 +137,7 @@ def integers(values: Integers, what: str) -> np.ndarray:
     Raises:
         TableError: Another type or shape.
     """
+    # Copying from a GPU waits for it: a data loader should pass lengths that lie on the host.
     values = values.cpu() if hasattr(values, "cpu") else values
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
