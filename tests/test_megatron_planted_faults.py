@@ -85,7 +85,7 @@ def test_stale_weights_are_named_by_the_attribution(found):
     assert parts["staleness"].value > parts["routing"].value
     # Every layer is a little off; none is singled out.
     assert len(found["stale"]["findings"]) == 1
-    assert "most of the gap is not routing but numerics, staleness" in found["stale"]["findings"][0]
+    assert "Most of the gap is not routing but numerics, staleness" in found["stale"]["findings"][0]
     # The same weights on both sides leave nothing for staleness.
     assert found["clean"]["attribution"].parts["staleness"].value == 0
 

@@ -280,7 +280,7 @@ class LayerAgreement:
         self._first_T[rows_T] = torch.minimum(self._first_T[rows_T], first_T)
 
     def metrics(self) -> dict[str, Metric]:
-        """`routing_replay/NAME` of this rank, with its layers; not collective.
+        """Return this rank's `routing_replay/NAME` with their layers; not collective.
 
         A layer that this rank did not observe has count 0 and joins a reduction without effect.
         """

@@ -57,7 +57,7 @@ def expert_load(
 
 
 def count_experts(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """How often each expert is selected; int64 [E]."""
+    """Count how often each expert is selected; int64 [E]."""
     ids_N = ids_TK.reshape(-1)
     counts_E = np.zeros(num_experts, np.int64)
     for start in range(0, len(ids_N), COUNTED_IDS):
@@ -66,7 +66,7 @@ def count_experts(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def _sampled_rows(covered_T: np.ndarray) -> np.ndarray:
-    """Covered rows of the sampled blocks. Blocks, because a page of a mapped file holds many."""
+    """Return covered rows in blocks, because a page of a mapped file holds many rows."""
     num_blocks = -(-len(covered_T) // BLOCK_ROWS)
     count = min(num_blocks, NUM_BLOCKS)
     blocks_B = np.arange(count) * num_blocks // max(1, count)

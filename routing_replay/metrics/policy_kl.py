@@ -125,7 +125,10 @@ def update_metrics(
 def _perplexity_ratio(
     log_rho_T: torch.Tensor, counted_T: torch.Tensor, sequences: Sequences
 ) -> Mean:
-    """Ranks of a context group all count the same sequences, which leaves a mean as it is."""
+    """Return exp(mean of -log rho) over the sequences.
+
+    Ranks of a context group all count the same sequences, which leaves a mean as it is.
+    """
     columns_T2 = torch.stack([-log_rho_T, counted_T.double()], -1)
     sums_S2 = log_rho_T.new_zeros(sequences.count, 2).index_add(0, sequences.index_T, columns_T2)
     if sequences.context_group is not None:

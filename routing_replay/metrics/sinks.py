@@ -100,7 +100,7 @@ class WandbSink:
 
 
 def scalars(values: Mapping[str, Value]) -> dict[str, float]:
-    """Finite values under the names of scalar sinks: a layer's own is `NAME_layer_{i}`."""
+    """Return finite values under the names of scalar sinks; a layer's is `NAME_layer_{i}`."""
     expanded: dict[str, float] = {}
     for name, value in values.items():
         if not isinstance(value, LayerValues):

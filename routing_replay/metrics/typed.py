@@ -83,11 +83,11 @@ class LayerMean:
         return self.total_L / self.count_L
 
     def value(self) -> torch.Tensor:
-        """The mean over all layers, each weighted by its count."""
+        """Return the mean over all layers, each weighted by its count."""
         return self.total_L.sum() / self.count_L.sum()
 
     def cells(self, layers: tuple[int, ...]) -> torch.Tensor:
-        """Totals and counts [2, L] for these layers; 0 where this rank has none."""
+        """Return totals and counts [2, L] for these layers; 0 where this rank has none."""
         cells_2L = self.total_L.new_zeros(2, len(layers))
         index_L = [layers.index(layer) for layer in self.layers]
         cells_2L[:, index_L] = torch.stack([self.total_L, self.count_L])
@@ -107,19 +107,19 @@ Value = float | LayerValues
 
 
 def masked_mean(values_T: torch.Tensor, mask_T: torch.Tensor) -> Mean:
-    """Mean over the tokens where `mask_T` (bool or 0/1) holds; the others may even be nan."""
+    """Return the mean where `mask_T` (bool or 0/1) holds; other tokens may hold nan."""
     kept_T = torch.where(mask_T.bool(), values_T.detach().double(), 0.0)
     return Mean(total=kept_T.sum(), count=mask_T.sum().double())
 
 
 def masked_max(values_T: torch.Tensor, mask_T: torch.Tensor) -> Max:
-    """Maximum over the tokens where `mask_T` holds; -inf when there is none."""
+    """Return the maximum where `mask_T` holds; -inf where it never does."""
     kept_T = torch.where(mask_T.bool(), values_T.detach().double(), -torch.inf)
     return Max(maximum=kept_T.max() if kept_T.numel() else kept_T.new_tensor(-torch.inf))
 
 
 def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Union of two sets of metrics; a name in both is merged by its own rule."""
+    """Return the union of two sets of metrics; a name in both is merged by its own rule."""
     merged = dict(first)
     for name, metric in second.items():
         # Raises AttributeError if the kinds differ: a bug of ours, not of the user.

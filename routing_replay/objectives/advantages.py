@@ -18,7 +18,7 @@ ADVANTAGES = {
 
 
 def group_mean(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """A = R - mean over the group.
+    """Return A = R - mean over the group.
 
     Groups are named by any integers, in any order. A group of one or of equal rewards gets 0.
 
@@ -28,7 +28,7 @@ def group_mean(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
 
 
 def group_mean_std(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """A = (R - mean) / (std + 1e-6) over the group.
+    """Return A = (R - mean) / (std + 1e-6) over the group.
 
     The std has Bessel's correction, as verl computes it. Groups of one or of equal rewards get
     exactly 0. Pitfall: groups with nearly equal rewards are amplified (Dr.GRPO's "difficulty
@@ -42,7 +42,9 @@ def group_mean_std(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tens
 
 
 def leave_one_out(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """A = R - mean of the other members = n / (n - 1) * (R - mean); 0 in a group of one.
+    """Return A = R - mean of the other members; 0 in a group of one.
+
+    This is n / (n - 1) * (R - mean).
 
     The baseline is independent of the response, so the gradient is unbiased.
 
@@ -54,7 +56,7 @@ def leave_one_out(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tenso
 
 
 def batch_norm(rewards_S: torch.Tensor, group_S: torch.Tensor | None = None) -> torch.Tensor:
-    """A = (R - mean) / (std + 1e-6) over the batch, whatever the groups; equal rewards get 0."""
+    """Return A = (R - mean) / (std + 1e-6) over the batch, whatever the groups."""
     everyone_S = torch.zeros_like(rewards_S, dtype=torch.int64)
     return group_mean_std(rewards_S, everyone_S)
 
@@ -112,7 +114,7 @@ class _Groups:
 
 
 def informative_groups(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.Tensor:
-    """bool per sequence: the rewards of its group differ, so that it has an advantage.
+    """Return which sequences have an advantage, because the rewards of their group differ.
 
     DAPO's dynamic sampling keeps these groups and samples on until the batch is full. For rewards
     of 0 and 1 the condition is 0 < number correct < group size.
@@ -123,7 +125,7 @@ def informative_groups(rewards_S: torch.Tensor, group_S: torch.Tensor) -> torch.
 
 
 def overlong_penalty(lengths_S: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """DAPO's soft penalty for long responses, to be added to the reward.
+    """Return DAPO's soft penalty for long responses, to be added to the reward.
 
     0 up to max_length - cache, from there falling linearly to -1 at max_length, -1 beyond.
 
@@ -148,7 +150,7 @@ def differential_smoothing(
     gamma_correct: float,
     gamma_wrong: float,
 ) -> torch.Tensor:
-    """DS-GRPO: A - gamma_correct * log pi_old(y|x) if correct, else A + gamma_wrong * the same.
+    """Return A - gamma_correct * log pi_old(y|x) if correct, else A + gamma_wrong * the same.
 
     Rare correct answers gain, common wrong ones lose. No published default of the gammas was found.
 

@@ -19,7 +19,9 @@ AGGREGATIONS = {
 def aggregate(
     values_T: torch.Tensor, tokens: Tokens, how: str, horizon: int | None = None
 ) -> torch.Tensor:
-    """This microbatch's share of the step's value: shares add up, over microbatches and over ranks.
+    """Return this microbatch's share of the step's value.
+
+    Shares add up over microbatches and over ranks.
 
     Args:
         values_T: One value per token, 0 where it does not count.
@@ -29,7 +31,7 @@ def aggregate(
         horizon: The constant of `seq-mean-token-sum-norm`; the denominators' `max_length` if None.
 
     Raises:
-        ConfigError: The constant is needed and neither place has it.
+        ConfigError: The constant is needed, and neither `horizon` nor `max_length` is set.
     """
     over = tokens.inputs.denominators
     if how == "seq-mean-token-mean":

@@ -76,7 +76,7 @@ def veto_mask(tokens: Tokens, lowest: float) -> torch.Tensor:
 
 
 def off_policy_mask(tokens: Tokens, delta: float, anchor: str) -> torch.Tensor:
-    """DeepSeek-V3.2: drop where A < 0 and the sequence's mean of log(anchor / pi_theta) > delta.
+    """Drop where A < 0 and the sequence's mean of log(anchor / pi_theta) is above delta.
 
     The paper's anchor is the inference engine's log-prob (`mu`); the KL term is not masked. Its
     delta is not published. Implementations that take the trainer's `old` measure staleness without

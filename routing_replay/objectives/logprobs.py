@@ -72,7 +72,7 @@ def token_logprobs(
     support: Support | None = None,
     reuse_logits: bool = False,
 ) -> TokenScores:
-    """log softmax(logits / temperature) at the targets, and the entropy of that distribution.
+    """Return log softmax(logits / temperature) at the targets, and the distribution's entropy.
 
     Args:
         logits_TV: Any floating type; with `group` this rank's equal share of the vocabulary.
@@ -118,7 +118,7 @@ def logprobs_at(
     group: dist.ProcessGroup | None = None,
     support: Support | None = None,
 ) -> torch.Tensor:
-    """log softmax(logits / temperature) at several ids of each position, without gradient.
+    """Return log softmax(logits / temperature) at several ids per position, without gradient.
 
     Args:
         logits_TV, temperature, group, support: As in `token_logprobs`; call this before a backward

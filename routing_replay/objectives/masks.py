@@ -238,7 +238,7 @@ def _chosen(tokens: Tokens, p: Clipped, name: str) -> torch.Tensor:
 def token_covariance(
     logp_T: torch.Tensor, advantages_T: torch.Tensor, mask_T: torch.Tensor
 ) -> torch.Tensor:
-    """(log pi - mean) * (A - mean), means over the mask; 0 outside it. Source: 2505.22617."""
+    """Return (log pi - mean) * (A - mean), means over the mask; 0 outside it (2505.22617)."""
     count = mask_T.sum().clamp(min=1)
     centred = []
     for values_T in (logp_T, advantages_T):

@@ -168,7 +168,7 @@ class Parameters:
 
 @functools.cache
 def _kinds(parameters: type[Parameters]) -> dict[str, tuple[type, ...]]:
-    """The types that each parameter may have; NoneType for an optional one."""
+    """Return the types that each parameter may have; NoneType for an optional one."""
     hints = get_type_hints(parameters)
     return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(parameters)}
 

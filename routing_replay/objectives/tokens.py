@@ -58,7 +58,7 @@ class Tokens:
         return self.inputs.mask_T & self.finite_T
 
     def safe(self, values_T: torch.Tensor) -> torch.Tensor:
-        """The values where counted, zero elsewhere; no gradient reaches the rest."""
+        """Return the values where counted, zero elsewhere; no gradient reaches the rest."""
         return torch.where(self.counted_T, values_T, torch.zeros_like(values_T))
 
     @cached_property
@@ -102,22 +102,22 @@ class Tokens:
         return lengths_S.to(self.inputs.logp_theta_T.dtype).clamp(min=1)
 
     def sum_S(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Sum per sequence, over the context-parallel ranks too. Differentiable."""
+        """Return the sum per sequence, over context-parallel ranks too. Differentiable."""
         zeros_S = values_T.new_zeros(self.inputs.num_sequences)
         sums_S = zeros_S.index_add(0, self.inputs.sequence_T, values_T)
         group = self.inputs.context_group
         return sums_S if group is None else _SumOverRanks.apply(sums_S, group)
 
     def mean_S(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Mean per sequence over its tokens in the loss, 0 if empty; uncounted values must be 0."""
+        """Return the mean per sequence, 0 if empty; uncounted values must be 0."""
         return self.sum_S(values_T) / self.lengths_S
 
     def spread(self, values_S: torch.Tensor) -> torch.Tensor:
-        """Each token gets its sequence's value."""
+        """Return each token's sequence value."""
         return values_S[self.inputs.sequence_T]
 
     def need(self, name: str) -> torch.Tensor:
-        """An optional input that the chosen objective cannot do without."""
+        """Return an optional input that the chosen objective requires."""
         values = getattr(self.inputs, name)
         if values is None:
             raise ObjectiveError(

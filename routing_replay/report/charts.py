@@ -48,7 +48,7 @@ class Grid:
 
 
 def shared_bounds(values: Iterable[float | None], is_log: bool) -> tuple[float, float]:
-    """The scale of heat maps that are to be compared: from 0, or from the least positive value."""
+    """Return the ends of a heat map's scale: 0 or the least positive value, and the largest."""
     kept = [v for v in values if v is not None]
     # A share that is zero everywhere must look empty, not full.
     high = max([1e-9, *kept])
@@ -96,7 +96,7 @@ def line_chart(title: str, caption: str, lines: Sequence[Line], scale: str = "li
 
 
 def heat_map(title: str, caption: str, grid: Grid) -> str:
-    """A figure with one cell per layer and step; "" if no cell has a value."""
+    """Return a figure with one cell per layer and step; "" if no cell has a value."""
     grid = shortened_grid(grid)
     if not any(v is not None for row in grid.values for v in row):
         return ""
@@ -130,7 +130,7 @@ def heat_map(title: str, caption: str, grid: Grid) -> str:
 
 
 def bar_chart(title: str, caption: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Horizontal bars with intervals: (label, value, low, high) per row."""
+    """Return horizontal bars with intervals; a row is (label, value, low, high)."""
     low = min(0.0, *(row[2] for row in rows))
     high = max(1e-12, *(row[3] for row in rows))
 
@@ -181,7 +181,7 @@ class Scale:
         return cls(low=low, high=high, is_log=False, ticks=ticks)
 
     def label(self, tick: float) -> str:
-        """Enough digits to tell neighbouring ticks apart."""
+        """Return enough digits to tell neighbouring ticks apart."""
         if self.is_log or len(self.ticks) < 2:
             return short(tick)
         step = self.ticks[1] - self.ticks[0]
@@ -191,7 +191,7 @@ class Scale:
         return f"{tick:.{decimals}f}"
 
     def position(self, value: float) -> float:
-        """Percent of the height from below."""
+        """Return percent of the height from below."""
         low, high = self.low, self.high
         if self.is_log:
             value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
@@ -251,7 +251,7 @@ def shortened_grid(grid: Grid, max_points: int = MAX_POINTS) -> Grid:
 
 
 def _png(levels: Sequence[Sequence[int | None]]) -> str:
-    """A data URI: one pixel per cell, one hue whose opacity is the level; None is grey.
+    """Return a data URI: one pixel per cell, one hue whose opacity is the level; None is grey.
 
     Opacity instead of a colour ramp: the page shines through, so low is quiet on light and dark.
     """

@@ -232,7 +232,7 @@ def _entropy(run: Run) -> Iterator[Finding]:
 
 
 def _median(values: Mapping[int, float]) -> float:
-    """The lower median, so that it is the value of some layer or step."""
+    """Return the lower median, which is the value of some layer or step."""
     return sorted(values.values())[(len(values) - 1) // 2]
 
 

@@ -114,7 +114,7 @@ def layers(runs: Sequence[Run]) -> str:
 
 
 def _heat_maps(layer_map: LayerMap, runs: Sequence[Run]) -> list[str]:
-    """Several runs share one scale, so that their colours compare."""
+    """Return one figure per run, on one scale, so that their colours compare."""
     bounds = [layer_map.grid(run).bounds for run in runs]
     common = min(low for low, _ in bounds), max(high for _, high in bounds)
     figures = []

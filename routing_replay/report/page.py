@@ -49,7 +49,7 @@ def write_report(
 
 
 def render(runs: Sequence[Run], title: str = "") -> str:
-    """The page as text."""
+    """Return the page as text."""
     parts = (
         ("In numbers", sections.summary(runs)),
         ("What stands out", sections.findings(runs)),

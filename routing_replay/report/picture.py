@@ -78,7 +78,7 @@ def render(caption: str, grid: Grid) -> str:
 
 
 def _cells(grid: Grid, scale: Scale) -> Iterator[str]:
-    """Neighbouring cells of one colour are one rectangle."""
+    """Yield rectangles, one for neighbouring cells of one colour."""
     row_height, column_width = HEIGHT / len(grid.values), WIDTH / len(grid.steps)
     for row, values in enumerate(grid.values):
         colors = [_color(value, scale) for value in values]

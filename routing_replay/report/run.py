@@ -43,17 +43,17 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def recent(self, name: str, layer: int | None = None) -> float | None:
-        """Mean of a metric over the last quarter of its values; None if there is none."""
+        """Return the mean over the last quarter of a metric's values; None if there is none."""
         values = self._known(name, layer)
         return mean(values[max(len(values) - _quarter(values), 0) :])
 
     def earliest(self, name: str) -> float | None:
-        """Mean of a metric over the first quarter of its values."""
+        """Return the mean over the first quarter of a metric's values."""
         values = self._known(name)
         return mean(values[: _quarter(values)])
 
     def recent_by_layer(self, name: str) -> dict[int, float]:
-        """`recent` of every layer that has a value."""
+        """Return `recent` of every layer that has a value."""
         recent = {layer: self.recent(name, layer) for layer in self.layers.get(name, ())}
         return {layer: value for layer, value in recent.items() if value is not None}
 
@@ -143,14 +143,14 @@ def _refuse_old_names(row: Mapping[str, Any], where: str) -> None:
 
 
 def _overall(value: object) -> float | None:
-    """A metric's own value; of one with layers their mean."""
+    """Return a metric's value; of one with layers their mean."""
     return _number(value.get("mean") if isinstance(value, dict) else value)
 
 
 def _layers(
     rows: Mapping[int, dict[str, Any]], names: Sequence[str]
 ) -> dict[str, dict[int, list[float | None]]]:
-    """Series of each layer of the metrics that have layers; rows are in the order of steps."""
+    """Return the series of each layer of the metrics that have layers."""
     by_metric: dict[str, dict[int, list[float | None]]] = {}
     for name in names:
         cells = [_cells(rows[step].get(name)) for step in sorted(rows)]
@@ -186,12 +186,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def first_known(run: Run, names: Sequence[str]) -> str | None:
-    """The first of several names of one quantity that the run has."""
+    """Return the first of several names of one quantity that the run has."""
     return next((name for name in names if name in run.series), None)
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, str]:
-    """Nested settings as `a.b: text`."""
+    """Return nested settings as `a.b: text`."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"

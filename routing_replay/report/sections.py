@@ -62,7 +62,7 @@ RECEIPT_WORDS = ("coverage", "fallback_fraction", "receipt", "expected", "replay
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """One row per run: where it started, where it is now."""
+    """Return one row per run: where it started, where it is now."""
     head = ["run", "steps", "reward, first to last quarter", "entropy"]
     head += ["KL k3 replayed", "KL k3 live", "live / replayed", "tokens with a differing layer"]
     head += ["router rows replayed", "s per step"]
@@ -107,7 +107,7 @@ def findings(runs: Sequence[Run]) -> str:
 
 
 def training(runs: Sequence[Run]) -> str:
-    """Reward, held-out reward, entropy, loss and time."""
+    """Return charts of reward, entropy, gradient norm, length and time."""
     groups = (
         ("Reward", "Mean over the step's responses.", REWARD_NAMES, "linear"),
         ("Reward on held-out prompts", "Where it was evaluated.", EVALUATION_NAMES, "linear"),
@@ -128,7 +128,7 @@ def training(runs: Sequence[Run]) -> str:
 
 
 def policy(runs: Sequence[Run]) -> str:
-    """The gap between the policies; every second curve of a run is dashed."""
+    """Return charts of the gap between the policies; every second curve of a run is dashed."""
     figures = []
     for title, caption, metrics, scale in POLICY_CHARTS:
         lines = []
@@ -143,7 +143,7 @@ def policy(runs: Sequence[Run]) -> str:
 
 
 def attribution(runs: Sequence[Run]) -> str:
-    """What each layer's routing costs the policy, where tools/attribute_kl.py was run."""
+    """Return what each layer's routing costs, where tools/attribute_kl.py was run."""
     figures = []
     for run in runs:
         content = run.attribution or {}
@@ -164,7 +164,7 @@ def attribution(runs: Sequence[Run]) -> str:
 
 
 def receipts(runs: Sequence[Run]) -> str:
-    """How many rows were replayed, step by step: the proof that replay took place."""
+    """Return how many rows were replayed: the proof that replay took place."""
     rows = []
     for run in runs:
         for name, values in run.series.items():
@@ -177,7 +177,7 @@ def receipts(runs: Sequence[Run]) -> str:
 
 
 def configuration(runs: Sequence[Run]) -> str:
-    """All settings; those that differ between the runs are marked and come first."""
+    """Return all settings; those that differ between the runs are marked and come first."""
     flat = [flatten(run.config) for run in runs]
     names = sorted({name for settings in flat for name in settings})
 
@@ -199,7 +199,7 @@ def configuration(runs: Sequence[Run]) -> str:
 
 
 def all_metrics(runs: Sequence[Run]) -> str:
-    """First and last quarter of every metric; of one with layers, of their mean."""
+    """Return every metric's first and last quarter; of one with layers, of their mean."""
     names = sorted({n for run in runs for n in run.series if run.recent(n) is not None})
     rows = []
     for name in names:
