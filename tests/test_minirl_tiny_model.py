@@ -36,10 +36,14 @@ def embedding_gradient(model, tokens):
     return embeddings.grad.norm()
 
 
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model.make_model(parse(SMALL))
+
+
 @pytest.mark.parametrize("token", VOCABULARY)
-def test_the_gradient_of_every_token_that_can_be_sampled_has_the_usual_size(token):
+def test_the_gradient_of_every_token_that_can_be_sampled_has_the_usual_size(model, token):
     # RMSNorm divides by sqrt(mean square + 1e-6): a zero embedding scales its gradient by 1,000.
-    model = tiny_model.make_model(parse(SMALL))
     prompt = [*"37+48=0"]
     usual = embedding_gradient(model, [*prompt, "8", "5", EOS])
     assert embedding_gradient(model, [*prompt, token, "5", EOS]) < 5 * usual
