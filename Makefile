@@ -12,7 +12,7 @@ SOURCES := routing_replay recipes tools tests examples
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help env recipe test-fast test test-matrix test-versions check docs bench clean
+.PHONY: help env recipe test-fast test test-matrix test-versions check docs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ check: env  ## lint, format and types, without changing a file
 # MkDocs 2; constraints.txt holds MkDocs at 1.
 docs: env  ## the documentation as a site, in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+gpu: env  ## what one GPU can prove, in gpu.json; `python -m tools.gpu --help` says what (not run on a GPU yet)
+	$(PY) -m tools.gpu $(GPU_ARGS)
 
 bench: env  ## the benchmarks of tools/bench/, one after another
 	@set -e; for file in $(filter-out %/__init__.py %/paired.py,$(wildcard tools/bench/*.py)); do \

@@ -24,6 +24,14 @@ from pathlib import Path
 
 import torch
 
+# The last two are for CUDA: bitwise comparisons need cuBLAS without workspaces that race, and
+# compiled functions would round otherwise in forward and recomputation.
+RANK_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 TESTS = str(Path(__file__).parent)
 
 
@@ -61,7 +69,7 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
         process = context.Process(
             target=_run_rank, args=(theirs, where, rank, nproc, store.port, args), daemon=True
         )
-        with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
+        with _environment(**RANK_ENVIRONMENT):
             process.start()
         theirs.close()
         ranks.append(process)
@@ -145,13 +153,27 @@ def _call(where, rank, nproc, port, args):
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a deprecation note for every model
     enable_cpu()
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=nproc)
+    torch.distributed.init_process_group(
+        _use_device(rank, nproc), store=store, rank=rank, world_size=nproc
+    )
     if TESTS not in sys.path:
         sys.path.insert(0, TESTS)
     module, name = where
     value = getattr(importlib.import_module(module), name)(rank, *args)
     torch.distributed.barrier()  # who leaves closes connections that a slower rank still reads
     return value
+
+
+def _use_device(rank, nproc):
+    """The backend; on CUDA every rank gets a device of its own and deterministic kernels."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    devices = torch.cuda.device_count()
+    assert nproc <= devices, f"NCCL needs a GPU for each rank: expected {nproc}, got {devices}"
+    torch.cuda.set_device(rank)
+    # Stock Megatron adds with atomics otherwise, and two stock passes differ.
+    torch.use_deterministic_algorithms(True)
+    return "nccl"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def measure(rank, folder, layouts, batch):
 def _measure(folder, layout, settings):
     with megatron(layout):
         policy = _policy(folder, layout, settings)
-        _step(policy, [[torch.arange(16) % 128]])
+        _step(policy, [[torch.arange(16)], [torch.arange(16)]])
         chunks = [weight_plan.unwrap(chunk) for chunk in policy.chunks]
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         states = [s for part in _optimizers(policy.optimizer) for s in part.state.values()]

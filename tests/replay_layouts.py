@@ -104,6 +104,7 @@ class Step:
         self.config = transformer_config(
             folder,
             plan.layout,
+            spec="local",  # on a GPU too: no Transformer Engine is needed
             recompute=plan.recompute,
             variable_seq_lengths=True,
         )

@@ -69,12 +69,15 @@ class Batch:
         is_padding = is_padding[:, mine]
         if self.case.is_packed:
             tokens, positions, rows = (x.reshape(1, -1) for x in (tokens, positions, rows))
+        device = torch.cuda.current_device()  # the CPU, where there is no CUDA
         return {
-            "tokens": torch.from_numpy(np.ascontiguousarray(tokens)),
-            "positions": torch.from_numpy(np.ascontiguousarray(positions)),
+            "tokens": torch.from_numpy(np.ascontiguousarray(tokens)).to(device),
+            "positions": torch.from_numpy(np.ascontiguousarray(positions)).to(device),
             "rows": torch.from_numpy(np.ascontiguousarray(rows)),
             "packed": _packed(length) if self.case.is_packed else None,
-            "padding_mask": torch.from_numpy(is_padding) if self.case.padding_mask else None,
+            "padding_mask": torch.from_numpy(is_padding).to(device)
+            if self.case.padding_mask
+            else None,
         }
 
 
@@ -82,6 +85,7 @@ def _packed(length):
     from megatron.core.packed_seq_params import PackedSeqParams
 
     bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    bounds = bounds.to(torch.cuda.current_device())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -201,6 +205,7 @@ def _config(case, **more):
     return transformer_config(
         hf,
         case.layout,
+        spec="local",  # on a GPU too: the matrix needs no Transformer Engine
         recompute=case.recompute,
         dispatcher=case.dispatcher,
         variable_seq_lengths=case.is_ragged,
@@ -264,11 +269,12 @@ class DispatchedRows:
 
         rows_SB = rows.t().contiguous().double()
         if self.job.config.sequence_parallel:
-            rows_SB = scatter_to_sequence_parallel_region(rows_SB)
+            rows_SB = rows_SB.to(torch.cuda.current_device())
+            rows_SB = scatter_to_sequence_parallel_region(rows_SB).cpu()
         return rows_SB.reshape(-1).long()
 
     def _check(self, router, arguments, output):
-        routing_map_TE = output[1]
+        routing_map_TE = output[1].cpu()
         layer = router.layer_number - 1
         self.calls += 1
         is_recompute = torch._C._current_graph_task_id() != -1

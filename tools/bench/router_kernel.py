@@ -79,7 +79,7 @@ def ways(rule_fields: dict[str, Any], top_k: int) -> dict[str, Route]:
     from megatron.core.transformer.moe.moe_utils import HAVE_TE, topk_routing_with_score_function
 
     from routing_replay.kernels.router import RoutingRule, replay_routing
-    from routing_replay.megatron.selection import LiveTopK, replay
+    from routing_replay.megatron.selection import select
 
     rule = RoutingRule(top_k=top_k, **rule_fields)
 
@@ -87,8 +87,8 @@ def ways(rule_fields: dict[str, Any], top_k: int) -> dict[str, Route]:
         def __init__(self, ids_TK: torch.Tensor):
             self.ids_TK = ids_TK.long()
 
-        def get_replay_topk(self, *arguments: Any) -> Any:
-            return replay(LiveTopK(*arguments), self.ids_TK, None, keep_slots=True)
+        def get_replay_topk(self, scores_TE: torch.Tensor, *arguments: Any) -> Any:
+            return select(scores_TE, self.ids_TK, keep_slots=True)
 
     def kernel(batch: Batch, is_live_T: torch.Tensor | None = None) -> torch.Tensor:
         return replay_routing(batch.logits_TE, batch.ids_TK, rule, is_live_T=is_live_T)[0]
