@@ -20,7 +20,6 @@ class Finding:
             knowing) or "ok" (checked and right).
         what: One clause that states the result.
         name: Short stable name, for scripts.
-        got: The value that was read, where `what` does not hold it.
         where: Layer, step, file or URL.
         cause: Why it matters.
         fix: The next step for the user.
@@ -32,7 +31,6 @@ class Finding:
     level: Level
     what: str
     name: str = ""
-    got: str = ""
     where: str = ""
     cause: str = ""
     fix: str = ""
@@ -43,8 +41,7 @@ class Finding:
 
     def __str__(self) -> str:
         head = f"{self.level:7s} {self.name}: " if self.name else f"{self.level:7s} "
-        what = f"{self.what}; got {self.got}" if self.got else self.what
-        what = f"{what} [{self.where}]" if self.where else what
+        what = f"{self.what} [{self.where}]" if self.where else self.what
         return head + ". ".join(part.rstrip(".") for part in (what, self.cause, self.fix) if part)
 
     @property
@@ -62,6 +59,5 @@ class Finding:
     def to_error(self, error_class: type[RoutingReplayError]) -> RoutingReplayError:
         """Return this finding as an exception: the cause explains, the fix ends the message."""
         what = f"{self.what} ({self.name})" if self.name else self.what
-        parts = (self.where, self.cause)
-        where = ": ".join(part for part in parts if part) or None
-        return error_class(what, got=self.got or None, where=where, fix=self.fix or None)
+        where = ": ".join(part for part in (self.where, self.cause) if part)
+        return error_class(what, where=where or None, fix=self.fix or None)

@@ -231,6 +231,7 @@ def _check_shape(routes: Routes) -> None:
             expected=f"a numpy array with the axes [T, L = {len(routes.layers)}, K]",
             got=getattr(ids, "shape", type(ids).__name__),
         )
+    # Reading the shape validates layers, number of experts and top-k.
     dtype = compact_dtype(routes.shape.num_experts)
     if ids.dtype != dtype:
         raise RoutesError(
