@@ -61,6 +61,12 @@ def error_of(values_TE, truth_TE):
     return (values_TE.double() - truth_TE).square().mean().sqrt().item()
 
 
+def is_as_exact(error, own_error, truth_TE):
+    """By torch's own error, and a unit of float32: a few large weights may round luckily there."""
+    unit = torch.finfo(torch.float32).eps * truth_TE.square().mean().sqrt().item()
+    return error <= TIMES_OWN_ERROR * own_error + unit
+
+
 def check_replayed(device, num_experts, rule_fields, dtype):
     """Weights, map and gradient of replayed tokens, against float64; what is wrong comes back."""
     logits_TE, ids_TK, grad_TE = inputs(num_experts, rule_fields["top_k"], dtype, device)
@@ -73,7 +79,7 @@ def check_replayed(device, num_experts, rule_fields, dtype):
         ("weights", "gradient"), (weights_TE, gradient_TE), truth, own, strict=True
     ):
         error, own_error = error_of(values, exact), error_of(rounded, exact)
-        if values.dtype != dtype or not error <= TIMES_OWN_ERROR * own_error:
+        if values.dtype != dtype or not is_as_exact(error, own_error, exact):
             wrong.append((name, error, own_error))
     expected_TE = torch.zeros_like(routing_map_TE).scatter(1, ids_TK.long(), True)
     if not torch.equal(routing_map_TE, expected_TE):
@@ -161,3 +167,10 @@ def refusal(device, changes):
     except ReplayError as error:
         return str(error)
     return "accepted"
+
+
+def exponential(device, values):
+    """The kernels' exp, alone."""
+    import exponential_kernel
+
+    return exponential_kernel.run(torch.tensor(values, device=device)).tolist()

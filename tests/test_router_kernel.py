@@ -93,6 +93,20 @@ def test_extreme_logits_have_finite_weights_and_gradients(form):
     assert gradient[7] == 0
 
 
+def test_the_exponential_is_exact_to_two_units_and_finite_where_it_should_be():
+    # 64 values over all that float32 can hold; a plain exp2(x log2(e)) is wrong by up to 60 units.
+    values = [-87.0 + 2.7345 * n for n in range(64)]
+    found = run_check(checks.exponential, values)
+    exact = torch.tensor(values).double().exp().tolist()  # of the float32 that the kernel got
+    assert found == pytest.approx(exact, rel=2 * 2**-23)
+    infinity, nan = float("inf"), float("nan")
+    limits = run_check(
+        checks.exponential, [-infinity, -1e30, infinity, 1e30, nan, 0.0, -200.0, 200.0]
+    )
+    assert limits[:4] == [0.0, 0.0, infinity, infinity] and limits[4] != limits[4]
+    assert limits[5:] == [1.0, 0.0, infinity]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..errors import ServerError
-from .scores import independent_scores, tile_of
+from .scores import exp, independent_scores, tile_of
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 # A decode step has few tokens: a warp for each few of them spreads these over more of the GPU.
@@ -98,8 +98,8 @@ def _capture_kernel(
     if FUNCTION == "softmax":
         x_TE = tl.where(exists_TE, x_TE, float("-inf"))
         largest_T1 = tl.max(tl.where(exists_T[:, None], x_TE, 0.0), 1)[:, None]
-        scores_TE = tl.exp(x_TE - largest_T1)
-        scores_TK = tl.exp(chosen_TK - largest_T1)
+        scores_TE = exp(x_TE - largest_T1)
+        scores_TK = exp(chosen_TK - largest_T1)
     else:
         scores_TE = tl.where(exists_TE, independent_scores(x_TE, FUNCTION), 0.0)
         scores_TK = independent_scores(chosen_TK, FUNCTION)

@@ -10,9 +10,26 @@ import triton.language as tl
 
 # Above this torch takes softplus(x) = x; exp(20) * 2**-24 is where float32 cannot tell them apart.
 SOFTPLUS_LIMIT = tl.constexpr(20.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# ln(2) in two parts: the first has 9 bits, so that its multiples are exact.
+LN_2_HIGH = tl.constexpr(0.693359375)
+LN_2_LOW = tl.constexpr(-2.12194440e-4)
+# Beyond it float32's exp is 0 or infinity, and an infinite x would give nan.
+EXP_LIMIT = tl.constexpr(200.0)
 # Values that a thread holds of a [tokens, experts] tile: registers allow it without spilling.
 VALUES_PER_THREAD = 16
 THREADS_PER_WARP = 32
+
+
+@triton.jit
+def exp(x):
+    """exp(x) to about two units in the last place, wherever a float32 holds it."""
+    # tl.exp is exp2(x * log2(e)) on a GPU: the product's rounding alone makes the result wrong by
+    # |x| units. So the whole powers of two come off first (Cody and Waite).
+    x = tl.where(x < -EXP_LIMIT, -EXP_LIMIT, tl.where(x > EXP_LIMIT, EXP_LIMIT, x))
+    n = tl.floor(x * LOG2_E + 0.5)
+    rest = (x - n * LN_2_HIGH) - n * LN_2_LOW
+    return tl.exp2(rest * LOG2_E) * tl.exp2(n)
 
 
 @triton.jit
@@ -28,12 +45,12 @@ def log1p(y):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
 def sqrt_softplus(x):
-    return tl.sqrt(tl.where(x > SOFTPLUS_LIMIT, x, log1p(tl.exp(tl.minimum(x, SOFTPLUS_LIMIT)))))
+    return tl.sqrt(tl.where(x > SOFTPLUS_LIMIT, x, log1p(exp(tl.minimum(x, SOFTPLUS_LIMIT)))))
 
 
 @triton.jit
@@ -43,7 +60,7 @@ def row_softmax(x_TE, included_TE):
     # A row without an included expert exists only beyond the last token; keep it finite.
     largest_T = tl.max(x_TE, 1)
     largest_T = tl.where(largest_T == float("-inf"), 0.0, largest_T)
-    weights_TE = tl.exp(x_TE - largest_T[:, None])
+    weights_TE = exp(x_TE - largest_T[:, None])
     total_T = tl.sum(weights_TE, 1)
     return weights_TE / tl.where(total_T == 0.0, 1.0, total_T)[:, None]
 
