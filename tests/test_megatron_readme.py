@@ -11,8 +11,10 @@ LENGTHS = (16, 9, 12, 14)
 
 
 def run_the_trainer_block(rank, checkpoint, folder):
-    """Run the block on a fresh model; return rows replayed per layer and microbatch, and the
-    squared norm of the gradients."""
+    """Run the block on a fresh model.
+
+    Return the rows replayed per (layer, microbatch) and the squared norm of the gradients.
+    """
     import readme_blocks
     from megatron_worlds import megatron
 
