@@ -163,8 +163,8 @@ def test_a_healthy_run_has_no_findings(healthy):
                 "routing_replay/dead_experts": of_layers(0.0, layer_3=0.5),
                 "routing_replay/max_load": of_layers(0.05, layer_3=0.39),
             },
-            "warning: The busiest expert of layer 3 takes 39 % of its load; 50 % of the layer's "
-            "experts receive no token.",
+            "warning: 50 % of the experts of layer 3 receive no token. The busiest expert of layer "
+            "3 takes 39 % of its load.",
         ),
         (
             {

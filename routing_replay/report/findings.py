@@ -185,7 +185,7 @@ def _load(run: Run) -> Iterator[Finding]:
     for i in uneven[:SHOWN_LAYERS]:
         what = f"The busiest expert of layer {i} takes {_percent(loads.get(i, 0.0))} of its load"
         if dead[i] > MANY_DEAD:
-            what += f"; {_percent(dead[i])} of the layer's experts receive no token"
+            what = f"{_percent(dead[i])} of the experts of layer {i} receive no token. {what}"
         yield Finding(level="warning", name="uneven-load", what=what, where=f"layer {i}")
     yield from _further(len(uneven) - SHOWN_LAYERS, "uneven-load", "use their experts unevenly")
 
