@@ -12,11 +12,11 @@ SOURCES := routing_replay recipes tools tests examples
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help env recipe test-fast test test-matrix test-versions check docs bench gpu clean
+.PHONY: help env recipe test-fast test test-matrix test-versions check docs gpu bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## build .venv: both engines, 11 GB of disk; about 1 minute with uv, 5 with pip alone
 
