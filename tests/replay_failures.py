@@ -347,6 +347,16 @@ def table_of_an_unfinished_recording(bench):
 
 
 @failure
+def a_file_for_a_table_that_ranks_do_not_share(bench):
+    batch = bench.batches()[0]
+    live = torch.full_like(batch["rows"], -1)
+    scope = bench.replay.recording([4, 4], is_partial=True, is_shared=False)
+    with scope as recorded, bench.replay.microbatch(live):
+        bench.forward(batch)
+    recorded.table("recorded.safetensors")
+
+
+@failure
 def only_one_of_two_chunks_runs(bench):
     bench.replay.remove()
     layers = bench.job.chunks[0].decoder.layers

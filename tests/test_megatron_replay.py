@@ -156,6 +156,11 @@ def raised(request):
         ("use_after_remove", "ReplayError", "was removed from this model"),
         ("a_row_recorded_twice", "ReplayError", "recorded more than once"),
         ("table_of_an_unfinished_recording", "ReplayError", "the recording is not complete"),
+        (
+            "a_file_for_a_table_that_ranks_do_not_share",
+            "ReplayError",
+            "a file holds a table that all ranks share",
+        ),
         ("only_one_of_two_chunks_runs", "ReplayError", "not every model chunk ran"),
         ("routers_built_twice", "PreflightError", "two routers claim one layer"),
         ("a_chunk_left_out", "PreflightError", "not its MoE layers"),

@@ -54,6 +54,7 @@ class Recording(RowSource):
             )
         grid = grid or RankGrid()
         self._grid = grid
+        self._is_shared = is_shared
         self._sharing_data = grid.data if is_shared else ()
         self._is_writer = is_writer
         self._is_partial = is_partial
@@ -88,8 +89,17 @@ class Recording(RowSource):
             weight_version: Version of the weights that chose the routes.
 
         Raises:
-            ReplayError: The scope is still open or failed, or a row was recorded twice or never.
+            ReplayError: The scope is still open or failed, a row was recorded twice or never, or a
+                path for a recording that is not shared.
         """
+        if path is not None and not self._is_shared:
+            raise ReplayError(
+                "a file holds a table that all ranks share",
+                expected="recording(lengths) of all ranks' sequences",
+                got="is_shared=False",
+                where=path,
+                fix="Use recorded.table() or own_table() without a path, or .save() it yourself",
+            )
         groups = self._grid.table + self._sharing_data
         times = self._times_recorded(self._grid.tokens + self._sharing_data)
         is_kept = path is None or os.environ.get("LOCAL_RANK", "0") == "0"
