@@ -369,6 +369,17 @@ def test_several_runs_are_compared_and_their_differing_settings_come_first(healt
     assert "other: nothing stands out." in page
 
 
+def test_runs_share_the_scale_of_a_map_and_one_without_values_does_not_move_it(tmp_path):
+    kl = {"routing_replay/router_kl_bound": {"mean": 1e-3, "layers": {"0": 1e-3, "1": 1e-4}}}
+    measured = write_run(tmp_path / "measured", [{"step": 0, **kl}])
+    live = write_run(tmp_path / "live", [{"step": 0, "reward": 0.5}])
+    page = write_report([measured, live], tmp_path / "report.html").read_text()
+    legends = re.findall(
+        r'legend"><span>([^<]+)</span><span class="ramp"></span><span>([^<]+)', page
+    )
+    assert legends == [("0.0001", "0.001")]
+
+
 def test_attribution_and_receipts_are_shown_where_a_run_has_them(tmp_path):
     path = sick(tmp_path, **{"routing_replay/fallback_fraction": 0.0125})
     part = {"name": "routing", "kl": 5e-4, "interval": [4e-4, 6e-4]}

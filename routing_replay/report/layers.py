@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class LayerMap:
         known = [i for i, column in enumerate(columns) if any(v is not None for v in column)]
         steps = slice(known[0], known[-1] + 1) if known else slice(0)
         values = [[self._shown(value) for value in row[steps]] for row in series.values()]
-        own = shared_bounds((value for row in values for value in row), self.is_log)
+        own = shared_bounds(itertools.chain(*values), self.is_log)
         return Grid(
             label=self.title,
             rows=list(series),
@@ -115,8 +116,8 @@ def layers(runs: Sequence[Run]) -> str:
 
 def _heat_maps(layer_map: LayerMap, runs: Sequence[Run]) -> list[str]:
     """Return one figure per run, on one scale, so that their colours compare."""
-    bounds = [layer_map.grid(run).bounds for run in runs]
-    common = min(low for low, _ in bounds), max(high for _, high in bounds)
+    values = [row for run in runs for row in layer_map.grid(run).values]
+    common = shared_bounds(itertools.chain(*values), layer_map.is_log)
     figures = []
     for run in runs:
         title = f"{layer_map.title} ({run.name})" if len(runs) > 1 else layer_map.title
