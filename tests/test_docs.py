@@ -35,7 +35,7 @@ def site(tmp_path_factory):
 def test_the_site_holds_every_page_of_docs(site):
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").with_suffix("")
-        parts = name.parent if name.name == "index" else name
+        parts = name.parent if name.name in ("index", "README") else name
         assert (site / parts / "index.html").is_file(), name
 
 
