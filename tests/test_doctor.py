@@ -75,6 +75,7 @@ def test_an_environment_without_packaging_gets_a_warning(monkeypatch):
     assert warning.what == "the versions cannot be compared" and "packaging" in warning.fix
 
 
+@pytest.mark.skipif(not find_spec("sglang"), reason="SGLang is not installed")
 def test_a_plugin_list_without_us_is_an_error(monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     names = {f.name for f in doctor.check_plugin() if f.level == "error"}
