@@ -59,7 +59,7 @@ def _policy(folder, layout, settings):
     config = transformer_config(folder, layout, dtype=dtype)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = models.trained(config, layout, folder, settings)
-    optimizer = models.optimizer_of(chunks, settings, dtype)
+    optimizer = models.make_optimizer(chunks, settings, dtype)
     recipe = SimpleNamespace(training=settings, run=RunSettings(keep_checkpoints=1))
     return SimpleNamespace(chunks=chunks, optimizer=optimizer, layout=layout, config=recipe)
 

@@ -26,7 +26,7 @@ def folders(tmp_path):
 
 def make(tmp_path, *steps):
     for step in steps:
-        folder = checkpoints.folder_of(tmp_path, step)
+        folder = checkpoints.checkpoint_of_step(tmp_path, step)
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text("weights")
 
@@ -43,12 +43,12 @@ def test_a_run_killed_while_it_removes_a_checkpoint_keeps_the_others_and_clears_
         # The first call clears what an earlier removal left, the second is the removal.
         calls = iter([lambda *_, **__: None, die])
         patched.setattr(shutil, "rmtree", lambda *a, **k: next(calls)(*a, **k))
-        checkpoints._remove(checkpoints.folder_of(tmp_path, 1))
+        checkpoints._remove(checkpoints.checkpoint_of_step(tmp_path, 1))
     assert folders(tmp_path) == [".step_000001.removed", "step_000002"]
-    assert checkpoints.newest(tmp_path) == checkpoints.folder_of(tmp_path, 2)
+    assert checkpoints.newest(tmp_path) == checkpoints.checkpoint_of_step(tmp_path, 2)
 
     make(tmp_path, 3)
-    checkpoints._remove(checkpoints.folder_of(tmp_path, 2))
+    checkpoints._remove(checkpoints.checkpoint_of_step(tmp_path, 2))
     assert folders(tmp_path) == ["step_000003"]
 
 

@@ -43,17 +43,18 @@ class Progress:
     prompts_consumed: int = 0
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
+def checkpoint_of_step(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return run_dir / "checkpoints" / f"{PREFIX}{step:06d}"
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The checkpoint of the latest step, or None. Unfinished ones have other names."""
+    """Return the checkpoint of the latest step, or None. Unfinished ones have other names."""
     return max((run_dir / "checkpoints").glob(f"{PREFIX}*"), default=None)
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """How far the run was at a checkpoint.
+    """Read how far the run was at a checkpoint.
 
     Raises:
         CheckpointError: Its state cannot be read.
@@ -73,7 +74,7 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
     Raises:
         CheckpointError: It cannot be written (on every rank); earlier ones are whole.
     """
-    final = folder_of(run_dir, progress.step)
+    final = checkpoint_of_step(run_dir, progress.step)
     partial = final.with_name(f".{final.name}.partial")
     try:
         save_hf(policy.chunks, partial, source=source)
@@ -140,7 +141,7 @@ def _finish(partial: Path, final: Path, keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; what an interruption leaves of it does not look like one."""
+    """Rename a checkpoint, then remove it: what an interruption leaves is no checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)

@@ -1,4 +1,4 @@
-"""The trainer's models: the one that is trained, with its optimizer, and a frozen reference."""
+"""The trainer's models: the trained one with its optimizer, and a frozen reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .settings import TrainingSettings
 def trained(
     config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path, t: TrainingSettings
 ) -> list:
-    """This rank's chunks with a checkpoint's weights, ready to be trained."""
+    """Return this rank's chunks with a checkpoint's weights, ready for training."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
     )
@@ -31,7 +31,7 @@ def trained(
 
 
 def frozen(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
-    """The same architecture with a checkpoint's weights, never trained."""
+    """Return chunks of the same architecture with a checkpoint's weights, without gradients."""
     chunks = _loaded(config, layout, checkpoint)
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -47,8 +47,8 @@ def _loaded(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Pa
     return chunks
 
 
-def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
-    """The parallel layout of the settings."""
+def parallel_layout(t: TrainingSettings) -> parallel.ParallelLayout:
+    """Return the parallel layout of the settings."""
     return parallel.ParallelLayout(
         tensor=t.tensor_parallel,
         pipeline=t.pipeline_parallel,
@@ -60,8 +60,8 @@ def layout_of(t: TrainingSettings) -> parallel.ParallelLayout:
     )
 
 
-def optimizer_of(chunks: list, t: TrainingSettings, dtype: torch.dtype) -> MegatronOptimizer:
-    """AdamW over the chunks' parameters."""
+def make_optimizer(chunks: list, t: TrainingSettings, dtype: torch.dtype) -> MegatronOptimizer:
+    """Return AdamW over the chunks' parameters."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=t.learning_rate,

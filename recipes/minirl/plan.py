@@ -20,7 +20,7 @@ def plan_text(config: RecipeConfig) -> str:
     Raises:
         ConfigError, CheckpointError: The layout does not fit the model, or there is no model.
     """
-    t, layout = config.training, models.layout_of(config.training)
+    t, layout = config.training, models.parallel_layout(config.training)
     model_config = transformer_config(
         tiny_model.hf_config(config) if config.model.model == "tiny" else config.model.model,
         layout,

@@ -67,7 +67,7 @@ class Policy:
     def __init__(self, config: RecipeConfig, checkpoint: Path, reference: Path | None = None):
         t = config.training
         self.config = config
-        self.layout = models.layout_of(t)
+        self.layout = models.parallel_layout(t)
         parallel.initialize(self.layout, seed=config.run.seed + 1)
         dtype = getattr(torch, t.trainer_dtype)
         self.model_config = transformer_config(
@@ -87,7 +87,7 @@ class Policy:
         # Microbatches are as long as their own longest sequence.
         self.model_config.variable_seq_lengths = self.layout.pipeline > 1
         self.chunks = models.trained(self.model_config, self.layout, checkpoint, t)
-        self.optimizer = models.optimizer_of(self.chunks, t, dtype)
+        self.optimizer = models.make_optimizer(self.chunks, t, dtype)
         has_router_shift = "router_shift_T" in config.make_objective().needs
         replay_config = config.replay
         if has_router_shift and replay_config.mode == "disabled":

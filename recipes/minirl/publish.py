@@ -17,12 +17,12 @@ E4M3_MAX = 448.0
 
 
 def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
-    """Write what the servers shall load; collective.
+    """Write the weights to serve; collective.
 
     Args:
         policy: The trained policy.
         folder: Folder of the weights; replaced as a whole.
-        checkpoint: Where config and tokenizer are copied from.
+        checkpoint: Folder that config and tokenizer are copied from.
 
     Returns:
         The folder.
@@ -36,7 +36,7 @@ def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
 
 
 def round_to_fp8_grid(weight: torch.Tensor) -> torch.Tensor:
-    """The nearest weight of the form (scale of its row) * (float8 e4m3 number), in its own dtype.
+    """Return the nearest weight that is a float8 e4m3 number times its row's scale, in its dtype.
 
     An emulation: real FP8 inference also quantises activations and multiplies on other hardware.
     """
@@ -48,7 +48,7 @@ def round_to_fp8_grid(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _round_file(path: Path) -> None:
-    """Round the projections of one file; router, norms, embedding and head stay as they are."""
+    """Round the projections of one file; router, norms, embedding and head keep their values."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
