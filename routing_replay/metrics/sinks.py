@@ -79,7 +79,7 @@ class TensorBoardSink:
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in scalars(values).items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._writer.flush()  # a crash loses no finished step
 
     def close(self) -> None:
         """Flush: the writer belongs to whoever made it."""
@@ -93,6 +93,7 @@ class WandbSink:
         self._run = run
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
+        # One call per step: wandb refuses values of a step that a later call has closed.
         self._run.log(scalars(values), step)
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ def open_sinks(
     """
     directory = Path(directory)
     sinks: list[Sink] = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(names):  # two JSON-lines sinks would write every step twice
         match name:
             case "jsonl":
                 sinks.append(JsonLinesSink(directory))

@@ -147,6 +147,7 @@ def all_reduce(
     """
     if not (dist.is_available() and dist.is_initialized()):
         return dict(metrics)
+    # This pickles, but only between the ranks of one job.
     kinds: list[dict[str, _Kind]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(kinds, {n: _Kind.of(m) for n, m in metrics.items()}, group=group)
     union = _union(kinds)
@@ -156,6 +157,7 @@ def all_reduce(
     sums = [_sums(metrics.get(name), kind).to(device) for name, kind in union.items()]
     maxima = [_maximum(metrics.get(name)).to(device) for name in union]
     sums_C2, maximum_N = torch.cat(sums), torch.stack(maxima)
+    # Two tensors, because one collective has one operation.
     dist.all_reduce(sums_C2, group=group)
     dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=group)
     parts = sums_C2.split([len(part) for part in sums])
@@ -231,6 +233,7 @@ def _sums(metric: Metric | None, kind: _Kind) -> torch.Tensor:
             return torch.stack([total, count])[None].double()
         case Sum(total=total):
             return torch.stack([total, torch.zeros_like(total)])[None].double()
+    # Absent here, or a maximum, whose row stays zero: every rank reduces tensors of one shape.
     num_rows = len(kind.layers) if kind.type == "LayerMean" else 1
     return torch.zeros(num_rows, 2, dtype=torch.float64)
 

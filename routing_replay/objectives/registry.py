@@ -181,6 +181,7 @@ def get(name: str, **parameters: object) -> Objective:
     for parameter in parameters:
         if parameter not in known:
             raise unknown_name(f"parameter of objective {name!r}", parameter, known)
+    # A preset replaces defaults, and the caller's parameters replace the preset's.
     defaults = _PRESETS[name].parameters if name in _PRESETS else {}
     return Objective(name=name, parameters=kind(**{**defaults, **parameters}), surrogate=surrogate)
 

@@ -41,6 +41,7 @@ class LayerMap:
         """
         series = run.layers.get(PREFIX + self.metric, {})
         columns = list(zip(*series.values(), strict=True))
+        # An evaluation before the first step has no layers: it would be an empty column.
         known = [i for i, column in enumerate(columns) if any(v is not None for v in column)]
         steps = slice(known[0], known[-1] + 1) if known else slice(0)
         values = [[self._shown(value) for value in row[steps]] for row in series.values()]

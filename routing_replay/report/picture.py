@@ -58,6 +58,7 @@ def write_picture(
 
 def render(caption: str, grid: Grid) -> str:
     """Return the picture as SVG text, on a white ground for light and dark pages."""
+    # Rectangles instead of an embedded image: some sites strip data URIs from SVG files.
     grid = shortened_grid(grid, MAX_COLUMNS)
     scale = Scale(low=grid.bounds[0], high=grid.bounds[1], is_log=grid.is_log, ticks=())
     width, height = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM

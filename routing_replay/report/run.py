@@ -122,7 +122,7 @@ def _read_rows(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
             ) from error
         _refuse_old_names(row, f"{path}, line {number}")
         repeated += step in rows
-        rows[step] = row
+        rows[step] = row  # after a resume the later line of a step is the one that counts
     if not rows:
         raise DataError("the metrics hold no step yet", where=path, fix="Wait for the first step")
     if repeated:
