@@ -52,13 +52,11 @@ def policy_metrics(
     - `logp_abs_diff_mean`, `logp_abs_diff_max`: of |log rho|.
     - `extreme_tau2`, `extreme_tau5`: share of tokens with max(rho, 1 / rho) above tau.
     - `chi2`: mean of rho^2 - 1, the chi-squared divergence of p from q.
-    - `ess`: sum of rho / sum of rho^2, the effective share of the samples. Unlike the usual
-      (sum rho)^2 / (n * sum rho^2) it merges exactly over ranks; the two agree in expectation.
+    - `ess`: sum of rho / sum of rho^2, the effective share of the samples; it merges exactly over
+      ranks. The usual (sum rho)^2 / (n * sum rho^2) is this times the mean of rho, 1 on average.
     - `nonfinite_tokens`: tokens in the mask without a finite log-prob. No other metric counts them.
     - `perplexity_ratio`, with `sequences`: mean over the sequences of (perplexity under p) /
       (perplexity under q) = exp(mean over its tokens of -log rho). Empty ones do not count.
-
-    The means can stay flat while a reward degrades, so watch the extremes too.
 
     Args:
         logp_p_T: Log-probs under the policy that is compared, natural logarithm.
