@@ -126,7 +126,9 @@ def prefix_hashes(tokens_T: np.ndarray) -> np.ndarray:
         return np.cumsum((tokens_T.astype(np.uint64) + np.uint64(1)) * powers_T)
 
 
-def _segments(shape, cu_seqlens: Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
+def _segments(
+    shape: tuple[int, ...], cu_seqlens: Sequence[int] | None
+) -> Iterator[tuple[int, int, int]]:
     """(row, start, stop) of every segment."""
     num_rows, length = shape
     if cu_seqlens is None:

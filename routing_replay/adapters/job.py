@@ -7,8 +7,9 @@ difference between training and evaluation; hooks on the chunks give the microba
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from .patches import require_parameters
 from .relay import RowRelay
 from .settings import AdapterSettings
 
+Schedule = Callable[..., Any]
 SCHEDULE_PARAMETERS = ("forward_step_func", "data_iterator", "model", "forward_only")
 
 
@@ -63,14 +65,11 @@ class Job:
         self.settings = settings
         self.source = source
         self.current_step = current_step
-        self.replay: Replay | None = None
         self._open_sinks = open_sinks
         self._sinks: list[Sink] | None = None
-        self._relay: RowRelay | None = None
-        self._num_forwards: dict[torch.nn.Module, int] = {}
-        self._is_training = False
+        self._microbatches: Microbatches | None = None
 
-    def wrap(self, schedule: Callable) -> Callable:
+    def wrap(self, schedule: Schedule) -> Schedule:
         """Return the schedule with a replaying scope around every training step.
 
         Raises:
@@ -79,63 +78,34 @@ class Job:
         require_parameters(schedule, SCHEDULE_PARAMETERS, "Megatron's schedule")
 
         @functools.wraps(schedule)
-        def replayed(**named):
+        def replayed(**named: Any) -> Any:
             if named.get("forward_only"):
                 return schedule(**named)
             return self._train_step(schedule, named)
 
         return replayed
 
-    def _train_step(self, schedule: Callable, named: dict[str, Any]):
+    def _train_step(self, schedule: Schedule, named: dict[str, Any]) -> Any:
         step = self.current_step()
         table = self.source.open_step(step)
-        replay = self._attached(named["model"])
-        self._num_forwards.clear()
-        self._is_training = True
-        try:
-            with replay.replaying(table):
-                result = schedule(**named)
-        finally:
-            self._is_training = False
-            if self._relay is not None:
-                self._relay.end_step()
-        self._report(replay, step)
+        if self._microbatches is None:
+            self._microbatches = self._attach(named["model"])
+        with self._microbatches.step(table):
+            result = schedule(**named)
+        self._report(self._microbatches.replay, step)
         return result
 
-    def _attached(self, model: torch.nn.Module | list[torch.nn.Module]) -> Replay:
-        if self.replay is None:
-            chunks = model if isinstance(model, list) else [model]
-            self.replay = attach(chunks, self.settings.replay_config)
-            self._relay = RowRelay()
-            for chunk in chunks:
-                # Before the hook by which replay learns that a chunk runs.
-                chunk.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
-                chunk.register_forward_hook(self._leave, always_call=True)
-            self._announce(chunks)
-        return self.replay
-
-    def _enter(self, chunk: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._is_training:
-            return
-        number = self._num_forwards.get(chunk, 0)
-        self._num_forwards[chunk] = number + 1
-        if self._relay.is_source and number == len(self._relay):
-            self._relay.append(np.ascontiguousarray(self.source.rows(args, kwargs)))
-        self.replay.enter_microbatch(self._relay[number])
-
-    def _leave(self, chunk: torch.nn.Module, *output) -> None:
-        if self._is_training:
-            self.replay.leave_microbatch()
-
-    def _announce(self, chunks: list[torch.nn.Module]) -> None:
+    def _attach(self, model: torch.nn.Module | list[torch.nn.Module]) -> Microbatches:
+        chunks = model if isinstance(model, list) else [model]
+        replay = attach(chunks, self.settings.replay_config)
         if dist.get_rank() == 0:
-            shape = self.replay.shape
             print(
                 f"routing_replay {version('routing_replay')}: mode {self.settings.mode}, routes "
-                f"{self.settings.routes}, {shape}, "
+                f"{self.settings.routes}, {replay.shape}, "
                 f"megatron-core {version('megatron-core')}",
                 flush=True,
             )
+        return Microbatches(replay, chunks, self.source.rows)
 
     def _report(self, replay: Replay, step: int) -> None:
         """Write the step's metrics; collective. The first step also prints and is checked."""
@@ -147,8 +117,8 @@ class Job:
             sink.write(step, values)
 
     def _check_first_step(self, values: Mapping[str, Value]) -> None:
-        replayed = int(values["routing_replay/replayed_rows"])
-        if replayed == 0:
+        replayed = values["routing_replay/replayed_rows"]
+        if not replayed:
             raise ReplayError(
                 "no token of the first step has routes: the job would train without replay",
                 expected="sequences of the routes file among the step's samples",
@@ -159,9 +129,63 @@ class Job:
             )
         if dist.get_rank() == 0:
             print(
-                f"routing_replay: the first step replayed {replayed} rows of all layers and ranks",
+                f"routing_replay: the first step replayed {replayed:.0f} rows of all layers and "
+                "ranks",
                 flush=True,
             )
+
+
+class Microbatches:
+    """Announces every forward of the model chunks in a training step, by hooks on the chunks.
+
+    Collective over the pipeline group when it is made.
+
+    Args:
+        replay: The handle of the chunks.
+        chunks: This rank's model chunks, as the schedule gets them.
+        rows: As `RouteSource.rows`.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        chunks: Sequence[torch.nn.Module],
+        rows: Callable[[Sequence[Any], dict[str, Any]], np.ndarray],
+    ):
+        self.replay = replay
+        self._rows = rows
+        self._relay = RowRelay()
+        self._num_forwards: dict[torch.nn.Module, int] = {}
+        self._is_training = False
+        for chunk in chunks:
+            # Before the hook by which replay learns that a chunk runs.
+            chunk.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+            chunk.register_forward_hook(self._leave, always_call=True)
+
+    @contextlib.contextmanager
+    def step(self, table: RouteTable) -> Iterator[None]:
+        """Within: every forward of a chunk replays its rows of the table."""
+        self._num_forwards.clear()
+        self._is_training = True
+        try:
+            with self.replay.replaying(table):
+                yield
+        finally:
+            self._is_training = False
+            self._relay.end_step()
+
+    def _enter(self, chunk: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_training:
+            return
+        number = self._num_forwards.get(chunk, 0)
+        self._num_forwards[chunk] = number + 1
+        if self._relay.is_source and number == len(self._relay):
+            self._relay.append(np.ascontiguousarray(self._rows(args, kwargs)))
+        self.replay.enter_microbatch(self._relay[number])
+
+    def _leave(self, chunk: torch.nn.Module, *output: object) -> None:
+        if self._is_training:
+            self.replay.leave_microbatch()
 
 
 def log_rank() -> bool:
@@ -171,4 +195,4 @@ def log_rank() -> bool:
 
 def context_size() -> int:
     """Return the number of ranks that share a sequence."""
-    return parallel_state.get_context_parallel_world_size()
+    return int(parallel_state.get_context_parallel_world_size())

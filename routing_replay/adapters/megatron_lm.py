@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..errors import PreflightError, TableError
 from ..metrics.sinks import JsonLinesSink, Sink, TensorBoardSink, WandbSink
 from ..routes.table import RouteTable
 from .content import ContentIndex
-from .job import Job, context_size, log_rank
+from .job import Job, Schedule, context_size, log_rank
 from .patches import require_parameters
 from .settings import AdapterSettings
 
@@ -45,15 +44,7 @@ class RoutesFile:
     def open_step(self, step: int) -> RouteTable:
         if self._index is None or (STEP in self._path and step != self._step):
             self._step = step
-            table = RouteTable.open(self._path.replace(STEP, str(step)))
-            if table.token_ids_T is None:
-                raise TableError(
-                    "the table has no token ids, by which this loop finds its rows",
-                    expected="a table saved with the tokens of its sequences",
-                    where=table.where,
-                    fix="Build it with RouteTable.from_routes(routes, tokens=[...])",
-                )
-            self._index = ContentIndex(table, table.token_ids_T)
+            self._index = _index_of(RouteTable.open(self._path.replace(STEP, str(step))))
         return self._index.table
 
     def rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> np.ndarray:
@@ -72,12 +63,24 @@ class RoutesFile:
                 got=context_size(),
                 fix="Each rank sees a part of the tokens: pass token_rows in your own forward_step",
             )
+        assert self._index is not None  # the step is open
         packed = kwargs.get("packed_seq_params")
         bounds = None if packed is None else packed.cu_seqlens_q.tolist()
         return self._index.rows(input_ids.cpu().numpy(), bounds)
 
 
-def layer_spec(config, vp_stage: int | None = None):
+def _index_of(table: RouteTable) -> ContentIndex:
+    if table.token_ids_T is None:
+        raise TableError(
+            "the table has no token ids, by which this loop finds its rows",
+            expected="a table saved with the tokens of its sequences",
+            where=table.where,
+            fix="Save RouteTable.from_routes(routes).with_tokens(tokens)",
+        )
+    return ContentIndex(table, table.token_ids_T)
+
+
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron-LM's default layers, and replay as the environment says; for `--spec`.
 
     Settings: ROUTING_REPLAY_ROUTES and further `AdapterSettings` in capital letters.
@@ -95,7 +98,7 @@ def _install_once() -> None:
         wrap_loop(importlib.import_module(LOOP), settings)
 
 
-def wrap_loop(loop: ModuleType, settings: AdapterSettings) -> None:
+def wrap_loop(loop: Any, settings: AdapterSettings) -> None:
     """Replay in the loop of an imported `megatron.training.training`.
 
     Raises:
@@ -106,7 +109,7 @@ def wrap_loop(loop: ModuleType, settings: AdapterSettings) -> None:
     stock = loop.get_forward_backward_func
 
     @functools.wraps(stock)
-    def get_forward_backward_func(*args, **kwargs):
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Schedule:
         return job.wrap(stock(*args, **kwargs))
 
     loop.get_forward_backward_func = get_forward_backward_func

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from ..errors import PreflightError
 
@@ -27,7 +28,7 @@ def after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
     sys.meta_path.insert(0, _AfterImport(name, patch))
 
 
-def require_parameters(function: Callable, names: tuple[str, ...], where: str) -> None:
+def require_parameters(function: Callable[..., Any], names: tuple[str, ...], where: str) -> None:
     """Raise PreflightError unless a function takes these parameters by name.
 
     Args:
@@ -52,7 +53,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self._name = name
         self._patch = patch
 
-    def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != self._name:
             return None
         sys.meta_path.remove(self)  # once; importlib's own search must not meet us again
@@ -67,12 +70,12 @@ class _PatchingLoader(importlib.abc.Loader):
         self._loader = loader
         self._patch = patch
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         self._patch(module)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)  # what tools ask of a loader: source, data, paths

@@ -6,6 +6,8 @@ needs the first stage's forward of it, so a send that does not wait cannot deadl
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -22,11 +24,11 @@ class RowRelay:
         ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         self._first, self._others = ranks[0], ranks[1:]
         # Host memory travels over gloo, whatever the model's backend is.
-        self._group = None
+        self._group: Any = None
         if self._others:
             self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._rows: list[np.ndarray] = []
-        self._pending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._pending: list[tuple[Any, torch.Tensor]] = []
 
     @property
     def is_source(self) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..config import ReplayConfig
 from ..errors import ConfigError
@@ -13,7 +14,7 @@ from ..errors import ConfigError
 PREFIX = "ROUTING_REPLAY_"
 
 
-def _setting(default, help_text: str):
+def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
