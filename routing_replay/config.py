@@ -45,6 +45,11 @@ class ReplayConfig:
         "unset moe_router_fusion on the attached routers inside scopes (the fused kernel bypasses "
         "replay) instead of refusing to attach",
     )
+    kernel: bool = setting(
+        False,
+        "replay in one Triton kernel in place of the router's own functions (it needs a GPU and "
+        "has not run on one yet); moe_router_fusion may then stay on",
+    )
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

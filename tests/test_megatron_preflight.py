@@ -98,6 +98,11 @@ def test_unsetting_the_fusion_makes_it_acceptable():
     assert preflight.examine(config(moe_router_fusion=True), replay, TESTED) == []
 
 
+def test_the_kernel_takes_a_fused_router():
+    replay = ReplayConfig(kernel=True)
+    assert preflight.examine(config(moe_router_fusion=True), replay, TESTED) == []
+
+
 @pytest.mark.parametrize("version", preflight.TESTED_VERSIONS)
 def test_a_tested_version_has_no_finding(version):
     assert preflight.examine(config(), version=version) == []

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from replay_cases import ROUTERS
 from triton_process import run_check
+
+from routing_replay.errors import PreflightError
+from routing_replay.megatron import patch_routing
 
 # Aux losses, z-loss and shared experts lie outside of what the kernel computes.
 FORMS = (
@@ -55,3 +59,26 @@ def test_other_router_dtypes_are_as_exact_as_megatrons(router, dtype):
 @pytest.mark.parametrize("router", ["softmax", "groups"])
 def test_large_routers_are_as_exact_as_megatrons(router, num_experts, top_k):
     assert check(router, num_experts, torch.float32, top_k) == []
+
+
+def _check_seam(device, *arguments):
+    from megatron_router_seam_checks import check_seam
+
+    return check_seam(device, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a router of CPU tensors")
+@pytest.mark.parametrize("router", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_router_with_the_kernel_routes_recomputes_counts_and_records_as_without(router, dtype):
+    assert run_check(_check_seam, router, dtype) == []
+
+
+def test_a_router_that_routes_by_other_code_is_refused():
+    class Other(TopKRouter):
+        def routing(self, logits, padding_mask=None):
+            return logits, padding_mask
+
+    patch_routing.require(TopKRouter.__new__(TopKRouter))
+    with pytest.raises(PreflightError, match="does not know this router.*Leave `kernel` off"):
+        patch_routing.require(Other.__new__(Other))

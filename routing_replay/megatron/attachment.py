@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import kernels
 from ..config import ReplayConfig
 from ..errors import ReplayError
 from ..routes.shape import MoEShape
 from . import patch_expert_bias as expert_bias
-from . import preflight
-from .passes import ForwardPass
+from . import patch_routing, preflight
+from .passes import ForwardPass, LivePass, ReplayingPass
 from .ranks import RankGrid
 from .routers import (
     ChunkRouters,
@@ -23,6 +24,7 @@ from .routers import (
     describe_model,
     find_routers,
 )
+from .routing_call import LiveLogits, Routed, RoutingCall
 from .selection import LiveTopK, Selection
 from .step import Step
 from .tracking import PassTracker
@@ -63,6 +65,9 @@ class Attachment:
         self.shape: MoEShape = describe_model(entries, model_config, model_chunks)
         self.grid = RankGrid.of_megatron()
         self.device = next(model_chunks[0].parameters()).device
+        self._has_kernel = config.kernel
+        if config.kernel:
+            kernels.require_device(self.device)
         self._has_split_sequences = bool(model_config.sequence_parallel)
         self._tracker = PassTracker(self._begin)
         self._seams = self._install(entries)
@@ -94,13 +99,17 @@ class Attachment:
             )
         self.step = step
         for seam in self._seams:
-            seam.unfuse()
+            if self._has_kernel:
+                seam.take_over(self._route)
+            else:
+                seam.unfuse()
 
     def close(self) -> None:
         """Make the model stock again; a late recomputation of a closed pass raises."""
         # First the model, then the passes: whatever raises below, the model is stock.
         for seam in self._seams:
             seam.restore_fusion()
+            seam.hand_back()
         if self.step is not None:
             self.step.close()
         self.step = None
@@ -132,6 +141,8 @@ class Attachment:
     def _install(self, entries: Sequence[RouterEntry]) -> list[RouterSeam]:
         for entry in entries:  # may refuse, on the first: nothing is left half attached
             expert_bias.install(entry.router, is_active=lambda: self.step is not None)
+            if self._has_kernel:
+                patch_routing.require(entry.router)
         seams = [RouterSeam(entry, self._select) for entry in entries]
         for seam in seams:
             seam.install()
@@ -157,11 +168,8 @@ class Attachment:
         forward_pass, is_recompute = self._tracker.find()
         if forward_pass is not None:
             selection = forward_pass.select(seam, live, is_recompute)
-            if self.watcher is not None and not is_recompute and len(forward_pass.rows_T):
-                call = RouterCall(
-                    seam=seam, live=live, ids_TK=selection[1], forward_pass=forward_pass
-                )
-                self.watcher.see(call)
+            if not is_recompute:
+                self._show(seam, live, selection[1], forward_pass)
             return selection
         if self.step is None:
             return seam.stock(live)
@@ -171,6 +179,25 @@ class Attachment:
             where=f"layer {seam.layer} ({seam.name}), rank {this_rank()}",
             fix="Attach to the modules that forward_step_func calls",
         )
+
+    def _route(self, seam: RouterSeam, call: RoutingCall) -> Routed:
+        """Answer a router's whole call: in the kernel where routes are replayed."""
+        forward_pass, is_recompute = self._tracker.find()
+        if not isinstance(forward_pass, ReplayingPass):
+            # A live forward may take the fused kernel; anything else must come by the seam, which
+            # records it or says what is wrong.
+            return call.stock(may_fuse=isinstance(forward_pass, LivePass))
+        routed, ids_TK = forward_pass.route(seam, call, is_recompute)
+        if not is_recompute:
+            self._show(seam, LiveLogits(call), ids_TK, forward_pass)
+        return routed
+
+    def _show(
+        self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor, forward_pass: ForwardPass
+    ) -> None:
+        if self.watcher is not None and len(forward_pass.rows_T):
+            call = RouterCall(seam=seam, live=live, ids_TK=ids_TK.long(), forward_pass=forward_pass)
+            self.watcher.see(call)
 
 
 def _config_of(model_chunks: Sequence[torch.nn.Module], entries: Sequence[RouterEntry]) -> Any:

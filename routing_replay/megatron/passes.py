@@ -6,6 +6,7 @@ backward it is the one whose output received the gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -17,6 +18,7 @@ from ..errors import ReplayError, RoutesError
 from ..routes.routes import has_duplicates
 from ..routes.table import RouteTable
 from .routers import RouterSeam
+from .routing_call import LiveLogits, Routed, RoutingCall
 from .selection import LiveTopK, Selection, select
 from .transfers import compact_dtype, to_device, to_host
 
@@ -70,7 +72,7 @@ class ForwardPass:
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         """Return the selection of one router call."""
-        self._count(seam, live, is_recompute)
+        self._count(seam, len(live.scores_TE), is_recompute)
         return seam.stock(live)
 
     def end_forward(self) -> None:
@@ -87,16 +89,16 @@ class ForwardPass:
     def begin_backward(self) -> None:
         """The gradient of the output arrived."""
 
-    def _count(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> None:
+    def _count(self, seam: RouterSeam, num_tokens: int, is_recompute: bool) -> None:
         where = f"layer {seam.layer}, {self.where}"
         seam.require_idle_stock(where)
         if self.is_closed:
             raise late_backward(where)
-        if live.scores_TE.shape[0] != len(self.rows_T):
+        if num_tokens != len(self.rows_T):
             raise ReplayError(
                 "the router sees another number of tokens than token_rows name",
                 expected=len(self.rows_T),
-                got=live.scores_TE.shape[0],
+                got=num_tokens,
                 where=where,
                 fix="Slice token_rows exactly as input_ids: packing, padding, context parallelism",
             )
@@ -131,7 +133,7 @@ class RecordingPass(ForwardPass):
         return self.record.by_layer()
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
-        self._count(seam, live, is_recompute)
+        self._count(seam, len(live.scores_TE), is_recompute)
         selection = seam.stock(live)
         if not is_recompute:
             self.record.put(seam.layer, selection[1])
@@ -188,7 +190,7 @@ class ReplayingPass(ForwardPass):
         return {} if self.record is None else self.record.by_layer()
 
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
-        self._count(seam, live, is_recompute)
+        self._count(seam, len(live.scores_TE), is_recompute)
         assert self._ids_LTK is not None, "a router ran after its pass was released"
         ids_TK = self._ids_LTK[self.layers.index(seam.layer)].long()
         if self._live_F is not None:
@@ -203,6 +205,22 @@ class ReplayingPass(ForwardPass):
         keep_slots = self.table.source == "rollout" or not torch.is_grad_enabled()
         return select(live.scores_TE, ids_TK, keep_slots)
 
+    def route(
+        self, seam: RouterSeam, call: RoutingCall, is_recompute: bool
+    ) -> tuple[Routed, torch.Tensor]:
+        """Return weights and map of one router call, by the kernel, and the experts [T, K]."""
+        self._count(seam, len(call.logits_TE), is_recompute)
+        assert self._ids_LTK is not None, "a router ran after its pass was released"
+        ids_TK = self._ids_LTK[self.layers.index(seam.layer)]
+        # The forward leaves its selection of the live tokens in their rows: a recomputation
+        # replays all of them (see _live_choice).
+        routed = call.replay(ids_TK, None if is_recompute else self._is_live_T)
+        if not is_recompute:
+            self._replayed_layers.add(seam.layer)
+            if self.record is not None or self.observer is not None:
+                self._look_at_live(seam, LiveLogits(call), ids_TK.long())
+        return routed, ids_TK
+
     def end_forward(self) -> None:
         if self.record is not None:
             self.record.move_to_host()
@@ -211,10 +229,19 @@ class ReplayingPass(ForwardPass):
         self._ids_LTK = None
         self._live_F = None
         self._live_choices.clear()
+        vars(self).pop("_is_live_T", None)
 
     def begin_backward(self) -> None:
         if self.is_closed and self.is_unfused:
             raise late_backward(self.where)
+
+    @functools.cached_property
+    def _is_live_T(self) -> torch.Tensor | None:
+        """Live tokens as a mask on the device; None for none."""
+        if self._live_F is None:
+            return None
+        is_live_T = torch.zeros(len(self.rows_T), dtype=torch.bool, device=self.device)
+        return is_live_T.index_fill_(0, self._live_F, True)
 
     def _live_choice(
         self, layer: int, live: LiveTopK, live_F: torch.Tensor, is_recompute: bool

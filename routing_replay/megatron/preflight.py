@@ -85,7 +85,7 @@ def _dense_model(config: Any, _: ReplayConfig) -> Iterator[Finding]:
 
 @rule
 def _router_fusion(config: Any, replay: ReplayConfig) -> Iterator[Finding]:
-    if _get(config, "moe_router_fusion") and not replay.unset_router_fusion:
+    if _get(config, "moe_router_fusion") and not (replay.unset_router_fusion or replay.kernel):
         yield Finding(
             name="router-fusion",
             level="error",

@@ -19,7 +19,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from ..errors import PreflightError, ReplayError
 from ..routes.shape import MoEShape
+from . import patch_routing
 from .layout import router_order
+from .routing_call import Routed, RoutingCall
 from .selection import LiveTopK, Selection
 
 
@@ -61,6 +63,18 @@ class RouterSeam:
 
     def restore_fusion(self) -> None:
         self.router.config = self._stock_config
+
+    def take_over(self, route: Callable[[RouterSeam, RoutingCall], Routed]) -> None:
+        """Let `route` answer the router's whole call; what lies around it stays Megatron's."""
+
+        def routed(logits: torch.Tensor, topk: int, **options: Any) -> Routed:
+            return route(self, RoutingCall.of(logits, topk, options))
+
+        patch_routing.install(self.router, routed)
+
+    def hand_back(self) -> None:
+        """The router's calls are Megatron's again."""
+        patch_routing.remove(self.router)
 
     def get_replay_topk(
         self,
