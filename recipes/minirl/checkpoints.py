@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -163,7 +164,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _layout(policy: Policy) -> dict:
+def _layout(policy: Policy) -> dict[str, Any]:
     t = policy.config.training
     return asdict(policy.layout) | {
         "ranks": dist.get_world_size(),
@@ -176,7 +177,7 @@ def _rank_file(folder: Path) -> Path:
     return folder / f"rank_{dist.get_rank():05d}.pt"
 
 
-def _state(checkpoint: Path) -> dict:
+def _state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "trainer" / "state.json"
     try:
         return json.loads(path.read_text())

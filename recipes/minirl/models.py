@@ -21,7 +21,7 @@ from .settings import TrainingSettings
 
 def trained(
     config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path, t: TrainingSettings
-) -> list:
+) -> list[DistributedDataParallel]:
     """Return this rank's chunks with a checkpoint's weights, ready for training."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
@@ -30,7 +30,9 @@ def trained(
     return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
 
 
-def frozen(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
+def frozen(
+    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path
+) -> list[torch.nn.Module]:
     """Return chunks of the same architecture with a checkpoint's weights, without gradients."""
     chunks = _loaded(config, layout, checkpoint)
     for chunk in chunks:
@@ -38,7 +40,9 @@ def frozen(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Pat
     return chunks
 
 
-def _loaded(config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path) -> list:
+def _loaded(
+    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path
+) -> list[torch.nn.Module]:
     chunks = build_model(config, layout)
     if config.bf16:
         # Before the weights are loaded: the wrapper rounds routing biases, which must stay float32.
@@ -60,7 +64,9 @@ def parallel_layout(t: TrainingSettings) -> parallel.ParallelLayout:
     )
 
 
-def make_optimizer(chunks: list, t: TrainingSettings, dtype: torch.dtype) -> MegatronOptimizer:
+def make_optimizer(
+    chunks: list[torch.nn.Module], t: TrainingSettings, dtype: torch.dtype
+) -> MegatronOptimizer:
     """Return AdamW over the chunks' parameters."""
     config = OptimizerConfig(
         optimizer="adam",

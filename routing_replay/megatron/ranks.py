@@ -57,7 +57,9 @@ class RankGrid:
         return self.tokens + self.stages
 
 
-def reduce(values: torch.Tensor | np.ndarray, operation: dist.ReduceOp, groups: Groups) -> None:
+def reduce(
+    values: torch.Tensor | np.ndarray, operation: dist.ReduceOp.RedOpType, groups: Groups
+) -> None:
     """All-reduce in place over the product of some axes.
 
     Args:

@@ -260,7 +260,7 @@ class Replay:
         try:
             yield
             self.receipt = step.finish()
-            self._agreement = step.sampling and step.sampling.agreement
+            self._agreement = step.sampling.agreement if step.sampling else None
         finally:
             self._attachment.close()
 

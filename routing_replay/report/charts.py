@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .run import mean
 
@@ -291,7 +292,7 @@ def _legend(lines: Sequence[Line]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
-def _figure(title: str, caption: str, legend: str, plot: str, data: dict | None) -> str:
+def _figure(title: str, caption: str, legend: str, plot: str, data: dict[str, Any] | None) -> str:
     embedded = ""
     if data is not None:
         # "</" would end the script element, wherever it stands.

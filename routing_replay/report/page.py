@@ -17,7 +17,7 @@ from .run import Run, read_run
 
 
 def write_report(
-    run_directories: Sequence[str | os.PathLike], path: str | os.PathLike, title: str = ""
+    run_directories: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], title: str = ""
 ) -> Path:
     """Write one page that shows the runs, side by side where there are several.
 

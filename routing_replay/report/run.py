@@ -38,8 +38,8 @@ class Run:
     steps: tuple[int, ...]
     series: Mapping[str, Sequence[float | None]]
     layers: Mapping[str, Mapping[int, Sequence[float | None]]] = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
-    attribution: dict | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    attribution: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     def recent(self, name: str, layer: int | None = None) -> float | None:
@@ -190,7 +190,7 @@ def first_known(run: Run, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in run.series), None)
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, str]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Return nested settings as `a.b: text`."""
     flat: dict[str, str] = {}
     for key, value in config.items():

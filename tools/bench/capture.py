@@ -201,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             servers[capture, copy] = stack.enter_context(launch(checkpoint, options))
             print(f"# server {copy} with capture {capture} is up", flush=True)
-        model = probe(servers["ids", 0].url).routes
-        clients = {key: RolloutClient([server.url], model) for key, server in servers.items()}
+        shape = probe(servers["ids", 0].url).routes.shape
+        clients = {key: RolloutClient([server.url], shape) for key, server in servers.items()}
         figures = report(servers, play(servers, clients, arguments), arguments)
     finish("capture", arguments, figures)
 

@@ -59,7 +59,7 @@ def make_table(parsed: argparse.Namespace) -> RouteTable:
     routes = Routes(
         expert_ids_TLK=ids_TLK.astype(np.uint8),
         gate_probs_TLK=np.full(ids_TLK.shape, 1 / parsed.experts, np.float16),
-        layers=range(parsed.layers),
+        layers=tuple(range(parsed.layers)),
         num_experts=parsed.experts,
     )
     return RouteTable.from_routes([routes])
