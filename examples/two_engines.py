@@ -45,7 +45,8 @@ def main() -> None:
         replayed_ST = score(model, tokens_ST)
     replay.remove()
     lines = replay.receipt.lines
-    print(f"replayed {sum(line.num_replayed for line in lines)} selections in {len(lines)} layers")
+    num_replayed = sum(line.num_replayed for line in lines)
+    print(f"replayed {num_replayed} selections of a token in a layer, {len(lines)} layers")
     print(f"KL(SGLang || Megatron), live routing:    {kl(mu_ST, live_ST):.2e} nats per token")
     print(f"KL(SGLang || Megatron), replayed routes: {kl(mu_ST, replayed_ST):.2e} nats per token")
     parallel.destroy()
