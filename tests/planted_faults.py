@@ -273,7 +273,7 @@ class Trainer:
 
     def _logp(self, scorer) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([scores.logp_T for _, scores in scorer.run()])
+            return scorer.run()[0]
 
     def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
         layers = rollout.table.shape.layers
@@ -282,14 +282,11 @@ class Trainer:
         if rollout_chunks is not None:
             trainer = Trainer(rollout_chunks)
             old = tool.Scorer(rollout_chunks, trainer.replay, batch, rollout.table, 32, 1.0)
-        with tool.layer_switches(self.chunks) as chosen:
 
-            def score(variant: Variant):
-                if variant.is_rollout_weights:
-                    return old.score(variant, set())
-                return scorer.score(variant, chosen)
+        def score(variant: Variant):
+            return (old if variant.is_rollout_weights else scorer).score(variant)
 
-            attribute(plan(layers, ("without",), old is not None), score, progress)
+        attribute(plan(layers, ("without",), old is not None), score, progress)
         return summarize(layers, progress.sums)
 
 

@@ -13,6 +13,7 @@ from replay_cases import Case
 from replay_matrix import Job, random_table
 
 from routing_replay.config import ReplayConfig
+from routing_replay.errors import ConfigError
 from routing_replay.megatron import attach
 from routing_replay.metrics.typed import to_floats
 
@@ -251,3 +252,29 @@ def _recordings_of_tables(job):
             table.expert_ids_LTK, expected.expert_ids_LTK
         )
     return found
+
+
+@check
+def some_layers():
+    """Layers 1 and 2 replay drawn routes; what no layer, all layers and the receipt say."""
+    job = Job(Case(recompute="full"))
+    stock, result = job.run(), {}
+    with attach(job.chunks) as replay:
+        table = random_table(job, replay.shape)
+        for name, layers in (("none", ()), ("some", (1, 2)), ("all", range(4)), ("default", None)):
+            with replay.replaying(table, layers=layers):
+                result[name] = job.run(replay, table.rows)
+            lines = replay.receipt.lines
+            result[f"{name} replayed"] = sorted({x.layer for x in lines if x.num_replayed})
+        try:
+            with replay.replaying(table, layers=(3, 4)):
+                pass
+        except ConfigError as error:
+            result["error"] = str(error)
+    result["none is stock"] = same(stock, result.pop("none"))
+    result["all is the default"] = same(result["all"], result.pop("default"))
+    result["some is between"] = [
+        same(result["some"], other) for other in (stock, result.pop("all"))
+    ]
+    del result["some"]
+    return result

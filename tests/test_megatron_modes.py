@@ -100,3 +100,13 @@ def test_a_data_parallel_rank_records_a_table_of_its_own(tables, layout):
         assert of_rank["part"] and of_rank["others_are_empty"]
         kind, message = of_rank["different_lengths"]
         assert kind == "ReplayError" and "is_shared=False" in message
+
+
+@of("some_layers")
+def test_only_the_named_layers_replay_and_the_others_route_live(found):
+    assert found["none is stock"] and found["all is the default"]
+    assert found["some is between"] == [False, False]
+    replayed = [found[f"{name} replayed"] for name in ("none", "some", "all", "default")]
+    assert replayed == [[], [1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert found["error"].startswith("layers to replay that have no router; expected some of")
+    assert "got [4]" in found["error"]

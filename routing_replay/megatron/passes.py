@@ -57,9 +57,8 @@ class ForwardPass:
     def where(self) -> str:
         return f"chunk {self.chunk}, microbatch {self.number}"
 
-    @property
-    def promised_T(self) -> np.ndarray:
-        """Tokens whose row promises a replay; bool."""
+    def promised(self, layer: int) -> np.ndarray:
+        """Return the tokens whose row promises a replay in a layer; bool [T]."""
         return np.zeros(len(self.rows_T), np.bool_)
 
     def num_replayed(self, layer: int) -> int:
@@ -154,6 +153,7 @@ class ReplayingPass(ForwardPass):
         table: The routes.
         num_experts: Of the model.
         device: Where the routers run.
+        only_layers: Layers that replay, the others route live; None: all replay.
         record: Keeps the live ids of the same pass; None keeps none.
         observer: Compares live with replayed routes; None compares nothing.
         is_unfused: The router's fused kernel comes back when the scope closes, so that a late
@@ -163,6 +163,7 @@ class ReplayingPass(ForwardPass):
     table: RouteTable
     num_experts: int
     device: torch.device
+    only_layers: frozenset[int] | None = None
     record: LiveRecord | None = None
     observer: Observer | None = None
     is_unfused: bool = False
@@ -179,9 +180,8 @@ class ReplayingPass(ForwardPass):
         self._num_live = len(live_F)
         self._live_F = to_device(live_F, self.device) if len(live_F) else None
 
-    @property
-    def promised_T(self) -> np.ndarray:
-        return self.rows_T >= 0
+    def promised(self, layer: int) -> np.ndarray:
+        return (self.rows_T >= 0) & self._is_replayed(layer)
 
     def num_replayed(self, layer: int) -> int:
         return len(self.rows_T) - self._num_live if layer in self._replayed_layers else 0
@@ -192,6 +192,8 @@ class ReplayingPass(ForwardPass):
     def select(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         self._count(seam, len(live.scores_TE), is_recompute)
         assert self._ids_LTK is not None, "a router ran after its pass was released"
+        if not self._is_replayed(seam.layer):
+            return self._select_live(seam, live, is_recompute)
         ids_TK = self._ids_LTK[self.layers.index(seam.layer)].long()
         if self._live_F is not None:
             ids_MK = self._live_choice(seam.layer, live, self._live_F, is_recompute)
@@ -214,8 +216,15 @@ class ReplayingPass(ForwardPass):
         ids_TK = self._ids_LTK[self.layers.index(seam.layer)]
         # The forward leaves its selection of the live tokens in their rows: a recomputation
         # replays all of them (see _live_choice).
-        routed = call.replay(ids_TK, None if is_recompute else self._is_live_T)
-        if not is_recompute:
+        is_replayed = self._is_replayed(seam.layer)
+        is_live_T = (
+            self._is_live_T if is_replayed else torch.ones_like(ids_TK[:, 0], dtype=torch.bool)
+        )
+        routed = call.replay(ids_TK, None if is_recompute else is_live_T)
+        if not is_recompute and not is_replayed:
+            if self.record is not None:
+                self.record.put(seam.layer, ids_TK.long())
+        elif not is_recompute:
             self._replayed_layers.add(seam.layer)
             if self.record is not None or self.observer is not None:
                 self._look_at_live(seam, LiveLogits(call), ids_TK.long())
@@ -242,6 +251,15 @@ class ReplayingPass(ForwardPass):
             return None
         is_live_T = torch.zeros(len(self.rows_T), dtype=torch.bool, device=self.device)
         return is_live_T.index_fill_(0, self._live_F, True)
+
+    def _is_replayed(self, layer: int) -> bool:
+        return self.only_layers is None or layer in self.only_layers
+
+    def _select_live(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
+        selection = seam.stock(live)
+        if self.record is not None and not is_recompute:
+            self.record.put(seam.layer, selection[1])
+        return selection
 
     def _live_choice(
         self, layer: int, live: LiveTopK, live_F: torch.Tensor, is_recompute: bool

@@ -120,10 +120,9 @@ class Receipt:
 
 
 def _lines(one: ForwardPass) -> Iterable[ReceiptLine]:
-    promised_T = one.promised_T
     mask_T = np.ones(len(one.rows_T), np.bool_) if one.mask_T is None else one.mask_T
-    num_masked_promised = int((promised_T & mask_T).sum())
     for layer in one.layers:
+        promised_T = one.promised(layer)
         num_replayed = one.num_replayed(layer)
         yield ReceiptLine(
             layer=layer,
@@ -134,7 +133,7 @@ def _lines(one: ForwardPass) -> Iterable[ReceiptLine]:
             num_replayed=num_replayed,
             num_masked=int(mask_T.sum()),
             # All that were promised, or none: a router replays a microbatch as a whole.
-            num_masked_replayed=num_masked_promised if num_replayed else 0,
+            num_masked_replayed=int((promised_T & mask_T).sum()) if num_replayed else 0,
             num_forwards=one.forward_calls.get(layer, 0),
             num_recomputes=one.recompute_calls.get(layer, 0),
         )

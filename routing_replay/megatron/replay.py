@@ -12,7 +12,7 @@ Outside every scope the model is stock, bitwise.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -124,7 +124,11 @@ class Replay:
 
     @contextlib.contextmanager
     def replaying(
-        self, table: RouteTable, record_live: bool = False, is_shared: bool = True
+        self,
+        table: RouteTable,
+        record_live: bool = False,
+        is_shared: bool = True,
+        layers: Iterable[int] | None = None,
     ) -> Iterator[Recording | None]:
         """Within: the table's routes (R3: the rollout's; R2: recorded ones).
 
@@ -133,18 +137,21 @@ class Replay:
             record_live: Record the live routes of the same passes as well: yields the recording,
                 whose rows are numbered as the table's. Costs one top-k per router.
             is_shared: Of that recording, as of `recording`.
+            layers: Global indices of the layers that replay; the others route live. None: all.
 
         Raises:
+            ConfigError: `layers` names a layer without a router.
             ReplayError: At the end: a layer or microbatch that was not replayed exactly once.
             TableError: The table belongs to another model.
         """
         self._check_source(table)
         table.check_shape(self.shape)
+        only_layers = None if layers is None else self._known_layers(layers)
         recorded = None
         if record_live:  # rows that the table does not cover are announced as -1
             lengths_S = np.diff(table.offsets_S1) + 1
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
-        step = self._new_step(table.num_rows, table, recorded)
+        step = self._new_step(table.num_rows, table, recorded, only_layers)
         with self._open(step):
             yield recorded
 
@@ -290,7 +297,11 @@ class Replay:
         )
 
     def _new_step(
-        self, num_rows: int, table: RouteTable | None = None, recording: Recording | None = None
+        self,
+        num_rows: int,
+        table: RouteTable | None = None,
+        recording: Recording | None = None,
+        only_layers: frozenset[int] | None = None,
     ) -> Step:
         assert self._attachment is not None, "a disabled handle opens no step"
         sampling = None
@@ -313,9 +324,21 @@ class Replay:
             num_rows=num_rows,
             rank=this_rank(),
             table=table,
+            only_layers=only_layers,
             recording=recording,
             sampling=sampling,
         )
+
+    def _known_layers(self, layers: Iterable[int]) -> frozenset[int]:
+        named = frozenset(layers)
+        unknown = sorted(named - set(self.shape.layers))
+        if unknown:
+            raise ConfigError(
+                "layers to replay that have no router",
+                expected=f"some of {list(self.shape.layers)}",
+                got=unknown,
+            )
+        return named
 
     def _check_source(self, table: RouteTable) -> None:
         source = SOURCES[self.config.mode]
@@ -346,7 +369,11 @@ class DisabledReplay(Replay):
 
     @contextlib.contextmanager
     def replaying(
-        self, table: RouteTable, record_live: bool = False, is_shared: bool = True
+        self,
+        table: RouteTable,
+        record_live: bool = False,
+        is_shared: bool = True,
+        layers: Iterable[int] | None = None,
     ) -> Iterator[Recording | None]:
         """Do nothing; yield a recording without routes if one is asked for."""
         if not record_live:

@@ -54,6 +54,7 @@ class Step:
         num_rows: Rows that `token_rows` may name.
         rank: Of this process, for messages.
         table: What is replayed; None records.
+        only_layers: Layers that replay it; None: all.
         recording: Where live routes go; None keeps none.
         sampling: Of the comparison with live routing; None compares nothing.
     """
@@ -63,6 +64,7 @@ class Step:
     num_rows: int
     rank: int
     table: RouteTable | None = None
+    only_layers: frozenset[int] | None = None
     recording: Recording | None = None
     sampling: Sampling | None = None
     passes: list[ForwardPass] = field(default_factory=list)
@@ -193,6 +195,7 @@ class Step:
             mask_T=mask_T,
             record=record,
             table=self.table,
+            only_layers=self.only_layers,
             num_experts=self.num_experts,
             device=routers.device,
             observer=self._observer(self.table, routers, number, rows_T, mask_T),
