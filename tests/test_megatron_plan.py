@@ -1,63 +1,153 @@
-"""recipes.minirl --dry-run: every preset has a plan, with the memory that its layout needs."""
+"""recipes.minirl --dry-run: every preset has a plan that fits; a contradiction is an error."""
 
-import json
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
+from recipes.minirl import models, plan
 from recipes.minirl.command_line import parse_command, preset_names
-from recipes.minirl.plan import plan_text
-from routing_replay.errors import ConfigError
+from recipes.model import flops, memory, meta
+from recipes.model.model import transformer_config
+from recipes.model.parallel import ParallelLayout
+from recipes.model.tiny import tiny_config
+from routing_replay.errors import CheckpointError, ConfigError
 
-# Qwen3-30B-A3B's sizes, from its published config.json.
-QWEN3_30B = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-}
+MODE = ["--routing-replay-mode", "R3"]
+H100_PRESETS = [name for name in preset_names() if name.endswith("xh100")]
+GPU_PRESETS = [*H100_PRESETS, "qwen3_30b_a3b_8xb200"]
 
 
-def plan(tmp_path, name, *flags):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
-    model = ["--model", str(tmp_path)] if "30b" in name else []
-    mode = ["--routing-replay-mode", "R3"]
-    command = parse_command(["--preset", name, *model, *mode, *flags, "--dry-run"])
+def plan_of(name, *flags):
+    command = parse_command(["--preset", name, *MODE, *flags, "--dry-run"])
     assert command.action == "dry-run"
-    return plan_text(command.config)
+    return plan.plan_text(command.config)
+
+
+def total_gib(text):
+    return float(re.search(r"Memory per GPU, estimated: ([0-9.]+) GiB", text).group(1))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return {name: plan_of(name) for name in preset_names()}
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_has_a_plan(name, tmp_path):
-    text = plan(tmp_path, name)
-    assert re.search(r"Memory per GPU, estimated: [0-9.]+ GiB", text)
+def test_every_preset_has_a_plan(name, plans):
+    text = plans[name]
+    assert total_gib(text) > 0
     assert "-m recipes.minirl.train RUN_DIR" in text
+    for leg in ("rollout", "score", "update", "weights"):
+        assert re.search(rf"^  {leg} [0-9.]+ s = ", text, re.MULTILINE)
 
 
-def test_the_30b_preset_fits_16_gpus_of_80_gb_and_not_8(tmp_path):
-    def total(*flags):
-        text = plan(tmp_path, "qwen3_30b_a3b_24xh100", *flags)
-        return float(re.search(r"estimated: ([0-9.]+) GiB", text).group(1))
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_a_preset_for_gpus_leaves_memory_free_and_says_that_it_has_not_run(name, plans):
+    # 80 GB are 74.5 GiB, 180 GB are 167.6 GiB; 8 % of them are not usable.
+    capacity = 167.6 if "b200" in name else 74.5
+    assert total_gib(plans[name]) < 0.92 * capacity
+    assert "Has not been run" in " ".join(
+        (plan.ARCHITECTURES.parent / f"{name}.yaml").read_text().replace("#", "").split()
+    )
 
-    # 80 GB are 74.5 GiB.
-    assert total() < 74.5 < total("--nnodes", "1")
+
+def test_the_memory_of_the_30b_preset_is_that_of_the_review(plans):
+    # 16 ranks, EP 8, TP 2: per rank 128 / 8 experts x 48 layers x 3 x 2048 x 768 = 3,623,878,656.
+    text = plans["qwen3_30b_a3b_24xh100"]
+    assert "(experts 3623878656)" in text
+    # Weights 2 B, gradients 4 B; AdamW 12 B, over 2 expert replicas and 8 dense ones.
+    dense = 4400822272 - 3623878656
+    optimizer = 12 * (3623878656 / 2 + dense / 8)
+    assert f"optimizer {optimizer / 2**30:.2f}" in text
 
 
-def test_a_layout_that_does_not_fit_the_model_is_refused(tmp_path):
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_the_estimate_counts_the_parameters_that_megatron_builds(name, plans):
+    config = parse_command(["--preset", name, *MODE]).config
+    layout = models.parallel_layout(config.training)
+    model = plan._model_config(config, layout)
+    built = re.findall(r"(\d+) \(experts (\d+)\)", plans[name])
+    assert len(built) == layout.pipeline
+    for stage, (total, experts) in enumerate(built):
+        counted = memory.num_parameters(model, layout, stage)
+        assert (int(total) - int(experts), int(experts)) == counted
+
+
+def test_meta_counts_interleaved_stages_and_ends_its_world():
+    layout = ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2, expert=2, expert_tensor=1)
+    model = transformer_config(tiny_config(layers=4), layout)
+    counts = meta.parameters_by_stage(model, layout, 4)
+    expected = [memory.num_parameters(model, layout, stage) for stage in range(2)]
+    assert [(c.dense, c.experts) for c in counts] == expected
+    assert not torch.distributed.is_initialized()
+    assert torch.cuda.current_device() != torch.device("meta")
+
+
+def test_flops_of_the_30b_model_are_those_of_its_active_parameters():
+    config = parse_command(["--preset", "qwen3_30b_a3b_24xh100", *MODE]).config
+    model = plan._model_config(config, models.parallel_layout(config.training))
+    # 3.3e9 active parameters, of which the embedding's 0.31e9 are looked up.
+    assert flops.active_parameters(model) == pytest.approx(3.03e9, rel=0.01)
+    # Attention at 17,408 tokens: 4 x 32 heads x 128 x 48 layers x 8,704 keys = 6.8e9.
+    attention = flops.forward_flops(model, 17408) - 2 * flops.active_parameters(model)
+    assert attention == pytest.approx(4 * 32 * 128 * 48 * 8704)
+
+
+def test_a_model_without_a_config_names_those_that_need_none():
+    with pytest.raises(CheckpointError, match="no config.json.*Qwen3-235B-A22B.*--model"):
+        plan_of("qwen3_30b_a3b_24xh100", "--model", "elsewhere/Qwen3-14B")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nnodes", "1"], "does not fit into a GPU's memory.*distributed_optimizer"),
+        (["--no-distributed-optimizer"], "does not fit into a GPU's memory"),
+        (["--recompute", "none"], "does not fit into a GPU's memory.*recompute: full"),
+        (["--plan-gpu-gb", "40"], "does not fit into a GPU's memory.*expert_parallel"),
+        (["--tensor-parallel", "8"], "tensor does not divide the model's num_query_groups"),
+        (["--expert-parallel", "6"], "expert does not divide the model's num_moe_experts"),
+        (["--expert-parallel", "32"], "does not fit the number of ranks.*= 32 ranks"),
+        (["--nnodes", "10", "--pipeline-parallel", "5", "--minibatch-size", "1024"], "num_layers"),
+        (["--pipeline-parallel", "3"], "must divide nnodes \\* nproc"),
+        (["--virtual-pipeline", "2"], "virtual pipeline stages need a pipeline"),
+        (["--nproc", "16", "--nnodes", "1"], "fewer GPUs than trainer processes"),
+        (["--plan-disk-gb-per-s", "0"], "'plan_disk_gb_per_s' is out of range"),
+    ],
+)
+def test_a_trainer_that_contradicts_itself_is_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of("qwen3_30b_a3b_24xh100", *flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tp 3", "--tp does not fit the model; expected a divisor of.*num_attention_heads 32"),
+        ("--tp=4 --ep 3", "--ep does not fit the model; expected a divisor of --tp 4; got 3"),
+        ("--tp 8 --dp 2", "more GPUs than it has; expected .* at most 8 .*; got 8 \\* 1 \\* 2"),
+        ("--tp two", "server argument cannot be read; got .*two"),
+        ("--tp 0", "--tp is out of range"),
+        ("--tp 4 --quantization fp8", "cannot load the weights.*fp8-grid"),
+        ("--tp 4 --enable-dp-attention", "other tokens' routes"),
+        ("--tp 1 --mem-fraction-static 0.7", "cannot hold the weights.*Raise --tp"),
+    ],
+)
+def test_a_server_that_contradicts_itself_is_refused(arguments, message):
+    command = parse_command(["--preset", "qwen3_30b_a3b_24xh100", *MODE])
+    rollout = replace(command.config.rollout, server_arguments=tuple(arguments.split()))
+    with pytest.raises(ConfigError, match=message):
+        plan.plan_text(replace(command.config, rollout=rollout))
+
+
+def test_server_and_trainer_may_not_share_gpus():
+    with pytest.raises(ConfigError, match="share GPUs"):
+        plan_of("qwen3_30b_a3b_8xb200", "--trainer-gpus", "0,1,2,3")
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused():
     sizes = ["--minibatch-size", "3", "--microbatch-size", "1", "--prompts-per-step", "3"]
     with pytest.raises(ConfigError, match="expert"):
-        plan(tmp_path, "tiny_cpu", "--nproc", "3", "--expert-parallel", "3", *sizes)
+        plan_of("tiny_cpu", "--nproc", "3", "--expert-parallel", "3", *sizes)

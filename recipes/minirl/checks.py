@@ -143,6 +143,23 @@ def check_devices(config: RecipeConfig) -> None:
         )
 
 
+def check_plan(config: RecipeConfig) -> None:
+    """Raise ConfigError for machines or rates that cannot be."""
+    p = config.plan
+    rates = ("plan_trainer_tflops", "plan_rollout_tokens_per_s", "plan_disk_gb_per_s")
+    for name in ("plan_gpus_per_node", *rates):
+        if getattr(p, name) <= 0:
+            raise _out_of_range(name, "above 0", getattr(p, name))
+    for name in ("plan_gpu_gb", "plan_server_nodes", "plan_prompt_tokens", "plan_response_tokens"):
+        _check_range(name, getattr(p, name))
+    if p.plan_gpu_gb and config.run.nproc > p.plan_gpus_per_node:
+        raise ConfigError(
+            "a machine has fewer GPUs than trainer processes",
+            expected=f"--nproc of at most {p.plan_gpus_per_node} (--plan-gpus-per-node)",
+            got=config.run.nproc,
+        )
+
+
 def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
     """Refuse to launch a server on the trainer's GPUs.
 

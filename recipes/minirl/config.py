@@ -18,6 +18,7 @@ from .settings import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
+    PlanSettings,
     RolloutSettings,
     RunSettings,
     TelemetrySettings,
@@ -43,12 +44,14 @@ class RecipeConfig:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
         checks.check_sizes(self)
         checks.check_devices(self)
         checks.check_sampling(self)
         checks.check_objective(self)
+        checks.check_plan(self)
 
     @property
     def batch_size(self) -> int:

@@ -190,6 +190,30 @@ class TelemetrySettings:
     metrics_dir: str = setting("", "not in this recipe: a run's metrics lie in --run-dir")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """plan: the machines and the rates that --dry-run reckons with; a run does not read them"""
+
+    plan_gpu_gb: float = setting(0.0, "memory of a GPU in 10^9 bytes; 0: not compared")
+    plan_gpus_per_node: int = setting(8, "GPUs of a machine")
+    plan_server_nodes: int = setting(
+        1, "machines with one SGLang server each; 0: the server is on the trainer's machine"
+    )
+    plan_prompt_tokens: int = setting(0, "mean length of a prompt")
+    plan_response_tokens: int = setting(
+        0, "mean length of a response; 0: the longest, --max-new-tokens"
+    )
+    plan_trainer_tflops: float = setting(
+        250.0, "TFLOP/s that a trainer's GPU achieves in bf16; assumed, not measured"
+    )
+    plan_rollout_tokens_per_s: float = setting(
+        5000.0, "tokens that a server samples per second and GPU; assumed, not measured"
+    )
+    plan_disk_gb_per_s: float = setting(
+        1.0, "of the disk that all machines see, in 10^9 bytes per second; assumed"
+    )
+
+
 SECTIONS: dict[str, type] = {
     "run": RunSettings,
     "model": ModelSettings,
@@ -199,6 +223,7 @@ SECTIONS: dict[str, type] = {
     "objective": ObjectiveSettings,
     "replay": ReplayConfig,
     "telemetry": TelemetrySettings,
+    "plan": PlanSettings,
 }
 
 

@@ -116,7 +116,7 @@ def num_parameters(config: ModelConfig, layout: ParallelLayout, stage: int) -> t
         # Tied embeddings are one parameter where one stage has both ends, else a copy.
         is_shared = config.tie_embeddings and is_first
         dense += hidden + (0 if is_shared else vocabulary)
-    layers = _layers(config, layout, stage)
+    layers = moe_layers(config, layout, stage)
     num_moe = sum(layers)
     dense += len(layers) * _attention(config, tensor)
     dense += num_moe * _router_and_shared(config, tensor)
@@ -148,8 +148,8 @@ def _stage(
     )
 
 
-def _layers(config: ModelConfig, layout: ParallelLayout, stage: int) -> list[int]:
-    """Of each layer of a stage: 1 if it is an MoE layer, else 0."""
+def moe_layers(config: ModelConfig, layout: ParallelLayout, stage: int) -> list[int]:
+    """Return 1 for each MoE layer of a stage and 0 for each other layer."""
     pattern = config.moe_layer_freq
     if isinstance(pattern, int):
         pattern = [int(i % pattern == 0) for i in range(config.num_layers)]
@@ -203,7 +203,7 @@ def _activations(
     else:
         stored = boundary + attention + moe
     in_flight = layout.pipeline - stage  # 1F1B: the first stage holds most
-    num_layers = len(_layers(config, layout, stage))
+    num_layers = len(moe_layers(config, layout, stage))
     return int(num_layers * stored * in_flight + attention + 2 * moe)
 
 
@@ -220,5 +220,5 @@ def _routes(config: ModelConfig, layout: ParallelLayout, workload: Workload, sta
     stored = 1 if config.num_moe_experts <= 256 else 2
     tokens = workload.microbatch_tokens // (layout.context * layout.tensor)
     per_layer = tokens * config.moe_router_topk
-    num_moe = sum(_layers(config, layout, stage))
+    num_moe = sum(moe_layers(config, layout, stage))
     return int(per_layer * (num_moe * stored + torch.int64.itemsize))

@@ -106,6 +106,16 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None) ->
     layout.check_world(_world_size())
     if not torch.distributed.is_initialized():
         _start_distributed(backend)
+    initialize_groups(layout)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + _SEED_STRIDE_PER_STAGE * stage)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + _SEED_STRIDE_PER_STAGE * stage, force_reset_rng=True
+    )
+
+
+def initialize_groups(layout: ParallelLayout, *, has_gloo: bool = True) -> None:
+    """Make Megatron's process groups over the ranks of torch.distributed."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -113,11 +123,7 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None) ->
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-    )
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed + _SEED_STRIDE_PER_STAGE * stage)
-    tensor_parallel.model_parallel_cuda_manual_seed(
-        seed + _SEED_STRIDE_PER_STAGE * stage, force_reset_rng=True
+        create_gloo_process_groups=has_gloo,
     )
 
 

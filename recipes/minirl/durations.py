@@ -1,0 +1,110 @@
+"""Seconds of each leg of a step, from stated rates: a plan's estimate, not a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .config import RecipeConfig
+
+GIGA = 1e9
+TERA = 1e12
+GATE_BYTES = 2
+# A backward pass costs two forwards; full recomputation adds one more forward.
+FORWARDS_PER_UPDATE = {"none": 3.0, "moe": 4.0, "full": 4.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """What a model costs per token and per copy.
+
+    Args:
+        forward_flops: Of a token of a mean sequence.
+        checkpoint_bytes: Of the weights as they are published.
+        route_slots: Experts per token, over all MoE layers.
+        id_bytes: Of an expert id as it is stored.
+    """
+
+    forward_flops: float
+    checkpoint_bytes: int
+    route_slots: int
+    id_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """One part of a step.
+
+    Args:
+        name: What is done.
+        seconds: How long it takes.
+        formula: The numbers that it follows from.
+    """
+
+    name: str
+    seconds: float
+    formula: str
+
+    def text(self) -> str:
+        """Return one line."""
+        return f"{self.name} {self.seconds:.1f} s = {self.formula}"
+
+
+def mean_tokens(config: RecipeConfig) -> tuple[int, int]:
+    """Return the mean (prompt, response) tokens of a sequence."""
+    response = config.plan.plan_response_tokens or config.rollout.max_new_tokens
+    return config.plan.plan_prompt_tokens, min(response, config.rollout.max_new_tokens)
+
+
+def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterator[Leg]:
+    """Yield the legs of a step, in their order. Nothing is assumed to overlap."""
+    p, batch = config.plan, config.batch_size
+    prompt, response = mean_tokens(config)
+    tokens = batch * (prompt + response)
+    rate = p.plan_rollout_tokens_per_s
+    yield Leg(
+        name="rollout",
+        seconds=batch * response / (num_server_gpus * rate),
+        formula=f"{batch} x {response} tokens / ({num_server_gpus} GPUs x {rate:g} tokens/s)",
+    )
+    if config.replay.mode == "R3":
+        yield _routes(config, cost, tokens)
+    # pi_old's pass; the frozen reference's; every Nth step one more without replay.
+    live = 1 / config.run.measure_live_every if config.run.measure_live_every else 0.0
+    yield _passes(config, cost, "score", 1 + config.needs_reference + live, tokens)
+    forwards = FORWARDS_PER_UPDATE[config.training.recompute]
+    yield _passes(config, cost, "update", forwards, tokens)
+    num_servers = max(1, p.plan_server_nodes)
+    gigabytes = cost.checkpoint_bytes / GIGA
+    yield Leg(
+        name="weights",
+        seconds=gigabytes * (1 + num_servers) / p.plan_disk_gb_per_s,
+        formula=f"{gigabytes:.1f} GB x (1 write + {num_servers} reads) "
+        f"/ {p.plan_disk_gb_per_s:g} GB/s",
+    )
+
+
+def _passes(config: RecipeConfig, cost: ModelCost, name: str, forwards: float, tokens: int) -> Leg:
+    ranks, tflops = config.world_size, config.plan.plan_trainer_tflops
+    computed = tokens
+    if not config.training.microbatch_tokens:
+        # Padded sequences are as long as the longest of their microbatch, at worst the longest.
+        prompt, _ = mean_tokens(config)
+        computed = config.batch_size * (prompt + config.rollout.max_new_tokens)
+    return Leg(
+        name=name,
+        seconds=computed * cost.forward_flops * forwards / (ranks * tflops * TERA),
+        formula=f"{computed} tokens x {cost.forward_flops:.3g} FLOP x {forwards:g} forwards "
+        f"/ ({ranks} GPUs x {tflops:g} TFLOP/s)",
+    )
+
+
+def _routes(config: RecipeConfig, cost: ModelCost, tokens: int) -> Leg:
+    element = cost.id_bytes + (0 if config.telemetry.capture == "ids" else GATE_BYTES)
+    gigabytes = tokens * cost.route_slots * element / GIGA
+    speed = config.plan.plan_disk_gb_per_s
+    return Leg(
+        name="routes",
+        seconds=gigabytes * (1 + config.run.nnodes) / speed,
+        formula=f"{gigabytes:.1f} GB x (1 write + {config.run.nnodes} reads) / {speed:g} GB/s",
+    )
