@@ -24,7 +24,29 @@ def run(rank, cases):
         with megatron(case.layout):
             wrong += [f"rank {rank}, {case.name}: {text}" for text in check_case(case)]
     with megatron(Case().layout):
-        return {"wrong": wrong, "fused": fused_routers(), "refused": refusals()}
+        return {
+            "wrong": wrong,
+            "layers": one_layer(),
+            "fused": fused_routers(),
+            "refused": refusals(),
+        }
+
+
+def one_layer():
+    """Replay one layer of four, and compare the kernel with the torch form."""
+    from routing_replay.config import ReplayConfig
+    from routing_replay.megatron import attach
+
+    job = replay_matrix.Job(Case(recompute="moe"))
+    runs, receipts, table = [], [], None
+    for kernel in (False, True):
+        config = ReplayConfig(mode="R3", agreement_every=0, kernel=kernel)
+        with attach(job.chunks, config) as replay:
+            table = table or replay_matrix.random_table(job, replay.shape)
+            with replay.replaying(table, layers=replay.shape.layers[1:2]):
+                runs.append(job.run(replay, table.rows))
+            receipts.append(str(replay.receipt))
+    return {"wrong": far_apart("one layer", *runs), "receipts": receipts}
 
 
 def fused_routers():

@@ -29,6 +29,12 @@ def test_models_train_with_the_kernel_as_with_the_torch_form(in_models):
     assert in_models["wrong"] == []
 
 
+def test_the_kernel_replays_the_named_layers_only_as_the_torch_form_does(in_models):
+    layers = in_models["layers"]
+    assert layers["wrong"] == []
+    assert layers["receipts"][0] == layers["receipts"][1]
+
+
 def test_a_fused_router_replays_and_records_with_the_kernel_and_is_stock_outside(in_models):
     fused = in_models["fused"]
     # Without Transformer Engine the fused router raises; inside the scopes it did not run.
