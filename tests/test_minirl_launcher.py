@@ -41,6 +41,18 @@ def test_the_printed_commands_start_server_and_both_nodes(prepared):
     assert output.count(f"-m recipes.minirl.train {prepared[1]} --rollout-url") == 2
 
 
+def test_prepare_only_writes_one_slurm_job_and_names_it(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    flags = ["--model", str(tmp_path), "--prompts", str(prompts), "--heldout-prompts", str(prompts)]
+    run_dir = tmp_path / "run"
+    assert launcher.main([*flags, "--run-dir", str(run_dir), "--prepare-only"]) == 0
+    assert f"sbatch {run_dir}/job.sbatch" in capsys.readouterr().out
+    assert f"recipes.minirl.train {run_dir} " in (run_dir / "job.sbatch").read_text()
+    assert (run_dir / "logs").is_dir()
+
+
 def test_the_launcher_does_not_start_one_node_of_two():
     with pytest.raises(ConfigError, match="this machine only.*got 2.*--prepare-only"):
         launcher.run(parse(["--nnodes", "2"]))

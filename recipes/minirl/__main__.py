@@ -21,7 +21,7 @@ from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from . import checks, commands, journal
+from . import checks, commands, journal, slurm
 from .command_line import parse_command
 from .commands import thread_environment, trainer_arguments, visible_devices
 from .config import RecipeConfig
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "prepare":
                 config, run_dir = prepare(command.config)
                 print(commands.text(config, run_dir))
+                print(f"All of it as one SLURM job:\n  sbatch {slurm.write_job(config, run_dir)}")
             case "dry-run":
                 from .plan import plan_text  # it imports Megatron, which takes many seconds
 

@@ -90,14 +90,15 @@ def make_parser() -> argparse.ArgumentParser:
         dest="action",
         const="prepare",
         default="run",
-        help="write the folder of the run and print the command of each node; start nothing",
+        help="write the folder of the run, with one SLURM job for all of it, and print "
+        "the command of each node; start nothing",
     )
     actions.add_argument(
         "--dry-run",
         action="store_const",
         dest="action",
         const="dry-run",
-        help="print the plan, an estimate of the memory per GPU and the commands; write nothing",
+        help="print the plan: memory per GPU, seconds per step, the commands; write nothing",
     )
     for section, kind in SECTIONS.items():
         title = "routing replay" if section == "replay" else (kind.__doc__ or "").strip()
