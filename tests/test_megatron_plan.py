@@ -114,6 +114,11 @@ def test_a_model_without_a_config_names_those_that_need_none():
         (["--pipeline-parallel", "3"], "must divide nnodes \\* nproc"),
         (["--virtual-pipeline", "2"], "virtual pipeline stages need a pipeline"),
         (["--nproc", "16", "--nnodes", "1"], "fewer GPUs than trainer processes"),
+        (
+            ["--pipeline-parallel", "2", "--virtual-pipeline", "2"],
+            "packed microbatches cannot be interleaved",
+        ),
+        (["--max-new-tokens", "40960"], "longer than the model's positions.*got 1024 \\+ 40960"),
         (["--plan-disk-gb-per-s", "0"], "'plan_disk_gb_per_s' is out of range"),
     ],
 )
@@ -140,6 +145,13 @@ def test_a_server_that_contradicts_itself_is_refused(arguments, message):
     rollout = replace(command.config.rollout, server_arguments=tuple(arguments.split()))
     with pytest.raises(ConfigError, match=message):
         plan.plan_text(replace(command.config, rollout=rollout))
+
+
+def test_a_disk_that_is_too_slow_for_the_client_is_a_warning():
+    # 61 GB, written and read once: 122 s at 1 GB/s, 611 s at 0.2 GB/s.
+    name = "qwen3_30b_a3b_24xh100"
+    assert "Warning" not in plan_of(name)
+    assert "given 600 s to load" in plan_of(name, "--plan-disk-gb-per-s", "0.2")
 
 
 def test_server_and_trainer_may_not_share_gpus():

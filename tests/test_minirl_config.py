@@ -249,3 +249,10 @@ def test_what_a_run_needs_follows_from_its_settings(
     assert config.has_sampling_mask is has_mask
     assert config.needs_reference is needs_reference
     assert config.num_top_logprobs == num_top_logprobs
+
+
+def test_interleaved_stages_need_whole_rounds_of_microbatches():
+    flags = ["--nproc", "2", "--pipeline-parallel", "2", "--virtual-pipeline", "2"]
+    assert parse([*flags, "--microbatch-size", "64"]).training.virtual_pipeline == 2
+    with pytest.raises(ConfigError, match="multiple of pipeline_parallel 2.*got 1 microbatches"):
+        parse([*flags, "--microbatch-size", "128"])

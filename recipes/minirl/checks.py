@@ -122,6 +122,29 @@ def check_sizes(config: RecipeConfig) -> None:
         )
 
 
+def check_interleaving(config: RecipeConfig) -> None:
+    """Raise ConfigError for microbatches that Megatron's interleaved schedule cannot run."""
+    t = config.training
+    if t.virtual_pipeline == 1 or t.pipeline_parallel == 1:  # the layout refuses the latter
+        return
+    if t.microbatch_tokens:
+        raise ConfigError(
+            "packed microbatches cannot be interleaved: their number differs from batch to batch",
+            expected="virtual_pipeline 1 beside microbatch_tokens",
+            got=f"virtual_pipeline {t.virtual_pipeline}",
+        )
+    model_ranks = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
+    share = t.minibatch_size * model_ranks // config.world_size
+    num_microbatches = share // min(share, t.microbatch_size)
+    if num_microbatches % t.pipeline_parallel:
+        raise ConfigError(
+            "the interleaved schedule needs whole rounds of microbatches",
+            expected=f"a multiple of pipeline_parallel {t.pipeline_parallel} per minibatch",
+            got=f"{num_microbatches} microbatches on each data-parallel rank",
+            fix="Change microbatch_size, or set virtual_pipeline: 1",
+        )
+
+
 def check_devices(config: RecipeConfig) -> None:
     """Raise ConfigError if server and trainer share CUDA devices or there are too few."""
     served, trained = (

@@ -48,6 +48,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         checks.check_sizes(self)
+        checks.check_interleaving(self)
         checks.check_devices(self)
         checks.check_sampling(self)
         checks.check_objective(self)

@@ -11,6 +11,7 @@ from recipes.model import flops, memory, meta
 from recipes.model.model import ModelConfig, transformer_config
 from recipes.model.parallel import ParallelLayout
 from routing_replay.errors import CheckpointError, ConfigError
+from routing_replay.rollout import ClientOptions
 
 from . import commands, durations, models, server_plan, tiny_model
 from .config import RecipeConfig
@@ -50,6 +51,7 @@ def memory_estimate(
 def _lines(config: RecipeConfig) -> Iterator[str]:
     t, layout = config.training, models.parallel_layout(config.training)
     model_config = _model_config(config, layout)
+    _check_positions(config, model_config)
     server = server_plan.server_layout(config)
     # The cheap checks come first: the model is built only if it fits.
     memory_text = _fitting_memory(config, model_config, layout)
@@ -76,6 +78,13 @@ def _lines(config: RecipeConfig) -> Iterator[str]:
     steps = list(durations.legs(config, _cost(config, model_config), num_server_gpus))
     yield from (f"  {leg.text()}" for leg in steps)
     yield f"  together {sum(leg.seconds for leg in steps) / 60:.1f} min"
+    loading = steps[-1].seconds
+    if loading > ClientOptions.control_timeout_s:
+        yield (
+            f"Warning: the servers are given {ClientOptions.control_timeout_s:g} s to load the "
+            f"weights of a step, which take {loading:.0f} s here with their writing; a faster disk "
+            "or fewer servers are needed"
+        )
 
 
 def _model_config(config: RecipeConfig, layout: ParallelLayout) -> ModelConfig:
@@ -94,6 +103,17 @@ def _model_config(config: RecipeConfig, layout: ParallelLayout) -> ModelConfig:
         if isinstance(error, ConfigError | CheckpointError):
             raise
         raise ConfigError("Megatron refuses the model under this layout", got=error) from error
+
+
+def _check_positions(config: RecipeConfig, model: ModelConfig) -> None:
+    """Refuse sequences that are longer than the model was made for; SGLang would too."""
+    longest = config.plan.plan_prompt_tokens + config.rollout.max_new_tokens
+    if longest > model.max_sequence_length:
+        raise ConfigError(
+            "a sequence is longer than the model's positions",
+            expected=f"prompt and --max-new-tokens of at most {model.max_sequence_length} tokens",
+            got=f"{config.plan.plan_prompt_tokens} + {config.rollout.max_new_tokens}",
+        )
 
 
 def _folder(config: RecipeConfig) -> Path:
