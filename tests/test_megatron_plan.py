@@ -100,6 +100,12 @@ def test_a_model_without_a_config_names_those_that_need_none():
         plan_of("qwen3_30b_a3b_24xh100", "--model", "elsewhere/Qwen3-14B")
 
 
+def test_a_model_with_latent_attention_is_refused_as_by_the_trainer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(CheckpointError, match="deepseek_v3"):
+        plan_of("qwen3_30b_a3b_24xh100", "--model", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

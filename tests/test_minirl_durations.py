@@ -1,0 +1,43 @@
+"""Seconds of the legs of a step, from stated rates."""
+
+import pytest
+
+from recipes.minirl.command_line import parse
+from recipes.minirl.durations import ModelCost, legs
+
+COST = ModelCost(forward_flops=10e9, checkpoint_bytes=60 * 10**9, route_slots=48 * 8, id_bytes=1)
+SIZES = ["--prompts-per-step", "10", "--samples-per-prompt", "10", "--minibatch-size", "100"]
+SIZES += ["--microbatch-size", "1", "--max-new-tokens", "4000", "--measure-live-every", "0"]
+RATES = ["--plan-response-tokens", "900", "--plan-prompt-tokens", "100"]
+RATES += ["--plan-trainer-tflops", "100", "--plan-rollout-tokens-per-s", "1000"]
+FLAGS = [*SIZES, *RATES, "--routing-replay-mode", "R3", "--nproc", "4"]
+
+
+def seconds(*flags):
+    return {leg.name: leg.seconds for leg in legs(parse([*FLAGS, *flags]), COST, 2)}
+
+
+def test_the_legs_follow_from_the_rates():
+    legs = seconds("--microbatch-tokens", "8000", "--recompute", "full")
+    assert legs == pytest.approx(
+        {
+            "rollout": 45.0,  # 100 responses x 900 tokens / (2 GPUs x 1000 tokens/s)
+            "routes": 0.2304,  # 100,000 tokens x 384 slots x (1 + 2) bytes, written and read once
+            "score": 2.5,  # 100,000 tokens x 1e10 FLOP / (4 GPUs x 1e14 FLOP/s)
+            "update": 10.0,  # four forwards of it
+            "weights": 120.0,  # 60 GB written and read once at 1 GB/s
+        }
+    )
+
+
+def test_padded_sequences_cost_their_longest():
+    # 100 x (100 + 4000) tokens in place of 100,000.
+    padded, packed = seconds(), seconds("--microbatch-tokens", "8000")
+    assert padded["score"] == pytest.approx(4.1 * packed["score"])
+    assert padded["rollout"] == packed["rollout"]
+
+
+def test_without_replay_no_routes_travel_and_without_recomputation_an_update_is_cheaper():
+    stock = seconds("--routing-replay-mode", "disabled")
+    assert "routes" not in stock
+    assert stock["update"] == pytest.approx(3 * stock["score"])
