@@ -85,13 +85,14 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
 
 
 def selected(request, parameter: str) -> list:
-    """The values of a parameter over the tests that run: one spawned world need do no more.
+    """The values of a parameter over a file's tests that run: one spawned world need do no more.
 
     Args:
-        request: pytest's, of a fixture.
+        request: pytest's, of a fixture of the file.
         parameter: Of `pytest.mark.parametrize`.
     """
-    callspecs = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if item.path == request.path]
+    callspecs = [getattr(item, "callspec", None) for item in items]
     values = [c.params[parameter] for c in callspecs if c and parameter in c.params]
     return list(dict.fromkeys(values))
 
