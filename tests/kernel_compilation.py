@@ -83,6 +83,7 @@ def compile_router(
             "HAS_LIVE": has_live,
             "HAS_BIAS": has_live and form in ("sigmoid", "sqrtsoftplus"),
             "NUM_GROUPS": num_groups,
+            "BLOCK_G": triton.next_power_of_2(num_groups or 1),
             "GROUP_TOP_K": num_groups // 2,
             **shape,
         },

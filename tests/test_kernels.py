@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_live_tokens_biases_and_groups_compile_without_spilling(
         num_groups=num_groups,
     )
     assert forward.num_spilled_bytes == backward.num_spilled_bytes == 0
+
+
+@needs_compiler
+def test_the_router_compiles_beside_an_sglang_that_replaces_functions_of_triton():
+    # On a machine without CUDA its import puts plain functions in place of Triton's own.
+    code = """
+import triton
+triton.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+from kernel_compilation import compile_router
+compile_router(90, num_experts=8, top_k=2, dtype="bf16", has_live=True, num_groups=4)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_compiler

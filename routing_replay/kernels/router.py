@@ -134,6 +134,7 @@ class _ReplayRouting(torch.autograd.Function):
         probs_TE = torch.empty_like(logits_TE)
         routing_map_TE = torch.empty_like(logits_TE, dtype=torch.bool)
         block_t, block_e = tile_of(num_experts, NUM_WARPS)
+        num_groups = (rule.num_groups or 0) if rule.group_top_k else 0
         if num_tokens:
             _forward_kernel[(triton.cdiv(num_tokens, block_t),)](
                 logits_TE,
@@ -147,7 +148,8 @@ class _ReplayRouting(torch.autograd.Function):
                 FORM=rule.form,
                 HAS_LIVE=is_live_T is not None,
                 HAS_BIAS=expert_bias_E is not None,
-                NUM_GROUPS=rule.num_groups if rule.group_top_k else 0,
+                NUM_GROUPS=num_groups,
+                BLOCK_G=triton.next_power_of_2(num_groups or 1),
                 GROUP_TOP_K=rule.group_top_k or 0,
                 K=rule.top_k,
                 E=num_experts,
@@ -205,6 +207,7 @@ def _forward_kernel(
     HAS_LIVE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     GROUP_TOP_K: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -246,6 +249,7 @@ def _forward_kernel(
                     experts_E // (E // NUM_GROUPS),
                     logits_TE.dtype if FORM == "softmax" else tl.float32,
                     NUM_GROUPS,
+                    BLOCK_G,
                     GROUP_TOP_K,
                     K // GROUP_TOP_K,
                     BLOCK_T,
@@ -356,12 +360,12 @@ def _within_best_groups(
     group_E,
     sum_dtype: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # not computed here: SGLang replaces triton.next_power_of_2 on a CPU
     GROUP_TOP_K: tl.constexpr,
     NUM_SUMMED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Keys of the experts in the groups whose few best experts have the largest sums."""
-    BLOCK_G: tl.constexpr = triton.next_power_of_2(NUM_GROUPS)
     groups_G = tl.arange(0, BLOCK_G)
     experts_E = tl.arange(0, keys_TE.shape[1])
     sums_TG = tl.zeros([BLOCK_T, BLOCK_G], values_TE.dtype)
