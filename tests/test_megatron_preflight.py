@@ -1,12 +1,14 @@
 """Preflight: every configuration under which replay would be wrong is refused, with its fix."""
 
 import dataclasses
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from routing_replay import cli
 from routing_replay.config import ReplayConfig, add_arguments
@@ -167,7 +169,7 @@ def test_the_doctor_reads_a_saved_configuration_without_a_model(tmp_path, capsys
 
 
 @pytest.mark.skipif(
-    not (find_spec("megatron") and find_spec("megatron.training")),
+    Version(metadata.version("megatron-core")) < Version("0.17"),
     reason="the wheels before 0.17 hold no training script",
 )
 def test_the_flags_of_replay_are_an_extra_args_provider_of_megatrons_own_parser(monkeypatch):
