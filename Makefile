@@ -28,13 +28,13 @@ test-fast: env  ## every test that needs no engine; under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test: env  ## every test that needs no GPU, except the long matrix; under 15 minutes
+test: env  ## every test that needs no GPU, except the long matrix; about 20 minutes
 	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-test-versions: env  ## the replay suite and the capture suite on older engines; 15 minutes, the first time more
+test-versions: env  ## the replay suite and the capture suite on older engines; half an hour
 	$(PY) .ci/test_versions megatron-core
 	$(PY) .ci/test_versions sglang
 
