@@ -1,7 +1,7 @@
 """Routing replay in Megatron-LM's own loop (`megatron.training`), with no edited source.
 
     torchrun ... --spec routing_replay.adapters.megatron_lm layer_spec      (megatron-core 0.19.2)
-    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py ...         (0.17 and later)
+    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py ...         (run on 0.19.2)
 
 Both replace `get_forward_backward_func` in `megatron.training.training`, which its train() reads
 when it starts. Routes and tokens come from a file (`AdapterSettings.routes`).
