@@ -11,6 +11,8 @@ SOURCES := routing_replay recipes tools tests examples
 # `make test PYTEST_ARGS="-k table"`.
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run the engine tests; each takes up to 8 GB.
+TEST_WORKERS ?= 2
 
 .PHONY: help env recipe test-fast test test-matrix test-versions check docs gpu bench clean
 .DEFAULT_GOAL := help
@@ -23,16 +25,21 @@ env: $(STAMP)  ## build .venv: both engines, 11 GB of disk; about 1 minute with 
 recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 6 minutes
 	$(PY) -m recipes.minirl $(RECIPE_ARGS)
 
-# One thread per process: idle threads of torch spin, and the workers share the cores.
+# One thread per process: idle threads of torch spin, and the workers share the cores. A file runs in
+# one worker, with its server and its ranks.
 test-fast: env  ## every test that needs no engine; under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test: env  ## every test that needs no GPU, except the long matrix; about 20 minutes
-	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+# The files' order (tests/conftest.py) puts those of minutes before those of seconds.
+ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
+  --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: env  ## every test that needs no GPU, except the long matrix; under 15 minutes
+	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(ENGINE_TESTS) -m "not gpu" $(PYTEST_ARGS)
 
 test-versions: env  ## the replay suite and the capture suite on older engines; half an hour
 	$(PY) .ci/test_versions megatron-core

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sglang_checks import Reference
     from sglang_servers import RunningServer
 
-NEEDS = {"megatron": "megatron", "sglang": "sglang", "recipe": "both", "gpu": "gpu"}
+NEEDS = {"recipe": "both", "sglang": "sglang", "megatron": "megatron", "gpu": "gpu"}
 ENGINES = {"megatron", "sglang"}
 
 
@@ -48,6 +48,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its need; sort the slow lanes first, so that workers end together."""
+    lanes = [*NEEDS.values(), "core"]
+    items.sort(key=lambda item: lanes.index(need_of(item.path)))
     for item in items:
         item.add_marker(need_of(item.path))
 
