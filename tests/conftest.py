@@ -4,6 +4,7 @@ test_megatron_*     megatron-core, on the CPU
 test_sglang_*       SGLang, on the CPU
 test_recipe_*       both
 test_gpu_*, gpu/     a CUDA device
+frameworks/          the environment of `make test-frameworks`; collected only if named
 any other name      neither engine: the core lane, `make test-fast`
 """
 
@@ -25,9 +26,9 @@ ENGINES = {"megatron", "sglang"}
 
 
 def need_of(path: Path) -> str:
-    """Return what a test file needs: "core", "megatron", "sglang", "both" or "gpu"."""
-    if path.parent.name == "gpu":
-        return "gpu"
+    """Return the lane of a test file: "core", "megatron", "sglang", "both", "gpu", "frameworks"."""
+    if path.parent.name in ("gpu", "frameworks"):
+        return path.parent.name
     return NEEDS.get(path.stem.split("_")[1], "core")
 
 
