@@ -50,6 +50,11 @@ class ReplayConfig:
         "replay in one Triton kernel in place of the router's own functions (it needs a GPU and "
         "has not run on one yet); moe_router_fusion may then stay on",
     )
+    captured_routers: bool = setting(
+        False,
+        "replay in routers that CUDA graphs capture (moe_router, moe_preprocess), through buffers "
+        "that are filled before each microbatch; it has not run on a GPU yet",
+    )
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -32,6 +32,17 @@ def run(rank, cases):
         }
 
 
+def run_ranks(rank, cases, captured):
+    """Entry of a spawned rank: findings of the cases, some of them as a CUDA graph runs them."""
+    import captured_checks
+
+    wrong = captured_checks.run(rank, captured, has_kernel=True)
+    for case in cases:
+        with megatron(case.layout):
+            wrong += [f"rank {rank}, {case.name}: {text}" for text in check_case(case)]
+    return wrong
+
+
 def one_layer():
     """Replay one layer of four, and compare the kernel with the torch form."""
     from routing_replay.config import ReplayConfig

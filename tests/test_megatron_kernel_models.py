@@ -5,6 +5,13 @@ import torch
 from megatron_worlds import run_world
 from replay_cases import Case
 
+from recipes.model.parallel import ParallelLayout
+
+TP, CP = ParallelLayout(tensor=2), ParallelLayout(context=2)  # TP with sequence parallelism
+PP = ParallelLayout(pipeline=2)
+VPP = ParallelLayout(pipeline=2, virtual_pipeline=2)
+EP = ParallelLayout(expert=2)
+
 IN_THE_MODEL = [
     Case(recompute="full", is_packed=True),
     Case(router="groups", recompute="full"),
@@ -14,19 +21,57 @@ IN_THE_MODEL = [
     Case(router="pre_softmax_scaled", has_mtp=True),
 ]
 
+ON_2_RANKS = [
+    Case(layout=TP, router="sigmoid_bias", recompute="full"),
+    Case(layout=VPP, is_packed=True),
+]
+REST_ON_2_RANKS = [
+    Case(layout=TP, router="groups", is_packed=True),
+    Case(layout=PP, recompute="full"),
+    Case(layout=PP, router="aux_loss", dense=(0,)),
+    Case(layout=VPP, router="groups", recompute="full"),
+    Case(layout=CP, is_packed=True, is_ragged=True),
+    Case(layout=CP, router="pre_softmax_scaled", recompute="moe"),
+    Case(layout=EP, recompute="moe"),
+    Case(layout=EP, dispatcher="allgather", router="sigmoid_bias"),
+]
+ON_4_RANKS = [
+    Case(layout=ParallelLayout(tensor=2, pipeline=2), recompute="full"),
+    Case(layout=ParallelLayout(tensor=2, expert=4, expert_tensor=1), router="groups"),
+    Case(layout=ParallelLayout(pipeline=2, context=2), is_packed=True),
+]
 
-@pytest.fixture(scope="module")
-def in_models():
+
+def run(entry, num_ranks, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
-        (results,) = run_world("megatron_kernel_matrix:run", 1, IN_THE_MODEL, timeout_s=500)
-    return results
+        return run_world(f"megatron_kernel_matrix:{entry}", num_ranks, *arguments, timeout_s=900)
+
+
+@pytest.fixture(scope="module")
+def in_models():
+    return run("run", 1, IN_THE_MODEL)[0]
 
 
 @pytest.mark.timeout(600)
 def test_models_train_with_the_kernel_as_with_the_torch_form(in_models):
     assert in_models["wrong"] == []
+
+
+@pytest.mark.timeout(600)
+def test_ranks_of_tensor_and_pipeline_parallelism_replay_with_the_kernel_and_in_captured_routers():
+    assert sum(run("run_ranks", 2, ON_2_RANKS, [Case(layout=VPP)]), []) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("num_ranks", "cases"), [(2, REST_ON_2_RANKS), (4, ON_4_RANKS)], ids=["2 ranks", "4 ranks"]
+)
+def test_ranks_of_other_layouts_replay_with_the_kernel(num_ranks, cases):
+    captured = [Case(layout=cases[0].layout), Case(layout=cases[-1].layout)]
+    assert sum(run("run_ranks", num_ranks, cases, captured), []) == []
 
 
 def test_the_kernel_replays_the_named_layers_only_as_the_torch_form_does(in_models):

@@ -95,6 +95,43 @@ def test_a_graph_of_the_attention_alone_is_fine():
     assert preflight.examine(graphed, version=TESTED) == []
 
 
+ROUTER_GRAPH = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"]}
+CAPTURED = ReplayConfig(captured_routers=True, agreement_every=0)
+
+
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
+def test_a_captured_router_replays_if_it_is_asked_for(impl):
+    graphed = config(
+        cuda_graph_impl=impl, cuda_graph_modules=["attn", "moe_router", "moe_preprocess"]
+    )
+    assert preflight.examine(graphed, CAPTURED, TESTED) == []
+    (finding,) = preflight.examine(graphed, version=TESTED)
+    assert finding.name == "cuda-graph" and "captured_routers" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}, "all microbatches"),
+        ({"cuda_graph_modules": []}, "whole MoE layers"),
+        ({"cuda_graph_modules": ["moe"]}, "whole MoE layers"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "recomputed"),
+    ],
+)
+def test_a_graph_whose_routes_no_buffer_can_bring_stays_refused(changes, cause):
+    findings = preflight.examine(config(**(ROUTER_GRAPH | changes)), CAPTURED, TESTED)
+    assert names(findings) == ["cuda-graph"]
+    assert cause in findings[0].cause and "captured_routers" not in findings[0].fix
+
+
+def test_what_a_captured_router_cannot_do_is_an_error():
+    asked = ReplayConfig(captured_routers=True, unset_router_fusion=True)
+    findings = preflight.examine(config(**ROUTER_GRAPH, moe_router_fusion=True), asked, TESTED)
+    assert names(findings) == ["captured-agreement", "captured-fusion"]
+    kernel = ReplayConfig(captured_routers=True, agreement_every=0, kernel=True)
+    assert preflight.examine(config(**ROUTER_GRAPH, moe_router_fusion=True), kernel, TESTED) == []
+
+
 def test_unsetting_the_fusion_makes_it_acceptable():
     replay = ReplayConfig(unset_router_fusion=True)
     assert preflight.examine(config(moe_router_fusion=True), replay, TESTED) == []

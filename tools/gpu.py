@@ -104,7 +104,7 @@ PARTS: dict[int, tuple[Command, ...]] = {
         Command(
             name=f"{module}, {dtype}",
             arguments=("-m", f"tools.bench.{module}", "--dtype", dtype),
-            quick=("--device", "cpu"),
+            quick=("--quick",),
             has_json=True,
         )
         for module in ("gates_kernel", "router_kernel")

@@ -14,6 +14,7 @@ from ..errors import ReplayError
 from ..routes.shape import MoEShape
 from . import patch_expert_bias as expert_bias
 from . import patch_routing, preflight
+from .captured import ChunkBuffers, buffers_of, is_graph_capturing
 from .passes import ForwardPass, LivePass, ReplayingPass
 from .ranks import RankGrid
 from .routers import (
@@ -70,7 +71,8 @@ class Attachment:
             kernels.require_device(self.device)
         self._has_split_sequences = bool(model_config.sequence_parallel)
         self._tracker = PassTracker(self._begin)
-        self._seams = self._install(entries)
+        self._has_captured = config.captured_routers
+        self._seams = self._install(entries, model_chunks)
         self._tracker.watch(model_chunks)
         # Fixed here: a pass must not search the module tree.
         self.chunks = [self._routers_of(chunk) for chunk in range(len(model_chunks))]
@@ -99,17 +101,20 @@ class Attachment:
             )
         self.step = step
         for seam in self._seams:
-            if self._has_kernel:
-                seam.take_over(self._route)
-            else:
+            if not self._has_kernel:
                 seam.unfuse()
+            elif not self._has_captured:
+                seam.take_over(self._route)
 
     def close(self) -> None:
         """Make the model stock again; a late recomputation of a closed pass raises."""
         # First the model, then the passes: whatever raises below, the model is stock.
         for seam in self._seams:
             seam.restore_fusion()
-            seam.hand_back()
+            if not self._has_captured:
+                seam.hand_back()
+        for buffers in self._buffers:
+            buffers.reset()
         if self.step is not None:
             self.step.close()
         self.step = None
@@ -134,18 +139,27 @@ class Attachment:
         self._tracker.remove()
         for seam in self._seams:
             expert_bias.remove(seam.router)
+            seam.hand_back()
             seam.remove()
         self._seams = []
         self._is_removed = True
 
-    def _install(self, entries: Sequence[RouterEntry]) -> list[RouterSeam]:
+    def _install(
+        self, entries: Sequence[RouterEntry], model_chunks: Sequence[torch.nn.Module]
+    ) -> list[RouterSeam]:
+        seams = [RouterSeam(entry, self._select) for entry in entries]
+        self._buffers: list[ChunkBuffers] = []
+        if self._has_captured:
+            self._buffers = buffers_of(seams, model_chunks)
         for entry in entries:  # may refuse, on the first: nothing is left half attached
             expert_bias.install(entry.router, is_active=lambda: self.step is not None)
             if self._has_kernel:
                 patch_routing.require(entry.router)
-        seams = [RouterSeam(entry, self._select) for entry in entries]
         for seam in seams:
             seam.install()
+            # Nobody says when Megatron captures, and a graph keeps what it found then.
+            if self._has_kernel and self._has_captured:
+                seam.take_over(self._route)
         return seams
 
     def _routers_of(self, chunk: int) -> ChunkRouters:
@@ -159,12 +173,21 @@ class Attachment:
             tp_rank=0 if group is None else group.rank(),
             device=self.device,
             is_unfused=any(seam.is_fused for seam in seams),
+            is_captured=self._has_captured,
         )
 
     def _begin(self, chunk: int) -> ForwardPass | None:
-        return None if self.step is None else self.step.begin(chunk)
+        if self.step is None:
+            return None
+        begun = self.step.begin(chunk)
+        static = self._buffers[chunk].get(len(begun.rows_T)) if self._buffers else None
+        if static is not None:
+            begun.begin_static(static)
+        return begun
 
     def _select(self, seam: RouterSeam, live: LiveTopK) -> Selection:
+        if self._has_captured and is_graph_capturing():
+            return self._buffers[seam.chunk].select(seam, live)
         forward_pass, is_recompute = self._tracker.find()
         if forward_pass is not None:
             selection = forward_pass.select(seam, live, is_recompute)
@@ -182,11 +205,13 @@ class Attachment:
 
     def _route(self, seam: RouterSeam, call: RoutingCall) -> Routed:
         """Answer a router's whole call: in the kernel where routes are replayed."""
+        if self._has_captured and is_graph_capturing():
+            return self._buffers[seam.chunk].route(seam, call)
         forward_pass, is_recompute = self._tracker.find()
         if not isinstance(forward_pass, ReplayingPass):
             # A live forward may take the fused kernel; anything else must come by the seam, which
             # records it or says what is wrong.
-            return call.stock(may_fuse=isinstance(forward_pass, LivePass))
+            return call.stock(may_fuse=self.step is None or isinstance(forward_pass, LivePass))
         routed, ids_TK = forward_pass.route(seam, call, is_recompute)
         if not is_recompute:
             self._show(seam, LiveLogits(call), ids_TK, forward_pass)

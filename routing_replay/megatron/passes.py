@@ -17,6 +17,7 @@ import torch
 from ..errors import ReplayError, RoutesError
 from ..routes.routes import has_duplicates
 from ..routes.table import RouteTable
+from .captured import StaticRoutes
 from .routers import RouterSeam
 from .routing_call import LiveLogits, Routed, RoutingCall
 from .selection import LiveTopK, Selection, select
@@ -49,6 +50,8 @@ class ForwardPass:
     is_closed: bool = False
     forward_calls: dict[int, int] = field(default_factory=dict)
     recompute_calls: dict[int, int] = field(default_factory=dict)
+    _static: StaticRoutes | None = None
+    _captured_calls_L: torch.Tensor | None = None
 
     # Whether the receipt accounts for it.
     is_counted: ClassVar[bool] = True
@@ -74,8 +77,27 @@ class ForwardPass:
         self._count(seam, len(live.scores_TE), is_recompute)
         return seam.stock(live)
 
+    def begin_static(self, static: StaticRoutes) -> None:
+        """Fill the buffers of routers that a CUDA graph captured; they run without a call."""
+        self._static = static
+        static.begin()
+
     def end_forward(self) -> None:
         """The chunk's forward has returned."""
+        if self._static is not None:
+            self._captured_calls_L = self._static.end()
+
+    def count_captured(self) -> None:
+        """Count the routers that ran in a CUDA graph; the device must have been waited for."""
+        if self._captured_calls_L is None:
+            return
+        for layer, calls in zip(self.layers, self._captured_calls_L.tolist(), strict=True):
+            if calls:
+                self.forward_calls[layer] = self.forward_calls.get(layer, 0) + calls
+                self._see_captured(layer)
+
+    def _see_captured(self, layer: int) -> None:
+        """A router ran in a CUDA graph."""
 
     def release(self) -> None:
         """Free the device memory: no recomputation of this pass can follow."""
@@ -139,6 +161,11 @@ class RecordingPass(ForwardPass):
         return selection
 
     def end_forward(self) -> None:
+        super().end_forward()
+        if self._static is not None:
+            for index, layer in enumerate(self.layers):
+                if layer not in self.forward_calls:  # it ran in a CUDA graph, or not at all
+                    self.record.put(layer, self._static.chosen_LTK[index])
         self.record.move_to_host()
 
 
@@ -230,7 +257,18 @@ class ReplayingPass(ForwardPass):
                 self._look_at_live(seam, LiveLogits(call), ids_TK.long())
         return routed, ids_TK
 
+    def begin_static(self, static: StaticRoutes) -> None:
+        self._static = static
+        is_live_LT = torch.zeros_like(static.is_live_LT)
+        if self._is_live_T is not None:
+            is_live_LT |= self._is_live_T
+        for index, layer in enumerate(self.layers):
+            if not self._is_replayed(layer):
+                is_live_LT[index].fill_(True)
+        static.begin(self._ids_LTK, is_live_LT)
+
     def end_forward(self) -> None:
+        super().end_forward()
         if self.record is not None:
             self.record.move_to_host()
 
@@ -251,6 +289,10 @@ class ReplayingPass(ForwardPass):
             return None
         is_live_T = torch.zeros(len(self.rows_T), dtype=torch.bool, device=self.device)
         return is_live_T.index_fill_(0, self._live_F, True)
+
+    def _see_captured(self, layer: int) -> None:
+        if self._is_replayed(layer):
+            self._replayed_layers.add(layer)
 
     def _is_replayed(self, layer: int) -> bool:
         return self.only_layers is None or layer in self.only_layers

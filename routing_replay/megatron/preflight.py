@@ -156,26 +156,72 @@ def _random_logits(config: Any, _: ReplayConfig) -> Iterator[Finding]:
 
 
 @rule
-def _cuda_graphs(config: Any, _: ReplayConfig) -> Iterator[Finding]:
+def _cuda_graphs(config: Any, replay: ReplayConfig) -> Iterator[Finding]:
     impl = _get(config, "cuda_graph_impl", default="none")
     old = _get(config, "enable_cuda_graph") or _get(config, "external_cuda_graph")
     if (impl in (None, "none") and not old) or not _captures_router(config, impl):
         return
-    yield Finding(
-        name="cuda-graph",
-        level="error",
-        what="a CUDA graph captures the router",
-        cause="The graph would replay the routes that were present when it was captured",
-        fix="Leave moe and moe_router out of --cuda-graph-modules (attn alone is fine)",
-    )
+    cause = _beyond_buffers(config, impl)
+    if cause or not replay.captured_routers:
+        can_replay = "" if cause else "; or set captured_routers, which has not run on a GPU"
+        yield Finding(
+            name="cuda-graph",
+            level="error",
+            what="a CUDA graph captures the router",
+            cause=cause or "The graph would replay the routes that were present at its capture",
+            fix="Leave moe and moe_router out of --cuda-graph-modules (attn alone is fine)"
+            + can_replay,
+        )
+        return
+    yield from _captured_routers(config, replay)
 
 
 def _captures_router(config: Any, impl: str | None) -> bool:
+    names = _graph_modules(config)
+    return impl == "full_iteration" or not names or not names <= _WITHOUT_ROUTER
+
+
+def _graph_modules(config: Any) -> set[str]:
     modules = _get(config, "cuda_graph_modules", "cuda_graph_scope", default="full")
     modules = [modules] if isinstance(modules, str) or modules is None else modules
-    names = {str(getattr(m, "name", m)).lower() for m in modules}
-    without_router = {"attn", "mlp", "mamba", "moe_preprocess"}
-    return impl == "full_iteration" or not names or not names <= without_router
+    return {str(getattr(m, "name", m)).lower() for m in modules}
+
+
+_WITHOUT_ROUTER = {"attn", "mlp", "mamba", "moe_preprocess"}
+
+
+def _beyond_buffers(config: Any, impl: str | None) -> str | None:
+    """Why buffers that are filled before a chunk's forward are not enough; None if they are."""
+    if impl not in ("local", "transformer_engine"):
+        return "One graph holds all microbatches: nothing runs before each to bring its routes"
+    names = _graph_modules(config)
+    if "moe_router" not in names or not names <= _WITHOUT_ROUTER | {"moe_router"}:
+        return "Graphs of whole MoE layers need a capacity factor, which drops tokens after replay"
+    granularity = _get(config, "recompute_granularity")
+    recomputed = _get(config, "recompute_modules") or []
+    if granularity == "full" or (granularity == "selective" and "moe" in recomputed):
+        return "A router that is recomputed runs when its buffers are of another microbatch"
+    return None
+
+
+def _captured_routers(config: Any, replay: ReplayConfig) -> Iterator[Finding]:
+    """What else a captured router must not be asked for."""
+    if replay.agreement_every:
+        yield Finding(
+            name="captured-agreement",
+            level="error",
+            what="agreement with live routing is on, and CUDA graphs capture the routers",
+            cause="A graph makes no call, so nothing sees the router's live scores",
+            fix="Set agreement_every to 0",
+        )
+    if _get(config, "moe_router_fusion") and not replay.kernel:
+        yield Finding(
+            name="captured-fusion",
+            level="error",
+            what="moe_router_fusion is on, and CUDA graphs capture the routers",
+            cause="A graph keeps the fused kernel, which never asks for replayed experts",
+            fix="Set kernel, which replays in its place, or drop --moe-router-fusion",
+        )
 
 
 @rule

@@ -140,7 +140,8 @@ class Replay:
             layers: Global indices of the layers that replay; the others route live. None: all.
 
         Raises:
-            ConfigError: `layers` names a layer without a router.
+            ConfigError: `layers` names a layer without a router, or `record_live` with captured
+                routers.
             ReplayError: At the end: a layer or microbatch that was not replayed exactly once.
             TableError: The table belongs to another model.
         """
@@ -148,7 +149,9 @@ class Replay:
         table.check_shape(self.shape)
         only_layers = None if layers is None else self._known_layers(layers)
         recorded = None
-        if record_live:  # rows that the table does not cover are announced as -1
+        if record_live:
+            self._require_calls("replaying(table, record_live=True)")
+            # Rows that the table does not cover are announced as -1.
             lengths_S = np.diff(table.offsets_S1) + 1
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
         step = self._new_step(table.num_rows, table, recorded, only_layers)
@@ -209,10 +212,15 @@ class Replay:
 
     @contextlib.contextmanager
     def watching(self, watcher: Watcher) -> Iterator[None]:
-        """Around or within a scope: `watcher.see` gets each router call of an announced forward."""
+        """Around or within a scope: `watcher.see` gets each router call of an announced forward.
+
+        Raises:
+            ConfigError: Routers are captured by CUDA graphs: they make no call.
+        """
         if self._attachment is None:
             yield
             return
+        self._require_calls("watching")
         before, self._attachment.watcher = self._attachment.watcher, watcher
         try:
             yield
@@ -328,6 +336,15 @@ class Replay:
             recording=recording,
             sampling=sampling,
         )
+
+    def _require_calls(self, what: str) -> None:
+        if self.config.captured_routers:
+            raise ConfigError(
+                f"{what} sees no router that a CUDA graph runs",
+                expected="routers that are called in every forward",
+                got="captured_routers=True",
+                fix="Leave moe_router out of --cuda-graph-modules, and captured_routers off",
+            )
 
     def _known_layers(self, layers: Iterable[int]) -> frozenset[int]:
         named = frozenset(layers)

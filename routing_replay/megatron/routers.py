@@ -138,6 +138,7 @@ class ChunkRouters:
         tp_rank: This rank among them.
         device: Where the routers run.
         is_unfused: Their fused kernels are off inside scopes only.
+        is_captured: A CUDA graph may run them.
     """
 
     chunk: int
@@ -146,6 +147,7 @@ class ChunkRouters:
     tp_rank: int
     device: torch.device
     is_unfused: bool = False
+    is_captured: bool = False
 
     def order(self, values_BS: np.ndarray) -> np.ndarray:
         """Values per token of the microbatch, in the order of the routers' tokens."""

@@ -132,6 +132,10 @@ class Step:
         Raises:
             ReplayError: A layer or microbatch did not run exactly once.
         """
+        if any(chunk.is_captured for chunk in self.chunks) and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the counts of captured routers were only enqueued
+        for one in self.counted_passes():
+            one.count_captured()
         receipt = Receipt.of(self.counted_passes())
         self._require_whole_microbatches()
         receipt.check(self.rank)

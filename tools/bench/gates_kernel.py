@@ -1,20 +1,21 @@
 """Gates capture in one kernel against its torch form and stock's write: microseconds per step.
 
     python -m tools.bench.gates_kernel [--layers 48] [--json FILE]
-    python -m tools.bench.gates_kernel --device cpu       # correctness only, in the interpreter
 
-One step is one CUDA graph of all layers, as in an engine's decode. GB/s counts the logits and ids
-that are read and the slots that are written; a decode step's few tokens cannot fill a GPU, so its
-figure is the time that a step takes longer than with stock's write.
+Without a GPU it checks the results in Triton's interpreter, and times nothing.
+
+One step is one CUDA graph of all layers, as in an engine's decode. The limit is what memory allows:
+the bytes of the logits and ids that are read and of the slots that are written, at the rate of a
+plain copy. A decode step's few tokens cannot fill a GPU, so its figure is the time that a step
+takes longer than with stock's write.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 
 from routing_replay.sglang.gates import gate_probs, pack, unpack
 from tools import gpu_timing
+
+from .paired import device, machine, parse, parser, run_kernel, spread
 
 FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 BATCH_SIZES = (1, 16, 64, 256, 8192)
@@ -38,7 +41,7 @@ class Step:
     @classmethod
     def random(cls, arguments: argparse.Namespace, num_tokens: int) -> Step:
         shape = (arguments.layers, num_tokens, arguments.experts)
-        logits_LTE = torch.randn(shape, device=arguments.device)
+        logits_LTE = torch.randn(shape, device=device())
         ids_LTK = logits_LTE.topk(arguments.top_k, dim=-1).indices.int()
         buffer_TLK = ids_LTK.new_zeros((num_tokens, arguments.layers, arguments.top_k))
         dtype = getattr(torch, arguments.dtype)
@@ -70,34 +73,33 @@ class Step:
             capture_gates(logits_TE, ids_TK, function, self.buffer_TLK[:, layer])
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of figures for each batch size, score function and way."""
-    bandwidth = gpu_timing.copy_bandwidth(torch.device(arguments.device))
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:.0f} GB/s")
-    print("| tokens | function | way | us per step | GB/s |\n| --- | --- | --- | --- | --- |")
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time stock's write and both forms of every score function, for each batch size."""
+    bandwidth = gpu_timing.copy_bandwidth(device())
+    print(f"{machine()['device']}: a copy moves {bandwidth / 1e9:.0f} GB/s")
+    print("| tokens | way | us per step | GB/s | limit, us |\n| --- | --- | --- | --- | --- |")
     rows = []
     for num_tokens in BATCH_SIZES:
         step = Step.random(arguments, num_tokens)
-        calls: dict[tuple[str, str], Callable[[], None]] = {("", "stock ids"): step.stock}
+        ways: dict[str, gpu_timing.Calls] = {"stock ids": [step.stock]}
         for function in FUNCTIONS:
-            calls[function, "torch"] = lambda f=function, s=step: s.torch(f)  # type: ignore[misc]
-            calls[function, "kernel"] = lambda f=function, s=step: s.kernel(f)  # type: ignore[misc]
-        for (function, way), call in calls.items():
-            seconds = gpu_timing.seconds_per_call([call], rounds=10)
-            row = {"tokens": num_tokens, "function": function, "way": way, "us": seconds * 1e6}
-            rows.append(row | {"gb_per_s": step.bytes / seconds / 1e9})
-            text = f"{row['us']:.1f} | {rows[-1]['gb_per_s']:.0f} |"
-            print(f"| {num_tokens} | {function} | {way} | {text}", flush=True)
-    return rows
+            ways[f"{function}, torch"] = [functools.partial(step.torch, function)]
+            ways[f"{function}, kernel"] = [functools.partial(step.kernel, function)]
+        for way, seconds in gpu_timing.seconds_per_call(ways).items():
+            us = spread([1e6 * value for value in seconds])
+            rate, limit_us = step.bytes / us.median / 1e3, 1e6 * step.bytes / bandwidth
+            rows.append({"tokens": num_tokens, "way": way, "us": us, "limit_us": limit_us})
+            print(f"| {num_tokens} | {way} | {us} | {rate:.0f} | {limit_us:.2f} |", flush=True)
+    return {"copy_gb_per_s": bandwidth / 1e9, "rows": rows}
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> dict[str, float]:
     """Compare the kernel with the torch form; ends the process if ids or gates differ.
 
     Raises:
         SystemExit: Ids differ, or gates by more than a unit of float16.
     """
-    step = Step.random(arguments, num_tokens=19)
+    step, distances = Step.random(arguments, num_tokens=19), {}
     for function in FUNCTIONS:
         step.kernel(function)
         ids, gates = (part.clone() for part in unpack(step.buffer_TLK))
@@ -107,36 +109,18 @@ def check(arguments: argparse.Namespace) -> None:
         print(f"{function}: gates differ by {apart:.1e} of themselves")
         if not torch.equal(ids, expected_ids) or not apart <= 2**-10:
             sys.exit(f"{function}: kernel and torch form differ")
+        distances[function] = apart
+    return distances
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"))
-    parser.add_argument("--layers", type=int, help="default: 48, or 2 on a CPU")
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    if arguments.layers is None:
-        arguments.layers = 48 if arguments.device == "cuda" else 2
-    return arguments
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        check(arguments)
-        print("The interpreter ran on a CPU: correctness only, no time is meant.")
-        return
-    rows = measure(arguments)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time the kernel, or check it where there is no GPU."""
+    made = parser(__doc__)
+    made.add_argument("--layers", type=int, default=48)
+    made.add_argument("--experts", type=int, default=128)
+    made.add_argument("--top-k", type=int, default=8)
+    made.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    run_kernel("gates_kernel", parse(made, argv, {"layers": 2}), measure, check)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -107,6 +108,27 @@ def parse(
     if made.parse_args(argv).quick:
         made.set_defaults(**quick)
     return made.parse_args(argv)
+
+
+def run_kernel(
+    name: str,
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Mapping[str, Any]],
+    check: Callable[[argparse.Namespace], Mapping[str, Any]],
+) -> None:
+    """Time a Triton kernel on a GPU; without one check its results in Triton's interpreter."""
+    if torch.cuda.is_available():
+        figures = measure(arguments)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+        figures = check(arguments)
+        print("The interpreter ran on a CPU: correctness only, no time is meant.")
+    finish(name, arguments, figures)
+
+
+def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def finish(name: str, arguments: argparse.Namespace, figures: Mapping[str, Any]) -> None:

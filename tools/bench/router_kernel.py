@@ -1,9 +1,9 @@
 """The replay router against Megatron's routers: microseconds and GB/s.
 
     python -m tools.bench.router_kernel [--tokens 16384] [--dtype float32|bfloat16] [--json FILE]
-    python -m tools.bench.router_kernel --device cpu      # correctness only, in the interpreter
 
-Ways, forward alone and with backward, on tensors that are not in the cache:
+Without a GPU it checks the results in Triton's interpreter, and times nothing. Ways, forward alone
+and with backward, on tensors that are not in the cache:
 
     kernel            the replay router, every token replayed
     kernel, 5% live   one token in twenty without a route
@@ -12,25 +12,25 @@ Ways, forward alone and with backward, on tensors that are not in the cache:
     torch, live       Megatron's function, stock
     fused, live       Transformer Engine's fused router, where it is installed
 
-GB/s counts each tensor once: logits, weights, map and ids of the forward; logits, both gradients
-and ids of the backward. The share is that of a plain copy on the same device. Others report, at
-16,384 tokens, 128 experts and top-8 on an H100: 12.4 microseconds for a fused top-k router and 137
-for torch's.
+The limit is what memory allows, each tensor counted once at the rate of a plain copy: logits,
+weights, map and ids of the forward; logits, both gradients and ids of the backward. Others report,
+at 16,384 tokens, 128 experts and top-8 on an H100: 12.4 microseconds for a fused top-k router and
+137 for torch's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tools import gpu_timing
+
+from .paired import device, machine, parse, parser, run_kernel, spread
 
 Call = Callable[[], torch.Tensor]
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -54,14 +54,14 @@ class Batch:
     @classmethod
     def random(cls, arguments: argparse.Namespace, dtype: torch.dtype) -> Batch:
         shape = (arguments.tokens, arguments.experts)
-        ids_TK = torch.rand(shape, device=arguments.device).argsort(1)[:, : arguments.top_k]
+        ids_TK = torch.rand(shape, device=device()).argsort(1)[:, : arguments.top_k]
         is_small = arguments.experts <= 256
         return cls(
-            logits_TE=torch.randn(shape, device=arguments.device).to(dtype).requires_grad_(),
+            logits_TE=torch.randn(shape, device=device()).to(dtype).requires_grad_(),
             ids_TK=ids_TK.to(torch.uint8 if is_small else torch.int16).contiguous(),
-            grad_TE=torch.randn(shape, device=arguments.device).to(dtype),
-            live_T=torch.arange(arguments.tokens, device=arguments.device) % 20 == 19,
-            all_T=torch.ones(arguments.tokens, dtype=torch.bool, device=arguments.device),
+            grad_TE=torch.randn(shape, device=device()).to(dtype),
+            live_T=torch.arange(arguments.tokens, device=device()) % 20 == 19,
+            all_T=torch.ones(arguments.tokens, dtype=torch.bool, device=device()),
         )
 
     def bytes_of(self, has_backward: bool) -> int:
@@ -121,40 +121,41 @@ def call_of(route: Route, batch: Batch, has_backward: bool) -> Call:
     return both if has_backward else forward
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of figures for each router, way and direction."""
-    device = torch.device(arguments.device)
-    bandwidth = gpu_timing.copy_bandwidth(device)
-    print(f"{torch.cuda.get_device_name(device)}: a copy moves {bandwidth / 1e9:.0f} GB/s")
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time every way of each router, forward alone and with backward."""
+    bandwidth = gpu_timing.copy_bandwidth(device())
+    print(f"{machine()['device']}: a copy moves {bandwidth / 1e9:.0f} GB/s")
     dtype = getattr(torch, arguments.dtype)
     first = Batch.random(arguments, dtype)
     count = gpu_timing.copies_beyond_cache(first.bytes_of(False))
     batches = [first, *(Batch.random(arguments, dtype) for _ in range(count - 1))]
     rows = []
-    print("| router | way | direction | us | GB/s | of a copy |")
+    print("| router | way | direction | us | GB/s | limit, us |")
     print("| --- | --- | --- | --- | --- | --- |")
     for router, fields in ROUTERS.items():
-        for way, route in ways(fields, arguments.top_k).items():
-            for has_backward in (False, True):
-                calls = [call_of(route, batch, has_backward) for batch in batches]
-                seconds = gpu_timing.seconds_per_call(calls)
-                rate = first.bytes_of(has_backward) / seconds
-                direction = "forward + backward" if has_backward else "forward"
-                figures = {"us": seconds * 1e6, "gb_per_s": rate / 1e9, "share": rate / bandwidth}
-                rows.append({"router": router, "way": way, "direction": direction, **figures})
-                text = f"{figures['us']:.1f} | {figures['gb_per_s']:.0f} | {figures['share']:.0%} |"
+        for has_backward, direction in ((False, "forward"), (True, "forward + backward")):
+            size, calls = first.bytes_of(has_backward), {}
+            for way, route in ways(fields, arguments.top_k).items():
+                calls[way] = [call_of(route, batch, has_backward) for batch in batches]
+            for way, seconds in gpu_timing.seconds_per_call(calls).items():
+                us, limit_us = spread([1e6 * value for value in seconds]), 1e6 * size / bandwidth
+                row = {"router": router, "way": way, "direction": direction}
+                rows.append(row | {"us": us, "limit_us": limit_us})
+                text = f"{us} | {size / us.median / 1e3:.0f} | {limit_us:.2f} |"
                 print(f"| {router} | {way} | {direction} | {text}", flush=True)
-    return rows
+    return {"copy_gb_per_s": bandwidth / 1e9, "rows": rows}
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> dict[str, float]:
     """Compare the kernel with torch on a few tokens; ends the process if they differ.
 
     Raises:
         SystemExit: Weights or gradients are farther apart than float32 rounding.
     """
+    distances = {}
+    few = argparse.Namespace(**vars(arguments) | {"tokens": 64})
     for router, fields in ROUTERS.items():
-        batch = Batch.random(arguments, torch.float32)
+        batch = Batch.random(few, torch.float32)
         routes = ways(fields, arguments.top_k)
         for ours, theirs in (("kernel", "torch, replayed"), ("kernel, all live", "torch, live")):
             one, other = routes[ours], routes[theirs]
@@ -164,36 +165,18 @@ def check(arguments: argparse.Namespace) -> None:
             print(f"{router}, {ours}: weights differ by {apart:.1e}, gradients {grads_apart:.1e}")
             if not max(apart, grads_apart) < 1e-5:
                 sys.exit(f"{router}: {ours} and {theirs} differ")
+            distances[f"{router}, {ours}"] = max(apart, grads_apart)
+    return distances
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"))
-    parser.add_argument("--tokens", type=int, help="default: 16384, or 64 on a CPU")
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--json", help="file for the figures")
-    arguments = parser.parse_args()
-    if arguments.tokens is None:
-        arguments.tokens = 16384 if arguments.device == "cuda" else 64
-    return arguments
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    if arguments.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        check(arguments)
-        print("The interpreter ran on a CPU: correctness only, no time is meant.")
-        return
-    rows = measure(arguments)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time the kernel, or check it where there is no GPU."""
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, default=16384)
+    made.add_argument("--experts", type=int, default=128)
+    made.add_argument("--top-k", type=int, default=8)
+    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    run_kernel("router_kernel", parse(made, argv, {}), measure, check)
 
 
 if __name__ == "__main__":
