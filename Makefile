@@ -8,35 +8,46 @@ EXTRAS  := sglang,megatron,rollout,recipe,test,docs
 SOURCES := routing_replay recipes tools tests examples
 # Options: PYTHON=path names the Python 3.12 to build from; EXTRAS=rollout,recipe,test,docs builds
 # without engines, which is enough for `make check test-fast docs`; `make recipe RECIPE_ARGS="--seed 1"`;
-# `make test PYTEST_ARGS="-k table"`.
+# `make test PYTEST_ARGS="-k table"`; `make test-frameworks FRAMEWORKS_ARGS=--latest`.
 RECIPE_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run the engine tests; each takes up to 8 GB.
+TEST_WORKERS ?= 2
+FRAMEWORKS_ARGS ?=
 
-.PHONY: help env recipe test-fast test test-matrix test-versions check docs gpu bench clean
+.PHONY: help env recipe test-fast test test-matrix test-versions test-frameworks check docs gpu bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## build .venv: both engines, 11 GB of disk; about 1 minute with uv, 5 with pip alone
 
 recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 6 minutes
 	$(PY) -m recipes.minirl $(RECIPE_ARGS)
 
-# One thread per process: idle threads of torch spin, and the workers share the cores.
+# One thread per process: idle threads of torch spin, and the workers share the cores. A file runs in
+# one worker, with its server and its ranks.
 test-fast: env  ## every test that needs no engine; under a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-test: env  ## every test that needs no GPU, except the long matrix; about 20 minutes
-	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+# The files' order (tests/conftest.py) puts those of minutes before those of seconds.
+ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
+  --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: env  ## every test that needs no GPU, except the long matrix; under 15 minutes
+	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(ENGINE_TESTS) -m "not gpu" $(PYTEST_ARGS)
 
 test-versions: env  ## the replay suite and the capture suite on older engines; half an hour
 	$(PY) .ci/test_versions megatron-core
 	$(PY) .ci/test_versions sglang
+
+test-frameworks: env  ## the adapters in the code of verl, SkyRL and Megatron-Bridge; an environment of 6 GB
+	$(PY) .ci/test_frameworks $(FRAMEWORKS_ARGS) -- $(PYTEST_ARGS)
 
 check: env  ## lint, format and types, without changing a file
 	$(VENV)/bin/ruff check $(wildcard $(SOURCES))
@@ -56,7 +67,7 @@ bench: env  ## the benchmarks of tools/bench/, one after another
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
 clean:  ## remove the environments and all caches; the runs in runs/ stay
-	rm -rf $(VENV) .venv-versions build dist site .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
+	rm -rf $(VENV) .venv-versions .venv-frameworks .venv-frameworks-latest build dist site .pytest_cache .ruff_cache .mypy_cache routing_replay.egg-info
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Rebuilt when the metadata or the pins change. The stamp is written last, so that an interrupted

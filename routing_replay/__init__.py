@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .megatron import attach
     from .routes.routes import Routes
     from .routes.shape import MoEShape
+    from .routes.spans import Sample, Span, Trajectory
     from .routes.table import RouteTable
 
 _MODULES = {
@@ -36,6 +37,9 @@ _MODULES = {
     "MoEShape": "routes.shape",
     "RouteTable": "routes.table",
     "Routes": "routes.routes",
+    "Sample": "routes.spans",
+    "Span": "routes.spans",
+    "Trajectory": "routes.spans",
     "attach": "megatron",
 }
 _SUBPACKAGES = (
@@ -66,8 +70,11 @@ __all__ = [
     "Routes",
     "RoutesError",
     "RoutingReplayError",
+    "Sample",
     "ServerError",
+    "Span",
     "TableError",
+    "Trajectory",
     "__version__",
     "attach",
 ]

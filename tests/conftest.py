@@ -4,6 +4,7 @@ test_megatron_*     megatron-core, on the CPU
 test_sglang_*       SGLang, on the CPU
 test_recipe_*       both
 test_gpu_*, gpu/     a CUDA device
+frameworks/          the environment of `make test-frameworks`; collected only if named
 any other name      neither engine: the core lane, `make test-fast`
 """
 
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from sglang_checks import Reference
     from sglang_servers import RunningServer
 
-NEEDS = {"megatron": "megatron", "sglang": "sglang", "recipe": "both", "gpu": "gpu"}
+NEEDS = {"recipe": "both", "sglang": "sglang", "megatron": "megatron", "gpu": "gpu"}
 ENGINES = {"megatron", "sglang"}
 
 
 def need_of(path: Path) -> str:
-    """Return what a test file needs: "core", "megatron", "sglang", "both" or "gpu"."""
-    if path.parent.name == "gpu":
-        return "gpu"
+    """Return the lane of a test file: "core", "megatron", "sglang", "both", "gpu", "frameworks"."""
+    if path.parent.name in ("gpu", "frameworks"):
+        return path.parent.name
     return NEEDS.get(path.stem.split("_")[1], "core")
 
 
@@ -48,6 +49,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its need; sort the slow lanes first, so that workers end together."""
+    lanes = [*NEEDS.values(), "core"]
+    items.sort(key=lambda item: lanes.index(need_of(item.path)))
     for item in items:
         item.add_marker(need_of(item.path))
 

@@ -1,6 +1,7 @@
-"""Real Megatron on several CPU processes: `run_world` spawns gloo ranks and returns their results.
+"""Real Megatron on several CPU processes: `run_world` starts gloo ranks and returns their results.
 
-Starting a rank costs 10 s and more of imports, so one world should serve many configurations:
+A rank is forked from a process that has imported Megatron. Its process groups still cost seconds,
+so one world should serve many configurations:
 
     def check(rank, folder):                      # at the top level of a test module
         for layout in (ParallelLayout(tensor=2), ParallelLayout(expert=2)):
@@ -33,6 +34,8 @@ RANK_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 TESTS = str(Path(__file__).parent)
+# What nearly every rank imports, for 5 s; the process from which ranks are forked does it once.
+PRELOADED = ["pytest", "transformers.models.auto", "recipes.minirl.policy", "recipes.model.weights"]
 
 
 class RankError(AssertionError):
@@ -40,7 +43,7 @@ class RankError(AssertionError):
 
 
 def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
-    """Runs `function(rank, *args)` on `nproc` spawned ranks that form one gloo world.
+    """Run `function(rank, *args)` on `nproc` processes that form one gloo world.
 
     Args:
         function: A function at the top level of a module in `tests/`, or "module:function" (only
@@ -55,7 +58,7 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
     Raises:
         RankError: The first failed rank's traceback; the other ranks are ended.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = _process_context()
     if isinstance(function, str):
         where = tuple(function.split(":"))
     else:
@@ -63,11 +66,14 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
     # Held here, on a port that the system picks as it binds: a free port that is looked up first
     # may be gone before a rank binds it.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    packed = _packed(args)
     ranks, pipes = [], []
     for rank in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run_rank, args=(theirs, where, rank, nproc, store.port, args), daemon=True
+            target=_run_rank,
+            args=(theirs, where, rank, nproc, store.port, packed, os.environ | RANK_ENVIRONMENT),
+            daemon=True,
         )
         with _environment(**RANK_ENVIRONMENT):
             process.start()
@@ -109,6 +115,33 @@ def megatron(layout, seed=1):
         parallel.destroy(keep_world=True)
 
 
+def _process_context():
+    """Return how ranks are started: forked, where what was imported before the fork still holds.
+
+    CUDA does not survive a fork. Triton decides at its import whether it interprets its kernels.
+    """
+    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+        return torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _packed(value) -> bytes:
+    """Pickle with the tensors' bytes.
+
+    multiprocessing's pickle would share tensors' memory, which dies with the process that made
+    them; plain pickle would import Megatron in the parent, for a storage class that it replaces.
+    """
+    packed = io.BytesIO()
+    torch.save(value, packed)
+    return packed.getvalue()
+
+
+def _unpacked(packed: bytes):
+    return torch.load(io.BytesIO(packed), weights_only=False)
+
+
 def _collect(pipes, timeout_s):
     """One result per rank, in rank order; the first failure to arrive ends the wait."""
     results, waiting = {}, {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -120,7 +153,7 @@ def _collect(pipes, timeout_s):
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                failed, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+                failed, value = _unpacked(pipe.recv_bytes())
             except EOFError:
                 failed, value = True, "the process ended without a result (killed?)"
             if failed:
@@ -129,17 +162,15 @@ def _collect(pipes, timeout_s):
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _run_rank(pipe, where, rank, nproc, port, args):
+def _run_rank(pipe, where, rank, nproc, port, packed, environment):
+    os.environ.clear()  # a forked rank has that of the process it comes from
+    os.environ.update(environment)
     try:
-        value = _call(where, rank, nproc, port, args)
+        value = _call(where, rank, nproc, port, _unpacked(packed))
         message = False, value
     except BaseException:
         message = True, traceback.format_exc()
-    # multiprocessing's pickle would share tensors' memory, which dies with this process; plain
-    # pickle would import Megatron in the parent, for a storage class that it replaces.
-    packed = io.BytesIO()
-    torch.save(message, packed)
-    pipe.send_bytes(packed.getvalue())
+    pipe.send_bytes(_packed(message))
     pipe.close()
     # A failed rank leaves its peers inside collectives; a rank that is done waits for none of them.
     sys.stdout.flush()

@@ -79,3 +79,15 @@ def token_rows(table, batch, rank, size):
             has_row = number >= 0 and position < num_tokens - 1
             line.append(row if has_row and table.covered_T[row] else -1)
     return [line[p] for p in context_positions(segments, rank, size)]
+
+
+def expert_counts(table):
+    """Covered rows of each sequence that select each expert, slot by slot: lists [S][L][E]."""
+    shape, counts = table.shape, []
+    for start, stop in zip(table.offsets_S1[:-1], table.offsets_S1[1:], strict=True):
+        counts.append([[0] * shape.num_experts for _ in shape.layers])
+        for row in range(start, stop):
+            for layer, ids_TK in enumerate(table.expert_ids_LTK):
+                for expert in ids_TK[row] if table.covered_T[row] else ():
+                    counts[-1][layer][expert] += 1
+    return counts

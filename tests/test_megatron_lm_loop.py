@@ -140,7 +140,7 @@ def test_a_job_that_replays_its_own_routes_has_the_stock_losses(stock, tmp_path)
     witness = run.witnesses()[0]
     assert witness["losses"] == stock["losses"]
     rows = 4 * LENGTH * LAYERS
-    assert f"the first step replayed {rows} rows" in run.output
+    assert f"the first pass replayed {rows} rows" in run.output
 
 
 def test_the_launcher_replays_random_routes_on_two_pipeline_stages(stock, tmp_path):
@@ -163,13 +163,13 @@ def test_samples_without_routes_route_live_under_expert_parallelism(stock, tmp_p
     run = Run(tmp_path / "run", 2, flags, path)
     rows = sum(check_dispatch(w, samples[1:], routes[1:]) for w in run.witnesses())
     assert rows == (4 * STEPS - 1) * LENGTH * LAYERS
-    assert f"the first step replayed {3 * LENGTH * LAYERS} rows" in run.output
+    assert f"the first pass replayed {3 * LENGTH * LAYERS} rows" in run.output
 
 
 def test_a_routes_file_of_other_samples_ends_the_first_step(tmp_path):
     path = save(tmp_path / "other.safetensors", random_routes(1), [np.arange(LENGTH)])
     error = Run(tmp_path / "run", 1, SPEC, path).error()
-    assert "no token of the first step has routes" in error
+    assert "no token of the first pass has routes" in error
 
 
 def test_the_launcher_names_what_is_missing(tmp_path):

@@ -34,37 +34,36 @@ IN_MAKE_TEST = {
 }
 
 
-def findings(num_ranks, names, capsys):
-    """What is wrong in these configurations; their number and the result are printed at once."""
-    wrong = [
-        text
-        for of_rank in run_world(
-            replay_matrix.run_cases, num_ranks, names, num_ranks, timeout_s=3000
-        )
-        for text in of_rank
-    ]
-    with capsys.disabled():
-        result = f"{len(wrong)} findings" if wrong else "all exact"
-        print(f"\nreplay matrix, ranks: {num_ranks}, configurations: {len(names)}, {result}")
-    return wrong
+WHOLE_MATRIX = {n: [case.name for case in replay_cases.cases(n)] for n in (1, 2, 4)}
 
 
-@pytest.mark.parametrize("num_ranks", IN_MAKE_TEST)
+def each_world(matrix):
+    """Parameters of a test for each number of ranks; its id says how many configurations run."""
+    ids = [f"{len(names)} configurations on {n} ranks" for n, names in matrix.items()]
+    return pytest.mark.parametrize(("num_ranks", "names"), matrix.items(), ids=ids)
+
+
+def findings(num_ranks, names):
+    """What is wrong in these configurations, on all ranks."""
+    worlds = run_world(replay_matrix.run_cases, num_ranks, names, num_ranks, timeout_s=3000)
+    return [text for of_rank in worlds for text in of_rank]
+
+
 @pytest.mark.timeout(900)
-def test_replay_is_exact_on_representative_configurations(num_ranks, capsys):
-    assert findings(num_ranks, IN_MAKE_TEST[num_ranks], capsys) == []
+@each_world(IN_MAKE_TEST)
+def test_replay_is_exact_on_representative_configurations(num_ranks, names):
+    assert findings(num_ranks, names) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_replay_is_exact_on_the_whole_matrix(num_ranks, capsys):
-    names = [case.name for case in replay_cases.cases(num_ranks)]
-    assert findings(num_ranks, names, capsys) == []
+@each_world(WHOLE_MATRIX)
+def test_replay_is_exact_on_the_whole_matrix(num_ranks, names):
+    assert findings(num_ranks, names) == []
 
 
 def test_the_matrix_has_at_least_60_configurations_and_no_name_twice():
-    names = [(n, case.name) for n in (1, 2, 4) for case in replay_cases.cases(n)]
+    names = [(n, name) for n, names in WHOLE_MATRIX.items() for name in names]
     assert len(names) == len(set(names)) >= 60
 
 

@@ -35,22 +35,13 @@ def test_a_slice_keeps_rows_and_their_logits_together(routes):
     assert part.router_logits.rows_N.tolist() == [1]  # row 4 of the whole
 
 
-def test_a_delta_turn_is_appended(routes):
-    whole = routes[:4].with_turn(routes[4:], start=4)
-    np.testing.assert_array_equal(whole.expert_ids_TLK, routes.expert_ids_TLK)
-    assert whole.router_logits.rows_N.tolist() == [1, 4]
-
-
-def test_a_resumed_rollout_replaces_the_rows_that_it_returned_again(routes):
-    resumed = make(np.full((4, 2, 2), [6, 7]), layers=(0, 3))
-    whole = routes.with_turn(resumed, start=2)
-    assert whole.expert_ids_TLK[:, 0, 0].tolist() == [0, 1, 6, 6, 6, 6]
-    assert whole.num_rows == 6
-
-
-def test_a_turn_that_leaves_a_gap_is_refused(routes):
-    with pytest.raises(RoutesError, match=r"expected a start within 0..6; got 7.*start_len"):
-        routes.with_turn(routes, start=7)
+def test_rows_are_taken_in_any_order_with_their_columns(routes):
+    taken = routes.take(np.array([4, -1, 1, 1]))
+    assert taken.expert_ids_TLK[:, 0, 0].tolist() == [4, 0, 1, 1]
+    assert taken.covered_T.tolist() == [True, False, True, True]
+    assert taken.weight_version_T.tolist()[::2] == [2, 1]
+    assert taken.origin_T.tolist() == [Origin.DECODE, Origin.ABSENT] + [Origin.PREFILL] * 2
+    assert taken.router_logits.rows_N.tolist() == [0, 2, 3]
 
 
 def test_rows_of_older_weights_become_uncovered(routes):

@@ -1,16 +1,19 @@
 """Rows of a real server are those of an independent forward, in every way a request can go."""
 
 import base64
+import re
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from sglang_checks import assert_true, tokens_of
+from sglang_checks import assert_ids_follow, assert_true, tokens_of
 from sglang_servers import MODEL, random_prompt, request
 
-from routing_replay.rollout import completion_of, probe
+from routing_replay.rollout import Conversation, completion_of, probe
 from routing_replay.routes.payload import from_base64
 from routing_replay.routes.routes import Origin
+from routing_replay.routes.spans import Span
 from routing_replay.sglang import versions
 
 
@@ -73,17 +76,71 @@ def test_samples_of_one_prompt_each_keep_their_own_rows(server, references):
         assert_true(one, completion, references[0])
 
 
-def test_a_delta_from_start_continues_an_earlier_turn(server, references):
-    first = request(random_prompt(4))
-    (turn,) = server.client.generate([first])
-    known = turn.routes.num_rows
-    prompt = [*first.input_ids, *turn.output_ids, *random_prompt(5, length=6)]
-    second = request(prompt, start=known)
+def test_an_agent_with_tools_and_branches_gets_the_row_of_every_token(server, references):
+    """Three turns, then a branch from the first; each request asks for new rows only."""
+    conversation, sampling = Conversation(), request([0]).sampling
+
+    def turn(spans):
+        prompt = [token for span in spans for token in span.tokens()]
+        asked = conversation.request(prompt, sampling, capture="gates")
+        (completion,) = server.client.generate([asked])
+        # The payload is as long as the turn, not as the conversation.
+        assert completion.routes.num_rows == len(prompt) + 12 - 1 - asked.start
+        return [*spans, Span(sample=conversation.add(asked, completion))]
+
+    first = turn([Span(token_ids=random_prompt(4))])
+    second = turn([*first, Span(token_ids=random_prompt(5, length=6))])
+    third = turn([*second, Span(token_ids=random_prompt(6, length=6))])
+    branch = turn([*first, Span(token_ids=random_prompt(7, length=9))])
+    # The second turn was given the last token of the first answer, token 31.
+    assert [sample.start for sample in conversation.samples] == [0, 31, 49, 32]
+    for spans in (third, branch):
+        trajectory = conversation.trajectory(spans)
+        assert trajectory.num_uncovered() == {}
+        logits_TLE, logprobs_TV, _ = references[0](
+            trajectory.tokens_T[:-1], routes=trajectory.routes
+        )
+        assert_ids_follow(trajectory.routes, logits_TLE)
+        sampled = np.flatnonzero(trajectory.is_sampled_T)
+        mu = logprobs_TV[sampled - 1, trajectory.tokens_T[sampled]]
+        np.testing.assert_allclose(trajectory.mu_logprobs_T[sampled], mu, atol=2e-3)
+
+
+def test_the_code_of_the_page_on_agents_runs(server):
+    page = (Path(__file__).parents[1] / "docs" / "agents.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {
+        "client": server.client,
+        "prompt": random_prompt(9),
+        "sampling": request([0]).sampling,
+        "call_tool": lambda output_ids: output_ids[:3],
+    }
+    exec(code, names)
+    # 20 tokens of the prompt, 12 and 12 sampled ones, 3 of the tool; the last one has no row.
+    assert names["table"].num_rows == names["trajectory"].routes.covered_T.sum() == 46
+
+
+def test_an_answer_after_a_re_rendered_prompt_is_not_covered_by_its_own_rows(server, references):
+    """The second prompt drops a token of the first answer, as templates drop thinking."""
+    first, conversation = request(random_prompt(8)), Conversation()
+    (answer,) = server.client.generate([first])
+    whole = [
+        Span(sample=conversation.add(first, answer), part=part) for part in ("prompt", "output")
+    ]
+    output = answer.output_ids
+    dropped = next(n for n in range(3, 11) if output[n] != output[n + 1])
+    rendered = [*first.input_ids, *output[:dropped], *output[dropped + 1 :], 7]
+    second = conversation.request(rendered, first.sampling)
     (continued,) = server.client.generate([second])
-    assert continued.routes.num_rows == len(prompt) + 12 - 1 - known
-    assert_true(second, continued, references[0])
-    whole = turn.routes.with_turn(continued.routes, known)
-    assert whole.num_rows == len(prompt) + 12 - 1
+    # Rows are known up to the token before the dropped one.
+    assert second.start == 20 + dropped
+    spans = [*whole, Span(token_ids=[7]), Span(sample=conversation.add(second, continued))]
+    trajectory = conversation.trajectory(spans)
+    covered_T = trajectory.routes.covered_T
+    # Tokens 0 to 30 were fed in the first request. After them nothing is known.
+    assert covered_T.tolist() == [True] * 31 + [False] * 13
+    logits_TLE, _, _ = references[0](trajectory.tokens_T[:31], routes=trajectory.routes[:31])
+    assert_ids_follow(trajectory.routes[:31], logits_TLE)
 
 
 def test_stock_clients_get_what_stock_servers_send(server):

@@ -5,7 +5,9 @@ import pytest
 from sglang_checks import assert_ids_follow, assert_true, tokens_of
 from sglang_servers import random_prompt, request, while_running
 
+from routing_replay.rollout import sample_of
 from routing_replay.routes.routes import Origin
+from routing_replay.routes.spans import Span, Trajectory
 from routing_replay.sglang import versions
 
 
@@ -25,15 +27,16 @@ def test_an_aborted_rollout_goes_on_under_newer_weights(server, references):
     server.client.update_weights(str(server.checkpoints[1]), 1)
     resumed = request([*asked.input_ids, *first.output_ids], num_new=10, start=known)
     (second,) = server.client.generate([resumed])
-    whole = first.routes.with_turn(second.routes, known)
+    parts = [sample_of(asked, first), sample_of(resumed, second)]
+    prompt = Span(sample=parts[0], part="prompt")
+    whole = Trajectory.from_spans([prompt, *(Span(sample=part) for part in parts)]).routes
     assert whole.weight_version_T.tolist() == [0] * known + [1] * 10
     assert_true(asked, first, references[0])
     assert_true(resumed, second, references[1])
-    # Asked for from the start, the second pass's rows replace the first's: all of one version.
+    # Asked for from the start, the second pass covers its whole prompt: all rows of one version.
     again = request([*asked.input_ids, *first.output_ids], num_new=10)
     (third,) = server.client.generate([again])
-    replaced = first.routes.with_turn(third.routes, 0)
-    assert replaced.weight_version_T.tolist() == [1] * (known + 10)
+    assert third.routes.weight_version_T.tolist() == [1] * (known + 10)
     assert_true(again, third, references[1])
 
 

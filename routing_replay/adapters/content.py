@@ -72,6 +72,16 @@ class ContentIndex:
             rows_BS[row, start : start + len(found_T)] = found_T
         return rows_BS
 
+    def sequence_of(self, fed_T: np.ndarray) -> int | None:
+        """Return the first sequence of the table that consumed exactly these tokens, or None."""
+        fed_T = np.asarray(fed_T).astype(np.int64)
+        if not len(fed_T):
+            return None
+        for group in self._equal.get((int(prefix_hashes(fed_T)[-1]), len(fed_T)), ()):
+            if np.array_equal(self._tokens(group[0]), fed_T):
+                return group[0]
+        return None
+
     def _add(self, sequence: int) -> None:
         tokens_T = self._tokens(sequence)
         if not len(tokens_T):

@@ -1,83 +1,26 @@
 """Routing replay in Megatron-LM's own loop (`megatron.training`), with no edited source.
 
     torchrun ... --spec routing_replay.adapters.megatron_lm layer_spec      (megatron-core 0.19.2)
-    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py ...         (run on 0.19.2)
+    torchrun ... -m routing_replay.adapters.run pretrain_gpt.py ...         (0.17.1 to 0.19.2)
 
 Both replace `get_forward_backward_func` in `megatron.training.training`, which its train() reads
-when it starts. Routes and tokens come from a file (`AdapterSettings.routes`).
+when it starts. Routes and tokens come from a file (`AdapterSettings.routes`). Evaluation is stock.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..errors import PreflightError, TableError
-from ..metrics.sinks import JsonLinesSink, Sink, TensorBoardSink, WandbSink
-from ..routes.table import RouteTable
-from .content import ContentIndex
-from .job import Job, Schedule, context_size, log_rank
-from .patches import require_parameters
+from ..metrics.sinks import Sink, TensorBoardSink, WandbSink
+from .forwards import FileReplay
+from .job import SCHEDULE_PARAMETERS, Job, Schedule, json_sink, schedule_call
+from .patches import rebind, require_parameters
+from .routes_file import RoutesFile
 from .settings import AdapterSettings
 
 LOOP = "megatron.training.training"
-STEP = "{step}"
-
-
-class RoutesFile:
-    """Routes of saved tables, found by the tokens of a batch.
-
-    Args:
-        path: A table's file; `{step}` in it stands for Megatron's 0-based iteration.
-    """
-
-    def __init__(self, path: str):
-        self._path = path
-        self._step = -1
-        self._index: ContentIndex | None = None
-
-    def open_step(self, step: int) -> RouteTable:
-        if self._index is None or (STEP in self._path and step != self._step):
-            self._step = step
-            self._index = _index_of(RouteTable.open(self._path.replace(STEP, str(step))))
-        return self._index.table
-
-    def rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> np.ndarray:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(input_ids, torch.Tensor):
-            raise PreflightError(
-                "the first pipeline stage runs without token ids",
-                expected="model(input_ids, position_ids, attention_mask, ...)",
-                got=type(input_ids).__name__,
-                fix="Pass input_ids as Megatron's pretrain_gpt.py does",
-            )
-        if context_size() > 1:
-            raise PreflightError(
-                "rows cannot be found by content under context parallelism",
-                expected="--context-parallel-size 1",
-                got=context_size(),
-                fix="Each rank sees a part of the tokens: pass token_rows in your own forward_step",
-            )
-        assert self._index is not None  # the step is open
-        packed = kwargs.get("packed_seq_params")
-        bounds = None if packed is None else packed.cu_seqlens_q.tolist()
-        return self._index.rows(input_ids.cpu().numpy(), bounds)
-
-
-def _index_of(table: RouteTable) -> ContentIndex:
-    if table.token_ids_T is None:
-        raise TableError(
-            "the table has no token ids, by which this loop finds its rows",
-            expected="a table saved with the tokens of its sequences",
-            where=table.where,
-            fix="Save RouteTable.from_routes(routes).with_tokens(tokens)",
-        )
-    return ContentIndex(table, table.token_ids_T)
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -94,25 +37,47 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 @functools.cache
 def _install_once() -> None:
     settings = AdapterSettings.from_environment()
-    if settings.mode != "disabled":
+    settings.require_routes_file()
+    if settings.is_enabled:
         wrap_loop(importlib.import_module(LOOP), settings)
 
 
-def wrap_loop(loop: Any, settings: AdapterSettings) -> None:
+def wrap_loop(loop: Any, settings: AdapterSettings) -> Job:
     """Replay in the loop of an imported `megatron.training.training`.
+
+    Returns:
+        The job, to ask whether anything was replayed in the end.
 
     Raises:
         PreflightError: A loop or a schedule with another signature.
     """
     require_parameters(loop.train_step, ("forward_step_func", "model"), f"{LOOP}.train_step")
-    job = Job(settings, RoutesFile(settings.routes), _open_sinks, _iteration)
-    stock = loop.get_forward_backward_func
+    job = Job(settings, "megatron.training", _open_sinks, _iteration)
+    replay = FileReplay(job, RoutesFile(settings.routes))
 
-    @functools.wraps(stock)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Schedule:
-        return job.wrap(stock(*args, **kwargs))
+    def replacement(stock: Any) -> Any:
+        def get_forward_backward_func(*args: Any, **named: Any) -> Schedule:
+            job.require_replayed_at_exit()
+            return _wrap(stock(*args, **named), replay)
 
-    loop.get_forward_backward_func = get_forward_backward_func
+        return get_forward_backward_func
+
+    rebind(loop, "get_forward_backward_func", replacement)
+    return job
+
+
+def _wrap(schedule: Schedule, replay: FileReplay) -> Schedule:
+    require_parameters(schedule, SCHEDULE_PARAMETERS, "Megatron's schedule")
+
+    @functools.wraps(schedule)
+    def replayed(**named: Any) -> Any:
+        call = schedule_call(named)
+        if call.forward_only:  # evaluation
+            return schedule(**named)
+        with replay.step(call.chunks, _iteration()):
+            return schedule(**named)
+
+    return replayed
 
 
 def _iteration() -> int:
@@ -123,11 +88,10 @@ def _iteration() -> int:
 
 
 def _open_sinks(settings: AdapterSettings) -> list[Sink]:
+    """Ours, and the writers that Megatron has on its last rank."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-    if not log_rank():
-        return []
-    sinks: list[Sink] = [JsonLinesSink(settings.metrics_dir)] if settings.metrics_dir else []
+    sinks = json_sink(settings)
     if get_tensorboard_writer() is not None:
         sinks.append(TensorBoardSink(get_tensorboard_writer()))
     if get_wandb_writer() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import inspect
@@ -12,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import PreflightError
+
+# Attribute of our functions: the stock one. A framework that reloads finds them in place.
+REPLACED = "routing_replay_replaced"
 
 
 def after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
@@ -26,6 +30,40 @@ def after_import(name: str, patch: Callable[[ModuleType], None]) -> None:
         patch(module)
         return
     sys.meta_path.insert(0, _AfterImport(name, patch))
+
+
+def rebind(
+    module: Any,
+    name: str,
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]],
+    parameters: tuple[str, ...] = (),
+) -> None:
+    """Replace a function of an imported module or class, once.
+
+    Args:
+        module: Whose attribute it is.
+        name: Of the attribute: the name by which the framework calls it.
+        replacement: Receives the stock function and returns ours, which calls it.
+        parameters: Names that ours reads or passes on.
+
+    Raises:
+        PreflightError: There is no such function, or it does not take the parameters.
+    """
+    where = f"{module.__name__}.{name}"
+    stock = getattr(module, name, None)
+    if stock is None:
+        raise PreflightError(
+            "a function that routing replay wraps does not exist",
+            expected=where,
+            got=f"no {name} in {module.__name__}",
+            fix="Use a tested version (docs/adopt)",
+        )
+    if hasattr(stock, REPLACED):
+        return
+    require_parameters(stock, parameters, where)
+    ours = functools.wraps(stock)(replacement(stock))
+    setattr(ours, REPLACED, stock)
+    setattr(module, name, ours)
 
 
 def require_parameters(function: Callable[..., Any], names: tuple[str, ...], where: str) -> None:

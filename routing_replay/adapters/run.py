@@ -11,10 +11,15 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, RoutingReplayError
+from ..errors import ConfigError, ReplayError, RoutingReplayError
 from .patches import after_import
 from .settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from .job import Job
 
 LOOP = "megatron.training.training"
 ADAPTER = "routing_replay.adapters.megatron_lm"
@@ -27,22 +32,45 @@ def main(arguments: list[str]) -> None:
         ConfigError: No script is named, or a setting cannot work.
     """
     settings, rest = AdapterSettings.from_arguments(arguments)
+    settings.require_routes_file()
     if not rest or not Path(rest[0]).is_file():
         raise ConfigError(
             "no training script is named",
             expected="torchrun ... -m routing_replay.adapters.run SCRIPT.py ARGUMENTS",
             got=rest[0] if rest else "nothing",
         )
-    _install(settings)
+    jobs = _install(settings)
     sys.argv = rest
     sys.path.insert(0, str(Path(rest[0]).resolve().parent))  # as `python SCRIPT.py` does
     runpy.run_path(rest[0], run_name="__main__")
+    _require_replayed(settings, jobs)
 
 
-def _install(settings: AdapterSettings) -> None:
-    """Leave the import of Megatron to the script, which may prepare the process for it first."""
-    if settings.mode != "disabled":
-        after_import(LOOP, lambda loop: importlib.import_module(ADAPTER).wrap_loop(loop, settings))
+def _install(settings: AdapterSettings) -> list[Job]:
+    """Leave the import of Megatron to the script, which may prepare the process for it first.
+
+    Returns:
+        The job, once the script has imported the loop.
+    """
+    jobs: list[Job] = []
+
+    def patch(loop: ModuleType) -> None:
+        jobs.append(importlib.import_module(ADAPTER).wrap_loop(loop, settings))
+
+    if settings.is_enabled:
+        after_import(LOOP, patch)
+    return jobs
+
+
+def _require_replayed(settings: AdapterSettings, jobs: list[Job]) -> None:
+    if settings.is_enabled and not jobs:
+        raise ReplayError(
+            "the script ended without replay",
+            expected=f"a script that trains by {LOOP}",
+            got="the module was never imported",
+        )
+    for job in jobs:
+        job.require_replayed()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import ReplayConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 
+MODES = ("disabled", "R2", "R3")
 PREFIX = "ROUTING_REPLAY_"
 
 
@@ -26,7 +27,9 @@ class AdapterSettings:
         ConfigError: A value that cannot work.
     """
 
-    mode: str = _setting("R3", "R3 replays the routes of --routing-replay-routes; disabled: none")
+    mode: str = _setting(
+        "R3", "R3: the rollout's routes; R2: those of the old policy's pass; disabled: live"
+    )
     routes: str = _setting(
         "",
         "table of routes with token ids (RouteTable.save); {step} in the name stands for the "
@@ -37,14 +40,22 @@ class AdapterSettings:
     metrics_dir: str = _setting("", "folder of metrics.jsonl; Megatron's writers get them anyway")
 
     def __post_init__(self) -> None:
-        if self.mode not in ("R3", "disabled"):
+        if self.mode not in MODES:
+            raise unknown_name("mode of routing replay", self.mode, MODES)
+
+    @property
+    def is_enabled(self) -> bool:
+        return self.mode != "disabled"
+
+    def require_routes_file(self) -> None:
+        """Raise ConfigError unless a loop without rollouts and old-policy passes can replay."""
+        if self.mode == "R2":
             raise ConfigError(
-                "the replay mode is unknown to this adapter",
+                "R2 needs a loop with an old-policy pass: this one has none",
                 expected="R3 or disabled",
-                got=repr(self.mode),
-                fix="R2 needs a loop with an old-policy pass: this one has none",
+                got="R2",
             )
-        if self.mode == "R3" and not self.routes:
+        if self.is_enabled and not self.routes:
             raise ConfigError(
                 "no routes are named",
                 expected="--routing-replay-routes FILE, or ROUTING_REPLAY_ROUTES=FILE",
@@ -55,16 +66,50 @@ class AdapterSettings:
     @property
     def replay_config(self) -> ReplayConfig:
         return ReplayConfig(
-            mode="R3",
+            mode=self.mode,
             agreement_every=self.agreement_every,
             agreement_tokens=self.agreement_tokens,
         )
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AdapterSettings:
-        """Read ROUTING_REPLAY_MODE, ROUTING_REPLAY_ROUTES, ... once."""
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, *, mode: str = "R3"
+    ) -> AdapterSettings:
+        """Read ROUTING_REPLAY_MODE, ROUTING_REPLAY_ROUTES, ... once.
+
+        Args:
+            environment: The variables.
+            mode: Without ROUTING_REPLAY_MODE: "disabled" where an adapter loads without being
+                asked for.
+        """
         texts = {f.name: environment.get(PREFIX + f.name.upper()) for f in fields(cls)}
-        return cls._from_texts({name: text for name, text in texts.items() if text is not None})
+        named = {name: text for name, text in texts.items() if text is not None}
+        return cls._from_texts({"mode": mode} | named)
+
+    @classmethod
+    def from_mapping(
+        cls, settings: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+    ) -> AdapterSettings:
+        """Read the keys `routing_replay_...` of a framework's configuration; others are not ours.
+
+        A key wins over the environment's variable.
+
+        Raises:
+            ConfigError: A key `routing_replay_...` that is no setting, or a value that cannot work.
+        """
+        names = [f.name for f in fields(cls)]
+        prefix = PREFIX.lower()
+        texts = {
+            n: environment[PREFIX + n.upper()] for n in names if PREFIX + n.upper() in environment
+        }
+        for key, value in settings.items():
+            if not key.startswith(prefix):
+                continue
+            name = key.removeprefix(prefix)
+            if name not in names:
+                raise unknown_name("setting of routing replay", key, [prefix + n for n in names])
+            texts[name] = str(value)
+        return cls._from_texts(texts)
 
     @classmethod
     def from_arguments(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.load import count_experts
+from ..routes.counts import count_experts
 from ..routes.routes import Origin
 from ..routes.table import RouteTable
 

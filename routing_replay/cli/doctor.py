@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from ..config import ReplayConfig
-from ..errors import RoutingReplayError
+from ..errors import ConfigError, RoutingReplayError
 from ..findings import Finding
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
+from .frameworks import FRAMEWORKS, check_framework
 from .model import add_model, read_settings, read_shape
 
-HELP = "check versions, a Megatron configuration, a server, routes files"
+HELP = "check versions, a framework's job, a Megatron configuration, a server, routes files"
 DESCRIPTION = "Each finding names its cause and its fix. Exit code 1 if one is an error."
 
 PACKAGE = "routing_replay"
@@ -39,6 +40,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--megatron-args", metavar="FILE", help="Megatron's arguments or settings (JSON, YAML)"
     )
+    verb.add_argument("--framework", choices=FRAMEWORKS, help="check what its adapter relies on")
+    verb.add_argument("--job", metavar="FILE", help="the framework's start script or configuration")
     verb.add_argument("--replay-config", metavar="FILE", help="routing replay's settings (YAML)")
     verb.add_argument(
         "--url", metavar="URL", action="append", default=[], help="an SGLang server; repeatable"
@@ -61,6 +64,10 @@ def run(parsed: argparse.Namespace) -> int:
     replay = ReplayConfig.from_yaml(path) if path else ReplayConfig()
     shape = read_shape(parsed)
     findings = [*check_versions(), *check_plugin()]
+    if parsed.job and not parsed.framework:
+        raise ConfigError("--job is read for a framework", expected="--framework NAME")
+    if parsed.framework:
+        findings += check_framework(parsed.framework, parsed.job)
     if parsed.megatron_args:
         findings += check_megatron(parsed.megatron_args, replay)
     for url in parsed.url:

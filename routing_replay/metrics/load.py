@@ -6,14 +6,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..routes.counts import count_experts
 from ..routes.table import RouteTable
 from .typed import LayerMean, Metric
 
 # Rows that are counted per layer, in evenly spaced blocks: 16,384, or all of a smaller table. With
 # 512 experts and top-8 an evenly used one is expected 256 times: a count of 0 is no accident.
 NUM_BLOCKS, BLOCK_ROWS = 256, 64
-# numpy widens ids to int64: pieces that stay in the cache are an order of magnitude faster.
-COUNTED_IDS = 2**16
 
 
 def expert_load(
@@ -54,15 +53,6 @@ def expert_load(
         )
         for name, share_L in shares.items()
     }
-
-
-def count_experts(ids_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Count how often each expert is selected; int64 [E]."""
-    ids_N = ids_TK.reshape(-1)
-    counts_E = np.zeros(num_experts, np.int64)
-    for start in range(0, len(ids_N), COUNTED_IDS):
-        counts_E += np.bincount(ids_N[start : start + COUNTED_IDS], minlength=num_experts)
-    return counts_E
 
 
 def _sampled_rows(covered_T: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ it needs. Its names:
 
 - `RolloutClient`, `ClientOptions`: send batches of requests to one or several servers.
 - `GenerateRequest`, `Completion`: a request and its answer, with routes and log-probs.
+- `Conversation`, `sample_of`: an agent's turns, and the trajectories that they make.
 - `request_fields`, `completion_of`, `decode`: the same for an HTTP client of your own.
 - `probe`, `ProbeReport`: prove, before a job starts, that a server returns true routes.
 """
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..routes.payload import decode
     from .client import ClientOptions, RolloutClient
+    from .conversation import Conversation, sample_of
     from .probing import ProbeReport, probe
     from .requests import Completion, GenerateRequest, completion_of, request_fields
 
 __all__ = [
     "ClientOptions",
     "Completion",
+    "Conversation",
     "GenerateRequest",
     "ProbeReport",
     "RolloutClient",
@@ -30,11 +33,13 @@ __all__ = [
     "decode",
     "probe",
     "request_fields",
+    "sample_of",
 ]
 
 _MODULES = {
     "ClientOptions": ".client",
     "Completion": ".requests",
+    "Conversation": ".conversation",
     "GenerateRequest": ".requests",
     "ProbeReport": ".probing",
     "RolloutClient": ".client",
@@ -42,6 +47,7 @@ _MODULES = {
     "decode": "..routes.payload",
     "probe": ".probing",
     "request_fields": ".requests",
+    "sample_of": ".conversation",
 }
 
 

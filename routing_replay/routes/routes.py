@@ -57,6 +57,15 @@ class RouterLogits:
             rows_N=self.rows_N[is_kept_N] - start, values_NLE=self.values_NLE[is_kept_N]
         )
 
+    def take(self, rows_T: np.ndarray) -> RouterLogits:
+        """Return the logits of row `rows_T[t]` as those of row t, where they were sampled."""
+        index_T = np.searchsorted(self.rows_N, rows_T)
+        index_T[index_T == len(self.rows_N)] = 0
+        is_sampled_T = np.isin(rows_T, self.rows_N)
+        return RouterLogits(
+            rows_N=np.flatnonzero(is_sampled_T), values_NLE=self.values_NLE[index_T[is_sampled_T]]
+        )
+
     def within(self, low: int, high: int, shift: int = 0) -> RouterLogits:
         """Return copies of the rows low .. high - 1, with their numbers moved by `shift`."""
         return self.select((self.rows_N >= low) & (self.rows_N < high), -shift)
@@ -140,29 +149,21 @@ class Routes:
         columns = {name: column[start:stop] for name, column in self._columns().items()}
         return replace(self, **columns, router_logits=logits)
 
+    def take(self, rows_T: np.ndarray) -> Routes:
+        """Return row `rows_T[t]` as row t; -1 gives a row that is not covered.
+
+        Args:
+            rows_T: int64, below `num_rows`.
+        """
+        columns = {name: column[np.maximum(rows_T, 0)] for name, column in self._columns().items()}
+        columns["covered_T"] &= rows_T >= 0
+        logits = None if self.router_logits is None else self.router_logits.take(rows_T)
+        return replace(self, **columns, router_logits=logits).uncover(rows_T < 0)
+
     def _columns(self) -> dict[str, Any]:
         """The columns with one entry per row, without gates that were not captured."""
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
-
-    def with_turn(self, turn: Routes, start: int) -> Routes:
-        """Return these routes up to row `start`, followed by those of a later request.
-
-        `start` is the number of rows known so far for a turn that was requested as a delta. It is
-        smaller for a resumed partial rollout that returned earlier rows again. The later rows then
-        replace ours: the continued sequence attended to their forward passes.
-
-        Raises:
-            RoutesError: `start` leaves a gap, or the turn is of another model.
-        """
-        if not 0 <= start <= self.num_rows:
-            raise RoutesError(
-                "a turn does not continue the routes",
-                expected=f"a start within 0..{self.num_rows}",
-                got=start,
-                fix="Request routes from the first row that is missing (routed_experts_start_len)",
-            )
-        return concatenate([self[:start], turn])
 
     def without_versions_before(self, weight_version: int) -> Routes:
         """Return these routes with rows of older or unknown weights uncovered."""

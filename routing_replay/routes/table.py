@@ -10,6 +10,7 @@ The file is an ordinary safetensors file (any safetensors reader opens it):
     origin_T          U8          0 absent, 1 prefill, 2 decode
     weight_version_T  I64
     offsets_S1        I64         sequence s owns the rows offsets[s] .. offsets[s + 1]
+    counts_SLE        U8 to U32   covered rows of a sequence that select an expert; optional
     checksums         I64         CRC-32 of the description, the small columns, then each layer
 
 Its metadata describe it: format, version, source, layers, num_experts, top_k.
@@ -26,6 +27,7 @@ import numpy as np
 
 from ..errors import TableError, unknown_name, writing
 from ..files import atomic_write
+from .counts import count_covered, count_sequences, counts_dtype
 from .routes import RouterLogits, Routes, compact_dtype, concatenate_logits
 from .shape import MoEShape
 from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, read, write
@@ -63,6 +65,7 @@ class RouteTable(RowSource):
         self.logit_rows_N = tensors.get("logit_rows_N")
         self.logits_NLE = tensors.get("logits_NLE")
         self.token_ids_T = tensors.get("token_ids_T")
+        self.counts_SLE = tensors.get("counts_SLE")
         self._tensors = tensors
 
     @property
@@ -175,6 +178,20 @@ class RouteTable(RowSource):
         covered_T = self.covered_T[start:stop] if covered_only else True
         rows[: stop - start] = np.where(covered_T, np.arange(start, stop), -1)
         return rows
+
+    def expert_counts(self) -> np.ndarray:
+        """Return how many covered rows of each sequence select each expert.
+
+        A table that was built from routes holds the counts; those of a recording are counted now.
+
+        Returns:
+            Unsigned integers [S, L, E]; with all rows covered a layer sums to rows x top-k.
+        """
+        if self.counts_SLE is not None:
+            return self.counts_SLE
+        return count_sequences(
+            self.expert_ids_LTK, self.covered_T, self.offsets_S1, self.shape.num_experts
+        )
 
     def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
         """Return the expert ids of some layers and rows, in the compact dtype; read nothing else.
@@ -295,12 +312,14 @@ def _take_rows(values_LTK: np.ndarray, indices: list[int], rows_T: np.ndarray) -
 
 def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
     offsets_S1 = np.cumsum([0] + [r.num_rows for r in sequences]).astype(np.int64)
+    ids_LTK, counts_SLE = _ids_and_counts(sequences)
     tensors = {
-        "expert_ids_LTK": _layer_first([r.expert_ids_TLK for r in sequences]),
+        "expert_ids_LTK": ids_LTK,
         "covered_T": np.concatenate([r.covered_T for r in sequences]),
         "origin_T": np.concatenate([r.origin_T for r in sequences]),
         "weight_version_T": np.concatenate([r.weight_version_T for r in sequences]),
         "offsets_S1": offsets_S1,
+        "counts_SLE": counts_SLE,
     }
     gates = [r.gate_probs_TLK for r in sequences if r.gate_probs_TLK is not None]
     if len(gates) == len(sequences):
@@ -310,6 +329,22 @@ def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
         tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)
         tensors["logits_NLE"] = logits.values_NLE.astype(np.float32)
     return tensors
+
+
+def _ids_and_counts(sequences: Sequence[Routes]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [L, T, K] and counts [S, L, E]: a sequence is counted while it is in the cache."""
+    first, lengths = sequences[0], [routes.num_rows for routes in sequences]
+    ids_LTK = np.empty((len(first.layers), sum(lengths), first.top_k), first.expert_ids_TLK.dtype)
+    counts_SLE = np.empty(
+        (len(sequences), len(first.layers), first.num_experts), counts_dtype(max(lengths))
+    )
+    start = 0
+    for number, routes in enumerate(sequences):
+        rows_LTK = ids_LTK[:, start : start + routes.num_rows]
+        rows_LTK[:] = routes.expert_ids_TLK.swapaxes(0, 1)
+        counts_SLE[number] = count_covered(rows_LTK, routes.covered_T, first.num_experts)
+        start += routes.num_rows
+    return ids_LTK, counts_SLE
 
 
 def _token_first(values_LTK: np.ndarray) -> np.ndarray:

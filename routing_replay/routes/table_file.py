@@ -21,6 +21,7 @@ SOURCES = ("rollout", "training")
 SAFETENSORS_DTYPES: dict[str, type[np.generic]] = {
     "U8": np.uint8,
     "U16": np.uint16,
+    "U32": np.uint32,
     "I64": np.int64,
     "F16": np.float16,
     "F32": np.float32,
@@ -30,7 +31,7 @@ NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.i
 # A safetensors header is a few hundred bytes here; anything huge is another file or damage.
 MAX_HEADER_BYTES = 1 << 24
 CONVERT = "`routing-replay convert` imports the files of other tools"
-OPTIONAL_COLUMNS = ("logit_rows_N", "logits_NLE", "token_ids_T")
+OPTIONAL_COLUMNS = ("logit_rows_N", "logits_NLE", "token_ids_T", "counts_SLE")
 SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
 
 
@@ -169,6 +170,7 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
     num_rows = ids.shape[1] if ids.ndim == 3 else -1
     shape_LTK = (len(shape.layers), num_rows, shape.top_k)
     offsets_S1 = tensors["offsets_S1"]
+    shape_SLE = (len(offsets_S1) - 1, len(shape.layers), shape.num_experts)
     fits = (
         ids.shape == shape_LTK
         and ids.dtype == compact_dtype(shape.num_experts)
@@ -176,6 +178,7 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
         and tensors.get("gate_probs_LTK", ids).shape == shape_LTK
         and tensors.get("token_ids_T", tensors["covered_T"]).shape == (num_rows,)
         and len(offsets_S1) >= 1
+        and ("counts_SLE" not in tensors or tensors["counts_SLE"].shape == shape_SLE)
         and offsets_S1[0] == 0
         and offsets_S1[-1] == num_rows
         and bool((np.diff(offsets_S1) >= 0).all())
