@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .balance import plan
     from .config import ReplayConfig
     from .errors import (
         CheckpointError,
@@ -41,10 +42,12 @@ _MODULES = {
     "Span": "routes.spans",
     "Trajectory": "routes.spans",
     "attach": "megatron",
+    "plan": "balance",
 }
 _SUBPACKAGES = (
     "adapters",
     "analysis",
+    "balance",
     "cli",
     "kernels",
     "megatron",
@@ -77,6 +80,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "attach",
+    "plan",
 ]
 
 

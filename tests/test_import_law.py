@@ -23,6 +23,7 @@ CORE = {
     "capture": {"errors"},
     "config": {"errors"},
     "routes": {"errors", "files"},
+    "balance": {"errors", "routes"},
     "metrics": {"errors", "files", "routes"},
     "objectives": {"errors", "metrics"},
     "analysis": {"errors", "files", "routes", "metrics"},
@@ -33,7 +34,7 @@ EDGES = {
     "kernels": {"errors"},
     "rollout": {"errors", "capture", "routes"},
     "sglang": {"errors", "kernels", "capture", "routes"},
-    "megatron": {"errors", "findings", "kernels", "config", "routes", "metrics"},
+    "megatron": {"errors", "findings", "kernels", "config", "routes", "balance", "metrics"},
     "adapters": {"errors", "config", "routes", "metrics", "megatron"},
 }
 LAW = CORE | EDGES

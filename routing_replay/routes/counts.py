@@ -26,7 +26,8 @@ def count_experts(ids: np.ndarray, num_experts: int) -> np.ndarray:
     Args:
         ids: uint8 or uint16, each below `num_experts`.
     """
-    return count_layers(ids.reshape(1, -1), num_experts)[0]
+    counts_E: np.ndarray = count_layers(ids.reshape(1, -1), num_experts)[0]
+    return counts_E
 
 
 def count_layers(ids_LTK: np.ndarray, num_experts: int) -> np.ndarray:

@@ -1,0 +1,155 @@
+"""Which expert-parallel rank holds which expert of a layer, and swaps that balance them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError
+
+# Swaps of one layer: far more than any start needed (64 experts of 128 were the most).
+MAX_SWAPS = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placement:
+    """Where the experts of each layer lie. Rank r holds the slots r * E / R .. (r + 1) * E / R.
+
+    Invariant: every layer's slots hold each expert once.
+
+    Args:
+        experts_LE: int64; slot p of a layer holds the model's expert `experts_LE[layer, p]`.
+        num_ranks: R, expert-parallel ranks.
+
+    Raises:
+        ConfigError: Ranks that do not divide the experts, or slots that are no permutation.
+    """
+
+    experts_LE: np.ndarray
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        num_experts = self.experts_LE.shape[1]
+        if self.num_ranks < 1 or num_experts % self.num_ranks:
+            raise ConfigError(
+                "the expert-parallel ranks do not divide the experts",
+                expected=f"a divisor of {num_experts}",
+                got=self.num_ranks,
+            )
+        if not (np.sort(self.experts_LE, axis=1) == np.arange(num_experts)).all():
+            raise ConfigError(
+                "a placement does not hold every expert of a layer once",
+                expected=f"permutations of 0..{num_experts - 1}",
+                got=self.experts_LE.tolist(),
+            )
+
+    @classmethod
+    def natural(cls, num_layers: int, num_experts: int, num_ranks: int) -> Placement:
+        """Return Megatron's own: expert e in slot e."""
+        return cls(experts_LE=np.tile(np.arange(num_experts), (num_layers, 1)), num_ranks=num_ranks)
+
+    @property
+    def num_local(self) -> int:
+        """Experts of a layer on one rank."""
+        return int(self.experts_LE.shape[1]) // self.num_ranks
+
+    @property
+    def ranks_LE(self) -> np.ndarray:
+        """The rank of each of the model's experts; int64 [L, E]."""
+        ranks_LE: np.ndarray = np.argsort(self.experts_LE, axis=1) // self.num_local
+        return ranks_LE
+
+    def is_on_rank_ER(self, layer: int) -> np.ndarray:
+        """Return whether an expert lies on a rank, as float32 0 or 1 [E, R]."""
+        ranks_E = self.ranks_LE[layer]
+        is_on_ER: np.ndarray = ranks_E[:, None] == np.arange(self.num_ranks)
+        return is_on_ER.astype(np.float32)
+
+    def num_moves(self, before: Placement) -> int:
+        """Return how many experts change their rank from an earlier placement to this one."""
+        return int((self.ranks_LE != before.ranks_LE).sum())
+
+
+def swapped(loads_LME: np.ndarray, start: Placement, least_gain: float = 0.0) -> Placement:
+    """Return a placement with less on the busiest ranks, by swaps of two experts at a time.
+
+    Each swap takes an expert of the rank that is busiest most, and exchanges it with the expert
+    elsewhere that lowers the sum over the microbatches of the busiest rank's load most. A layer
+    ends when no swap lowers it, and goes back to the point at which its swaps paid most.
+
+    Args:
+        loads_LME: Tokens for each expert in each microbatch M (and group of experts).
+        start: Where the experts lie now; moves are counted from here.
+        least_gain: Load on the busiest ranks, summed over the microbatches, that a swap must save:
+            the cost of moving two experts over the steps for which they stay.
+    """
+    experts_LE = start.experts_LE.copy()
+    best_LE, loads_LME = experts_LE.copy(), loads_LME.astype(np.float32)
+    # A gain below the rounding of float32 sums could swap two experts for ever.
+    noise_L = 1e-6 * loads_LME.sum((1, 2))
+    saved_L, most_saved_L = np.zeros(len(experts_LE)), np.zeros(len(experts_LE))
+    active = np.arange(len(experts_LE))
+    for _ in range(MAX_SWAPS):
+        by_slot_LME = np.take_along_axis(loads_LME[active], experts_LE[active, None], axis=2)
+        gain_L, first_L, second_L = _best_swaps(by_slot_LME, start.num_ranks)
+        gains_L = gain_L > noise_L[active]
+        active, first_L, second_L = active[gains_L], first_L[gains_L], second_L[gains_L]
+        if not len(active):
+            break
+        slots_L2 = np.stack([first_L, second_L], axis=1)
+        experts_LE[active[:, None], slots_L2] = experts_LE[active[:, None], slots_L2[:, ::-1]]
+        # A swap may pay only together with the next one: the best of all prefixes is kept.
+        saved_L[active] += gain_L[gains_L] - least_gain
+        is_better_L = saved_L > most_saved_L
+        best_LE[is_better_L], most_saved_L = (
+            experts_LE[is_better_L],
+            np.maximum(saved_L, most_saved_L),
+        )
+    return Placement(experts_LE=best_LE, num_ranks=start.num_ranks)
+
+
+def _best_swaps(
+    by_slot_LME: np.ndarray, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gain of each layer's best swap and its two slots; [L] each."""
+    num_layers, num_microbatches, num_experts = by_slot_LME.shape
+    num_local = num_experts // num_ranks
+    loads_LMR = by_slot_LME.reshape(*by_slot_LME.shape[:2], num_ranks, num_local).sum(3)
+    layer_L = np.arange(num_layers)
+    busiest_L = _busiest(loads_LMR)
+    others_LMR = loads_LMR.copy()
+    others_LMR[layer_L, :, busiest_L] = -np.inf
+    elsewhere_LMR = _max_of_others(others_LMR)
+    own_slots_LN = busiest_L[:, None] * num_local + np.arange(num_local)
+    after_LNE = np.zeros((num_layers, num_local, num_experts), np.float32)
+    for m in range(num_microbatches):
+        load_LE = by_slot_LME[:, m]
+        # [L, N, E]: what the busiest rank gains if it gives slot n for slot e.
+        change_LNE = load_LE[:, None] - load_LE[layer_L[:, None], own_slots_LN][..., None]
+        busiest_LNE = loads_LMR[layer_L, m, busiest_L][:, None, None] + change_LNE
+        partner_LE = np.repeat(loads_LMR[:, m], num_local, axis=1)
+        np.maximum(busiest_LNE, partner_LE[:, None] - change_LNE, out=busiest_LNE)
+        rest_LE = np.repeat(elsewhere_LMR[:, m], num_local, axis=1)
+        after_LNE += np.maximum(busiest_LNE, rest_LE[:, None], out=busiest_LNE)
+    after_LNE[layer_L[:, None], :, own_slots_LN] = np.inf  # no swap within the rank
+    best_L = after_LNE.reshape(num_layers, -1).argmin(1)
+    gain_L = loads_LMR.max(2).sum(1) - after_LNE.reshape(num_layers, -1)[layer_L, best_L]
+    return gain_L, own_slots_LN[layer_L, best_L // num_experts], best_L % num_experts
+
+
+def _busiest(loads_LMR: np.ndarray) -> np.ndarray:
+    """The rank of each layer that holds up the others most; [L]."""
+    excess_LMR = loads_LMR - loads_LMR.mean(2, keepdims=True)
+    is_peak_LMR = loads_LMR == loads_LMR.max(2, keepdims=True)
+    busiest_L: np.ndarray = np.where(is_peak_LMR, excess_LMR, 0).sum(1).argmax(1)
+    return busiest_L
+
+
+def _max_of_others(loads_LMR: np.ndarray) -> np.ndarray:
+    """For each rank the largest load of the other ranks; -inf where there is none."""
+    if loads_LMR.shape[2] == 1:
+        return np.full_like(loads_LMR, -np.inf)
+    second_LM2 = np.partition(loads_LMR, -2, axis=2)[..., -2:]
+    is_peak_LMR = loads_LMR == second_LM2[..., 1:]
+    return np.where(is_peak_LMR, second_LM2[..., :1], second_LM2[..., 1:])
