@@ -58,8 +58,8 @@ def test_seams_that_are_there_make_no_line_and_nothing_is_imported(tmp_path):
         (seam("gone"), "framework.inner.gone does not exist"),
         (seam("a", module="framework.none"), "framework.none does not exist"),
         (
-            seam("function", "second"),
-            "framework.inner.function(first, second, *args, third=3) does not take (second)",
+            seam("function", "fourth"),
+            "framework.inner.function(first, second, *args, third=3) does not take (fourth)",
         ),
         (seam("Worker.other"), "framework.inner.Worker.other does not exist"),
         (seam("CONSTANT", "first"), "framework.inner.CONSTANT (no function) does not take (first)"),

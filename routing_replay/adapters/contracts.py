@@ -23,8 +23,7 @@ class Seam:
     Args:
         module: The module that binds the name.
         name: A function, a `Class.method`, or a name that the module imports.
-        parameters: What the function takes by name, the first ones in this order; none if only
-            the name counts.
+        parameters: What the function must take by name; none if only the name counts.
     """
 
     module: str
@@ -82,7 +81,7 @@ RAY_HOOK = Switch(
 )
 
 
-def _slime(package: str, init: str, *, get_batch: Seam, tested: str) -> Framework:
+def _slime(package: str, *, get_batch: Seam, logger: str, tested: str) -> Framework:
     """slime and its fork miles: the same seams, module by module."""
     model = f"{package}.backends.megatron_utils.model"
     return Framework(
@@ -95,20 +94,16 @@ def _slime(package: str, init: str, *, get_batch: Seam, tested: str) -> Framewor
             Seam(
                 module=model,
                 name="forward_only",
-                parameters=("f", "args", "model", "data_iterator", "num_microbatches"),
+                parameters=("model", "data_iterator", "store_prefix"),
             ),
-            Seam(
-                module=model,
-                name="train_one_step",
-                parameters=("args", "rollout_id", "step_id", "data_iterator", "model"),
-            ),
+            Seam(module=f"{package}.backends.megatron_utils.actor", name="forward_only"),
             Seam(module=f"{package}.backends.megatron_utils.initialize", name="init"),
-            Seam(module=f"{package}.utils.misc", name="load_function", parameters=("path",)),
+            Seam(module=logger, name="log", parameters=("args", "metrics", "step_key")),
         ),
         switches=(
             Switch(
                 setting="--custom-megatron-init-path",
-                value=init,
+                value="routing_replay.adapters.slime.init",
                 cause="Nothing loads the adapter",
             ),
             Switch(
@@ -144,7 +139,7 @@ FRAMEWORKS = {
     ),
     "slime": _slime(
         "slime",
-        "routing_replay.adapters.slime.init",
+        logger="slime.observability.logging_utils",
         get_batch=Seam(
             module="slime.backends.megatron_utils.data",
             name="get_batch",
@@ -154,7 +149,7 @@ FRAMEWORKS = {
     ),
     "miles": _slime(
         "miles",
-        "routing_replay.adapters.slime.init",
+        logger="miles.utils.tracking_utils.tracking",
         get_batch=Seam(
             module="miles.backends.training_utils.data",
             name="get_batch",
@@ -303,13 +298,8 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 def _fits(node: ast.AST, parameters: tuple[str, ...]) -> bool:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return False
-    arguments = node.args
-    positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
-    keywords = {a.arg for a in arguments.kwonlyargs}
-    if positional[:1] == ["self"]:
-        positional = positional[1:]
-    ordered = tuple(p for p in parameters if p not in keywords)
-    return tuple(positional[: len(ordered)]) == ordered
+    arguments = (*node.args.args, *node.args.kwonlyargs)
+    return set(parameters) <= {argument.arg for argument in arguments}
 
 
 def _text(node: ast.AST) -> str:
