@@ -50,7 +50,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its need; sort the slow lanes first, so that workers end together."""
-    lanes = [*NEEDS.values(), "core"]
+    lanes = [*NEEDS.values(), "frameworks", "core"]
     items.sort(key=lambda item: lanes.index(need_of(item.path)))
     for item in items:
         item.add_marker(need_of(item.path))
