@@ -144,7 +144,7 @@ def edited(table: RouteTable, edit) -> RouteTable:
     """A copy of the table whose faulty layer's ids [S, T, K] went through `edit`."""
     shape = (NUM_SEQUENCES, NUM_TOKENS - 1, table.shape.top_k)
     sequences = []
-    ids_LTK, gates_LTK = table.expert_ids_LTK.copy(), table.gate_probs_LTK.copy()
+    ids_LTK, gates_LTK = table.expert_ids_LTK.copy(), table.gate_probs_LNK.copy()
     for values_LTK in (ids_LTK, gates_LTK):
         is_ids = values_LTK is ids_LTK
         values_STK = values_LTK[FAULTY_LAYER].reshape(shape)
@@ -160,6 +160,12 @@ def edited(table: RouteTable, edit) -> RouteTable:
             )
         )
     return RouteTable.from_routes(sequences)
+
+
+def with_few_gates(table: RouteTable) -> RouteTable:
+    """The same routes with the gates of every seventh row only."""
+    keeps_gates_T = np.arange(table.num_rows) % 7 == 3
+    return RouteTable.from_routes(list(table.sequences()), keeps_gates_T=keeps_gates_T)
 
 
 def shift(values_STK, is_ids):
@@ -201,6 +207,7 @@ def examine(rank: int, folder: str) -> dict:
         rollouts = {
             "clean": clean,
             "another seed": clean_engine.sample(seed=1),
+            "gates of a sample": dataclasses.replace(clean, table=with_few_gates(clean.table)),
             "coarse router": coarse_engine.sample(),
             "shifted": edit(shift),
             "renumbered": edit(renumber),

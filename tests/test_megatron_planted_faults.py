@@ -24,6 +24,15 @@ def test_a_clean_pair_of_engines_stays_quiet(found):
     assert clean["attribution"].parts["routing"].is_clear
 
 
+def test_gates_of_a_sample_of_rows_are_compared_with_these_rows_own(found):
+    clean, sampled = (found[name]["metrics"] for name in ("clean", "gates of a sample"))
+    bound = sampled["routing_replay/router_kl_bound"].mean
+    # Another row's gates would be nats away. 1 of 7 rows has the same mean, but for chance.
+    assert bound == pytest.approx(clean["routing_replay/router_kl_bound"].mean, rel=0.5)
+    assert bound != clean["routing_replay/router_kl_bound"].mean
+    assert sampled["routing_replay/coverage"] == 1
+
+
 def test_a_router_in_lower_precision_is_named_by_its_router_kl(found):
     (finding,) = found["coarse router"]["findings"]
     assert finding.startswith(f"warning: Layer {FAULTY_LAYER} differs on")

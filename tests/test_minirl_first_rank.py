@@ -1,24 +1,20 @@
 """recipes.minirl.first_rank: the other ranks wait for rank 0, and end with it."""
 
+import os
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from recipes.minirl import node_files
 from recipes.minirl.first_rank import FirstRank
+from recipes.minirl.node import require_alike
+from routing_replay.errors import ConfigError, DataError
 
 WORK_S = 0.5
-
-
-def in_world(rank, port, folder):
-    """One of two ranks; rank 0 holds the store, as torchrun's agent does."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    first_rank = FirstRank(folder / "scratch")
-    waits_for_rank_0(first_rank, rank, folder)
-    (folder / f"rank_{rank}").touch()
-    first_rank.run("died", fail)
+NODES = (0, 0, 1)  # of the three ranks
 
 
 def write_after_a_while(path):
@@ -32,15 +28,11 @@ def fail():
 
 
 def waits_for_rank_0(first_rank, rank, folder):
-    step = first_rank.new_folder("step")
     start = time.monotonic()
-    metrics = first_rank.run("sampled", write_after_a_while, step / "batch")
-    assert (step / "batch").read_text() == "complete"
+    metrics = first_rank.run("sampled", write_after_a_while, folder / "sampled")
+    assert NODES[rank] == 1 or (folder / "sampled").read_text() == "complete"
     assert metrics == ({"reward": 1.0} if rank == 0 else {})
     assert time.monotonic() - start >= WORK_S / 2
-    first_rank.keep(step, folder / "last")
-    dist.barrier()
-    assert (folder / "last" / "batch").read_text() == "complete"
 
 
 def free_port():
@@ -49,11 +41,100 @@ def free_port():
     return store.port
 
 
-@pytest.mark.timeout(120)
-def test_other_ranks_go_on_when_rank_0_is_done_and_end_when_it_dies(tmp_path):
-    context = mp.spawn(in_world, (free_port(), tmp_path), nprocs=2, join=False)
+def in_nodes(rank, port, folder):
+    """One of three ranks on two nodes; rank 0 holds the store, as torchrun's agent does."""
+    node = NODES[rank]
+    os.environ["GROUP_RANK"] = str(node)
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(NODES))
+    node_files.CHUNK_BYTES = 1000
+    folder = folder / f"disk_{node}"
+    first_rank = FirstRank(folder / "scratch")
+    waits_for_rank_0(first_rank, rank, folder)
+    errors = {
+        "files": raised(files_of_rank_0_are_on_every_node, first_rank, folder),
+        "full disk": raised(a_node_cannot_write, first_rank, node),
+        "other configuration": raised(require_alike, {"steps": 10 + node, "run_dir": folder}),
+        "other folder": raised(require_alike, {"steps": 10, "run_dir": folder}),
+    }
+    first_rank.close()
+    dist.barrier()
+    left = sorted(path.name for path in folder.iterdir())
+    torch.save({"errors": errors, "left": left}, folder / f"outcome_{rank}.pt")
+    first_rank.run("died", fail)
+
+
+def raised(work, *arguments):
+    try:
+        work(*arguments)
+    except (DataError, ConfigError) as error:
+        return str(error)
+    return None
+
+
+def files_of_rank_0_are_on_every_node(first_rank, folder):
+    contents = {"batch": os.urandom(2500), "routes": b"abc", "empty": b""}
+    step = first_rank.new_folder("step")
+
+    def write():
+        for name, content in contents.items():
+            (step / name).write_bytes(content)
+
+    first_rank.run("written", write)
+    first_rank.share(step)
+    box = [contents]
+    dist.broadcast_object_list(box)
+    assert {path.name: path.read_bytes() for path in step.iterdir()} == box[0]
+    first_rank.keep(step, folder / "last")
+    assert not step.exists() or dist.get_rank() == 1  # the first rank of a node removes it
+
+
+def a_node_cannot_write(first_rank, node):
+    step = first_rank.new_folder("full")
+    if node == 1 and dist.get_rank() == 2:
+        (step / "batch").mkdir()  # cannot be replaced by a file
+    first_rank.run("written again", lambda: (step / "batch").write_bytes(bytes(5000)) and None)
+    first_rank.share(step)
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nodes")
+    for node in range(2):
+        (folder / f"disk_{node}").mkdir()
+    context = mp.spawn(in_nodes, (free_port(), folder), nprocs=len(NODES), join=False)
     for process in context.processes:
         process.join(60)
-    assert {path.name for path in tmp_path.glob("rank_*")} == {"rank_0", "rank_1"}
-    # Rank 0 ends with its error; its store goes with it, and so does the wait of rank 1.
-    assert all(process.exitcode not in (0, None) for process in context.processes)
+    return [
+        torch.load(folder / f"disk_{node}" / f"outcome_{rank}.pt") | {"status": process.exitcode}
+        for rank, (node, process) in enumerate(zip(NODES, context.processes, strict=True))
+    ]
+
+
+def test_other_ranks_go_on_when_rank_0_is_done_and_end_when_it_dies(of_ranks):
+    # All came to the end of what they do before. Then rank 0 ends with its error; its store goes
+    # with it, and so does the wait of the others.
+    assert all(outcome["status"] not in (0, None) for outcome in of_ranks)
+
+
+def test_nodes_with_disks_of_their_own_get_the_files_of_rank_0(of_ranks):
+    assert [outcome["errors"]["files"] for outcome in of_ranks] == [None] * 3
+    # Only the node of rank 0 keeps the newest step, and no node its scratch folder.
+    assert "last" in of_ranks[0]["left"] and "last" not in of_ranks[2]["left"]
+    assert not any("scratch" in outcome["left"] for outcome in of_ranks)
+
+
+def test_a_node_that_cannot_write_is_named_on_every_rank(of_ranks):
+    for outcome in of_ranks:
+        error = outcome["errors"]["full disk"]
+        assert "a node could not write the files of a step" in error
+        assert "[node 1, " in error and "--scratch-dir" in error
+
+
+def test_machines_with_other_settings_are_refused_on_every_rank(of_ranks):
+    for outcome in of_ranks:
+        assert (
+            "disagree on 'steps'; expected 10, as on node 0; got 11 [node 1]"
+            in (outcome["errors"]["other configuration"])
+        )
+        assert outcome["errors"]["other folder"] is None

@@ -52,6 +52,40 @@ def test_every_sequence_survives_the_file(path, sequences):
         assert_same_routes(ours, read)
 
 
+def test_gates_of_some_rows_are_those_of_the_whole_table(tmp_path, sequences):
+    whole = RouteTable.from_routes(sequences)
+    keeps_gates_T = np.arange(14) % 4 == 1  # rows 1, 5, 9 and 13 of the sequences' 5, 1, 0 and 8
+    sampled = RouteTable.from_routes(sequences, keeps_gates_T=keeps_gates_T)
+    sampled = RouteTable.open(sampled.save(tmp_path / "r.safetensors"))
+    rows_T = np.array([13, -1, 5, 2, 1, 9])
+    has_gates_T = sampled.has_gates(rows_T)
+    assert has_gates_T.tolist() == [True, False, True, False, True, True]
+    assert whole.has_gates(rows_T).tolist() == [True, False, True, True, True, True]
+    rows_M = rows_T[has_gates_T]
+    np.testing.assert_array_equal(
+        sampled.gather_gates((4, 1), rows_M), whole.gather_gates((4, 1), rows_M)
+    )
+    # A slot is one byte of id and two of gate.
+    slots = 14 * len(LAYERS) * TOP_K
+    assert whole.gate_probs_LNK.nbytes == 2 * slots
+    assert sampled.gate_probs_LNK.nbytes == 2 * slots * 4 // 14
+    assert sampled.sequence(0).gate_probs_TLK is None
+
+
+def test_a_table_without_a_row_with_gates_has_none(sequences):
+    table = RouteTable.from_routes(sequences, keeps_gates_T=np.zeros(14, bool))
+    assert table.gather_gates(LAYERS, np.array([0])) is None
+    assert not table.has_gates(np.arange(14)).any()
+
+
+@pytest.mark.parametrize("rows", [[1, 1, 2], [2, 1, 3], [1, 2, 14], [-1, 0, 1]])
+def test_gates_of_rows_that_are_not_in_the_table_are_damage(tmp_path, sequences, rows):
+    table = RouteTable.from_routes(sequences, keeps_gates_T=np.arange(14) < 3)
+    table.gate_rows_N[:] = rows
+    with pytest.raises(TableError, match="the routes file is damaged"):
+        RouteTable.open(table.save(tmp_path / "r.safetensors"))
+
+
 def test_more_than_256_experts_are_kept_in_two_bytes(tmp_path):
     routes = random_routes(4, 0, experts=512)
     path = RouteTable.from_routes([routes]).save(tmp_path / "r.safetensors")

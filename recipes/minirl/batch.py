@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from routing_replay.config import ReplayConfig
 from routing_replay.errors import DataError, writing
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
@@ -167,6 +168,35 @@ def open_step(folder: Path, has_routes: bool) -> tuple[Batch, RouteTable | None]
         is_verifier = os.environ.get("LOCAL_RANK", "0") == "0"
         table = RouteTable.open(folder / ROUTES_FILE, verify=is_verifier)
     return Batch.open(folder / BATCH_FILE), table
+
+
+def rows_with_gates(
+    batch: Batch, sequences: Sequence[Routes], num_calls: int, replay: ReplayConfig
+) -> np.ndarray:
+    """Return which rows of the step's routes keep their gates: a sample of the response tokens.
+
+    Agreement looks at `agreement_tokens` tokens of a router call. So many of an average call have
+    gates, evenly spaced over the step.
+
+    Args:
+        batch: The step's batch.
+        sequences: The routes of its sequences.
+        num_calls: Calls of a layer's routers in one pass over the step, on all ranks.
+        replay: What agreement samples.
+
+    Returns:
+        bool over the rows of all sequences.
+    """
+    is_response_T = np.concatenate(
+        [mask_T[: r.num_rows] for mask_T, r in zip(batch.mask_ST.numpy(), sequences, strict=True)]
+    )
+    rows_N = np.flatnonzero(is_response_T)
+    num_compared = num_calls * replay.agreement_tokens or len(rows_N)
+    every = max(1, len(rows_N) // max(1, num_compared))
+    keeps_T = np.zeros_like(is_response_T)
+    if replay.agreement_every:
+        keeps_T[rows_N[::every]] = True
+    return keeps_T
 
 
 def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ from routing_replay.errors import CheckpointError
 from .policy import Policy
 
 PREFIX = "step_"
+# A network file system may remember for a minute that a file did not exist.
+VISIBLE_AFTER_S = 90.0
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,36 @@ def newest(run_dir: Path) -> Path | None:
     return max((run_dir / "checkpoints").glob(f"{PREFIX}*"), default=None)
 
 
+def agreed(run_dir: Path) -> Path | None:
+    """Return the checkpoint that rank 0 finds newest, once this rank sees it too; collective.
+
+    Raises:
+        CheckpointError: Another rank does not see it (on every rank).
+    """
+    names: list[str | None] = [None]
+    checkpoint = newest(run_dir)
+    if dist.get_rank() == 0 and checkpoint is not None:
+        names = [checkpoint.name]
+    dist.broadcast_object_list(names, src=0)
+    if names[0] is None:
+        return None
+    chosen = run_dir / "checkpoints" / names[0]
+    on_every_rank(lambda: _require_visible(chosen / "trainer" / "state.json"))
+    return chosen
+
+
+def _require_visible(path: Path) -> None:
+    deadline = time.monotonic() + VISIBLE_AFTER_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                "a rank does not see the checkpoint that rank 0 resumes from",
+                where=f"{path}, rank {dist.get_rank()}",
+                fix="Name a folder that all machines see with --shared-dir",
+            )
+        time.sleep(POLL_S)
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read how far the run was at a checkpoint.
 
@@ -68,7 +102,7 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
 
     Args:
         policy: The trained policy.
-        run_dir: Folder of the run.
+        run_dir: Folder of the run that all ranks see.
         progress: How far the run is.
         source: Folder that config and tokenizer are copied from.
 

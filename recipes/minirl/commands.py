@@ -38,11 +38,11 @@ def server_command(config: RecipeConfig) -> list[str]:
 def node_command(
     config: RecipeConfig, run_dir: Path, urls: Sequence[str], node: int, address: str = "NODE0"
 ) -> list[str]:
-    """Return torchrun's command for one node of the trainer."""
-    command = ["python", "-m", "torch.distributed.run"]
-    command += ["--nnodes", str(config.run.nnodes), "--node-rank", str(node)]
-    command += ["--master-addr", address, "--master-port", "29500"]
-    return [*command, *trainer_arguments(config, run_dir, urls)]
+    """Return the command of one node of the trainer."""
+    if config.run.nnodes == 1:
+        return ["python", "-m", "torch.distributed.run", *trainer_arguments(config, run_dir, urls)]
+    command = ["python", "-m", "recipes.minirl.node", str(run_dir), "--node-rank", str(node)]
+    return [*command, "--master-addr", address, "--master-port", "29500", "--rollout-url", *urls]
 
 
 def trainer_arguments(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch.distributed as dist
+
+from routing_replay.errors import DataError
+
+from .node_files import broadcast_files, first_ranks, node_number
 
 # A collective would time out while a server samples. The wait ends early if rank 0 dies: the store
 # ends with it. (The store's client counts milliseconds in 32 bits, hence no longer.)
@@ -19,21 +24,27 @@ P = ParamSpec("P")
 class FirstRank:
     """Runs work on rank 0 alone. The other ranks wait for it, however long it takes.
 
-    The signal goes through the process group's store. Polling a file would be slow on a network
-    file system, which remembers for up to a minute that a file did not exist. Data do go through
-    files: no rank opens one before the signal says that it is complete.
+    The signal goes through the process group's store, and so do files between nodes. Polling a
+    shared disk would be slow: a network file system remembers for up to a minute that a file did
+    not exist.
 
     Args:
-        folder: Scratch folder on a disk that all ranks share; emptied at the start.
+        folder: Scratch folder of the run. Each node has a part of its own in it, emptied at the
+            start, so it may lie on a disk of the node or on one that all share.
     """
 
     def __init__(self, folder: Path):
+        first_of_nodes = first_ranks()
         self.is_me = dist.get_rank() == 0
-        self.folder = folder
+        self.folder = folder / f"node_{node_number()}"
+        self._is_first_of_node = dist.get_rank() in first_of_nodes
         self._store = dist.distributed_c10d._get_default_store()
-        if self.is_me:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        # On ranks outside it the group is a number, which nothing there uses.
+        has_group = len(first_of_nodes) > 1
+        self._group: Any = dist.new_group(first_of_nodes, backend="gloo") if has_group else None
+        if self._is_first_of_node:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
         dist.barrier()
 
     def run(
@@ -61,21 +72,45 @@ class FirstRank:
         return metrics
 
     def new_folder(self, name: str) -> Path:
-        """Make a folder for files that rank 0 writes and the others read."""
+        """Make a folder for files that rank 0 writes and all read, on each node."""
         path = self.folder / name
-        if self.is_me:
+        if self._is_first_of_node:
             path.mkdir()
         return path
 
+    def share(self, path: Path) -> None:
+        """Copy rank 0's files in such a folder to the other nodes; collective.
+
+        Raises:
+            DataError: A node could not write them (on every rank).
+        """
+        if self._group is None:
+            return
+        error = broadcast_files(path, self._group) if self._is_first_of_node else None
+        errors: list[tuple[int, OSError | None]] = [(0, None)] * dist.get_world_size()
+        dist.all_gather_object(errors, (node_number(), error))
+        for node, failure in errors:
+            if failure is not None:
+                raise DataError(
+                    "a node could not write the files of a step",
+                    got=failure,
+                    where=f"node {node}, {path.parent.parent}",
+                    fix="Free space there, or choose a larger disk with --scratch-dir",
+                )
+
     def keep(self, path: Path, target: Path) -> None:
-        """Move such a folder to `target`, replacing it, once all ranks have finished with it."""
+        """Move rank 0's folder to `target`, replacing it, once all ranks have finished with it."""
         dist.barrier()
         if self.is_me:
             shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
-
-    def remove(self, path: Path) -> None:
-        """Remove such a folder once all ranks have finished with it."""
-        dist.barrier()
-        if self.is_me:
+            shutil.move(path, target)
+        elif self._is_first_of_node:
             shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the scratch folder once all ranks have finished with it."""
+        dist.barrier()
+        if self._is_first_of_node:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another node's part is still there
+                self.folder.parent.rmdir()

@@ -17,6 +17,16 @@ class RunSettings:
     """run: how long, where, and from which state"""
 
     run_dir: str = setting("", "folder of the run; runs/minirl-<time> if empty")
+    shared_dir: str = setting(
+        "",
+        "folder for weights and checkpoints that all machines and servers see; empty: --run-dir",
+    )
+    scratch_dir: str = setting(
+        "",
+        "folder of each machine, such as /dev/shm, for the batch and the routes of a step; empty: "
+        "--run-dir",
+    )
+    node_timeout_s: float = setting(600.0, "longest wait for the trainer's other machines")
     resume: bool = setting(False, "continue the run in --run-dir from its newest checkpoint")
     steps: int = setting(40, "training steps (each: one rollout batch)")
     seed: int = setting(0, "seed of the data order, the tiny model and its warm-up")

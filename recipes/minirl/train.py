@@ -1,7 +1,7 @@
 """The training loop: `torchrun ... -m recipes.minirl.train RUN_DIR --rollout-url URL ...`.
 
 Every rank runs it. Rank 0 talks to the servers and keeps the journal; the batch and its routes
-reach the others as memory-mapped files in the run's scratch folder.
+reach the others as memory-mapped files in the scratch folder of their node.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import traceback
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from recipes.model import parallel
+from recipes.model.collective import on_every_rank
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
@@ -26,11 +28,12 @@ from routing_replay.objectives import Objective
 from routing_replay.routes.table import RouteTable
 
 from . import checkpoints, checks
-from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step
+from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
 from .config import RecipeConfig
 from .first_rank import FirstRank
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
+from .node import require_alike
 from .policy import FixedScores, Policy, Scores
 from .prompts import Prompt, take
 from .publish import write_weights
@@ -41,10 +44,14 @@ from .step_choices import choose
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a step works with; `rollout` and `journal` exist on rank 0 only."""
+    """What a step works with; `rollout` and `journal` exist on rank 0 only.
+
+    `run_dir` may be another folder on each node; `shared_dir` is one for all.
+    """
 
     config: RecipeConfig
     run_dir: Path
+    shared_dir: Path
     inputs: Inputs
     policy: Policy
     first_rank: FirstRank
@@ -54,11 +61,15 @@ class Job:
 
     def publish(self, version: int) -> None:
         """Give the current weights to all servers; collective."""
-        folder = write_weights(self.policy, self.run_dir / "weights", self.inputs.base)
+        # Under a name of its own: a server's network file system may still show it an earlier
+        # folder of the same name, and the old weights would pass for the new ones.
+        folder = self.shared_dir / "weights" / f"version_{version:06d}"
+        write_weights(self.policy, folder, self.inputs.base)
 
         def update() -> None:
             assert self.rollout is not None
             self.rollout.client.update_weights(str(folder), version)
+            remove_others(folder)
 
         self.first_rank.run(f"published_{version}", update)
 
@@ -92,13 +103,16 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     """Run all steps, from the newest checkpoint if there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
-    inputs = load_inputs(config)
-    checkpoint = checkpoints.newest(run_dir)
+    parallel.start_distributed()
+    require_alike(config.to_mapping())
+    inputs = on_every_rank(lambda: load_inputs(config))
+    shared_dir = Path(config.run.shared_dir or run_dir).absolute()
+    checkpoint = checkpoints.agreed(shared_dir)
     progress = checkpoints.read_progress(checkpoint) if checkpoint else checkpoints.Progress()
     policy = Policy(config, checkpoint or inputs.base, inputs.reference)
     if checkpoint:
         checkpoints.load_trainer(policy, checkpoint)
-    first_rank = FirstRank(run_dir / "scratch")
+    first_rank = FirstRank(scratch_folder(config, run_dir))
     rollout = journal = None
     if first_rank.is_me:
         rollout = Rollout(config, urls, inputs.base, policy.replay.shape)
@@ -108,6 +122,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     job = Job(
         config=config,
         run_dir=run_dir,
+        shared_dir=shared_dir,
         inputs=inputs,
         policy=policy,
         first_rank=first_rank,
@@ -122,7 +137,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
             journal.write(0, metrics)
     while progress.step < config.run.steps:
         progress = take_step(job, progress)
-    first_rank.remove(first_rank.folder)
+    first_rank.close()
     if journal:
         journal.close()
 
@@ -136,6 +151,7 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     with clock("rollout"):
         start = progress.prompts_consumed
         values = job.first_rank.run(f"sampled_{step}", sample_batch, job, start, scratch)
+        job.first_rank.share(scratch)
         batch, table = open_step(scratch, has_routes=config.rollout_capture != "off")
 
     # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
@@ -219,7 +235,7 @@ def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> chec
     """Save a checkpoint if one is due; keep the newest batch."""
     run = job.config.run
     if is_due(progress.step, run.checkpoint_every, run.steps):
-        checkpoints.save(job.policy, job.run_dir, progress, job.inputs.base)
+        checkpoints.save(job.policy, job.shared_dir, progress, job.inputs.base)
     # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
     job.first_rank.keep(scratch, job.run_dir / "last_batch")
     return progress
@@ -239,8 +255,11 @@ def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
     )
     batch.save(scratch / BATCH_FILE)
     if config.rollout_capture != "off":
-        table = RouteTable.from_routes([s.routes for s in groups.samples if s.routes is not None])
-        table.save(scratch / ROUTES_FILE)
+        routes = [s.routes for s in groups.samples if s.routes is not None]
+        # Tensor-parallel ranks route parts of a sequence, each on its own.
+        num_calls = job.policy.sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
+        keeps_gates_T = rows_with_gates(batch, routes, num_calls, config.replay)
+        RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
     return rollout_metrics(config, batch, groups)
 
 
@@ -312,6 +331,19 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
     ):
         old = policy.score(batch, batch.token_rows(recorded))
     return old, recorded
+
+
+def scratch_folder(config: RecipeConfig, run_dir: Path) -> Path:
+    """Return the folder of a step's files; on a disk of the node it carries the run's name."""
+    scratch_dir = config.run.scratch_dir
+    return Path(scratch_dir) / f"minirl-{run_dir.name}" if scratch_dir else run_dir / "scratch"
+
+
+def remove_others(folder: Path) -> None:
+    """Remove everything beside a folder."""
+    for path in folder.parent.iterdir():
+        if path != folder:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def inner_layer(config: RecipeConfig, step: int) -> int:

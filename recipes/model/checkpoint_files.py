@@ -151,8 +151,10 @@ class CheckpointWriter:
         self._flush()
         self._name_shards()
         self._copy_side_files()
-        for path in [*self.partial.iterdir(), self.partial]:
-            _sync(path)
+        for path in self.partial.iterdir():
+            if path.suffix != ".safetensors":
+                _sync(path)
+        _sync(self.partial)
         self._replace()
 
     def abandon(self) -> None:
@@ -165,6 +167,9 @@ class CheckpointWriter:
             # transformers refuses files whose metadata does not name the framework.
             path = self.partial / f"{len(self._shards)}.safetensors"
             save_file(self._pending, path, metadata={"format": "pt"})
+            # Here rather than at the end: the other ranks wait in a collective, whose time limit
+            # must not depend on the size of the whole model.
+            _sync(path)
             self._shards.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
 

@@ -102,10 +102,8 @@ def initialize(layout: ParallelLayout, seed: int, backend: str | None = None) ->
     enable_cpu()
     if parallel_state.model_parallel_is_initialized():
         raise ConfigError("Megatron is initialized already", fix="Call destroy() first")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     layout.check_world(_world_size())
-    if not torch.distributed.is_initialized():
-        _start_distributed(backend)
+    start_distributed(backend)
     initialize_groups(layout)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + _SEED_STRIDE_PER_STAGE * stage)
@@ -145,7 +143,11 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _start_distributed(backend: str) -> None:
+def start_distributed(backend: str | None = None) -> None:
+    """Start torch.distributed, unless it runs; the arguments are those of `initialize`."""
+    if torch.distributed.is_initialized():
+        return
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # A dead peer should end the job within minutes, not after the default half hour of NCCL.

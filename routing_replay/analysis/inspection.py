@@ -103,7 +103,7 @@ def inspect_table(table: RouteTable) -> Inspection:
     origin_counts = np.bincount(table.origin_T, minlength=len(Origin))
     shape = table.shape
     columns = [table.expert_ids_LTK, table.covered_T, table.origin_T, table.weight_version_T]
-    columns += [c for c in (table.gate_probs_LTK, table.logits_NLE) if c is not None]
+    columns += [c for c in (table.gate_probs_LNK, table.logits_NLE) if c is not None]
     size_bytes = sum(column.nbytes for column in columns)
     num_covered = int(np.count_nonzero(table.covered_T))
     return Inspection(
@@ -119,7 +119,7 @@ def inspect_table(table: RouteTable) -> Inspection:
         coverage=num_covered / max(1, table.num_rows),
         origins={origin.name.lower(): int(origin_counts[origin]) for origin in Origin},
         weight_versions={int(v): int(n) for v, n in zip(versions, counts, strict=True)},
-        has_gates=table.gate_probs_LTK is not None,
+        has_gates=table.gate_probs_LNK is not None,
         num_logit_rows=0 if table.logit_rows_N is None else len(table.logit_rows_N),
         size_bytes=size_bytes,
         bytes_per_row=size_bytes / max(1, table.num_rows),

@@ -47,11 +47,15 @@ class AgreementSample:
     ):
         self._agreement = agreement
         self._layers = layers
-        tokens_M = evenly_spaced(np.flatnonzero(is_candidate_T), max_tokens)
+        tokens_C = np.flatnonzero(is_candidate_T)
+        has_gates_C = table.has_gates(rows_T[tokens_C])
+        has_gates = bool(has_gates_C.any())
+        # A table may keep the gates of a sample only; then the tokens are chosen among these.
+        tokens_M = evenly_spaced(tokens_C[has_gates_C] if has_gates else tokens_C, max_tokens)
         rows_M = rows_T[tokens_M]
         self._tokens_M = to_device(tokens_M, device)
         self._rows_M = to_device(rows_M, device)
-        gates_LMK = table.gather_gates(layers, rows_M)
+        gates_LMK = table.gather_gates(layers, rows_M) if has_gates else None
         self._gates_LMK = None if gates_LMK is None else to_device(gates_LMK, device)
         self._valid_M = torch.ones(len(tokens_M), dtype=torch.bool, device=device)
         self._logits_LNE: torch.Tensor | None = None

@@ -317,7 +317,7 @@ class Replay:
             agreement = LayerAgreement(
                 self.shape.layers,
                 num_rows=table.num_rows,
-                has_gates=table.gate_probs_LTK is not None,
+                has_gates=table.gate_probs_LNK is not None,
                 has_logits=table.logit_rows_N is not None,
                 device=self._attachment.device,
             )

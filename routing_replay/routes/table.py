@@ -3,7 +3,8 @@
 The file is an ordinary safetensors file (any safetensors reader opens it):
 
     expert_ids_LTK    U8 or U16   layer first, so that a pipeline stage reads only its own layers
-    gate_probs_LTK    F16         optional
+    gate_probs_LNK    F16         optional; of all rows, or of those that gate_rows_N names
+    gate_rows_N       I64         optional, ascending
     logit_rows_N      I64         optional, with
     logits_NLE        F32         full router logits of a sample of rows
     covered_T         BOOL
@@ -61,7 +62,8 @@ class RouteTable(RowSource):
         self.origin_T = tensors["origin_T"]
         self.weight_version_T = tensors["weight_version_T"]
         self.offsets_S1 = tensors["offsets_S1"]
-        self.gate_probs_LTK = tensors.get("gate_probs_LTK")
+        self.gate_probs_LNK = tensors.get("gate_probs_LNK")
+        self.gate_rows_N = tensors.get("gate_rows_N")
         self.logit_rows_N = tensors.get("logit_rows_N")
         self.logits_NLE = tensors.get("logits_NLE")
         self.token_ids_T = tensors.get("token_ids_T")
@@ -77,8 +79,19 @@ class RouteTable(RowSource):
         return len(self.offsets_S1) - 1
 
     @classmethod
-    def from_routes(cls, sequences: Sequence[Routes], source: str = "rollout") -> RouteTable:
+    def from_routes(
+        cls,
+        sequences: Sequence[Routes],
+        source: str = "rollout",
+        keeps_gates_T: np.ndarray | None = None,
+    ) -> RouteTable:
         """Return the table of a step, from the routes of its sequences.
+
+        Args:
+            sequences: Of one model.
+            source: As for the constructor.
+            keeps_gates_T: bool over the rows of all sequences, those whose gate probabilities are
+                kept; None keeps all. They take two bytes per slot, the ids one.
 
         Raises:
             TableError: No sequence, or sequences of different models.
@@ -93,7 +106,7 @@ class RouteTable(RowSource):
                 TableError,
                 where=f"sequence {number}",
             )
-        return cls(shape, _columns_of(sequences), source)
+        return cls(shape, _columns_of(sequences, keeps_gates_T), source)
 
     @classmethod
     def empty(
@@ -205,20 +218,37 @@ class RouteTable(RowSource):
         """
         return _take_rows(self.expert_ids_LTK, self._indices(layers), rows_T)
 
+    def has_gates(self, rows_T: np.ndarray) -> np.ndarray:
+        """Return whether the table keeps gate probabilities of each row; bool [T]."""
+        if self.gate_probs_LNK is None:
+            return np.zeros(len(rows_T), np.bool_)
+        if self.gate_rows_N is None:
+            return rows_T >= 0
+        at_T = np.searchsorted(self.gate_rows_N, rows_T).clip(max=len(self.gate_rows_N) - 1)
+        is_kept_T: np.ndarray = self.gate_rows_N[at_T] == rows_T
+        return is_kept_T
+
     def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
-        """Return gate probabilities like `gather`, float16; None if they were not captured."""
-        if self.gate_probs_LTK is None:
+        """Return gate probabilities like `gather`, float16; None if they were not captured.
+
+        Args:
+            layers: Global layer indices.
+            rows_T: int64 rows that `has_gates`.
+        """
+        if self.gate_probs_LNK is None:
             return None
-        return _take_rows(self.gate_probs_LTK, self._indices(layers), rows_T)
+        if self.gate_rows_N is not None:
+            rows_T = np.searchsorted(self.gate_rows_N, rows_T)
+        return _take_rows(self.gate_probs_LNK, self._indices(layers), rows_T)
 
     def _indices(self, layers: Sequence[int]) -> list[int]:
         index = {layer: i for i, layer in enumerate(self.shape.layers)}
         return [index[layer] for layer in layers]
 
     def sequence(self, number: int) -> Routes:
-        """Return the routes of one sequence."""
+        """Return the routes of one sequence; with gates, if the table keeps them of all rows."""
         rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
-        gates = self.gate_probs_LTK
+        gates = self.gate_probs_LNK if self.gate_rows_N is None else None
         return Routes(
             expert_ids_TLK=_token_first(self.expert_ids_LTK[:, rows]),
             covered_T=np.array(self.covered_T[rows]),
@@ -310,7 +340,9 @@ def _take_rows(values_LTK: np.ndarray, indices: list[int], rows_T: np.ndarray) -
     return taken_LTK
 
 
-def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
+def _columns_of(
+    sequences: Sequence[Routes], keeps_gates_T: np.ndarray | None
+) -> dict[str, np.ndarray]:
     offsets_S1 = np.cumsum([0] + [r.num_rows for r in sequences]).astype(np.int64)
     ids_LTK, counts_SLE = _ids_and_counts(sequences)
     tensors = {
@@ -323,7 +355,7 @@ def _columns_of(sequences: Sequence[Routes]) -> dict[str, np.ndarray]:
     }
     gates = [r.gate_probs_TLK for r in sequences if r.gate_probs_TLK is not None]
     if len(gates) == len(sequences):
-        tensors["gate_probs_LTK"] = _layer_first(gates)
+        tensors |= _gates_of(gates, offsets_S1, keeps_gates_T)
     logits = concatenate_logits(sequences, offsets_S1[:-1])
     if logits is not None:
         tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)
@@ -345,6 +377,22 @@ def _ids_and_counts(sequences: Sequence[Routes]) -> tuple[np.ndarray, np.ndarray
         counts_SLE[number] = count_covered(rows_LTK, routes.covered_T, first.num_experts)
         start += routes.num_rows
     return ids_LTK, counts_SLE
+
+
+def _gates_of(
+    gates: list[np.ndarray], offsets_S1: np.ndarray, keeps_gates_T: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Return the columns of the gates, of all rows or of the rows to keep."""
+    if keeps_gates_T is None:
+        return {"gate_probs_LNK": _layer_first(gates)}
+    if not keeps_gates_T.any():
+        return {}
+    parts = np.split(keeps_gates_T, offsets_S1[1:-1])
+    kept = [part_TLK[keeps_T] for part_TLK, keeps_T in zip(gates, parts, strict=True)]
+    return {
+        "gate_probs_LNK": _layer_first(kept),
+        "gate_rows_N": np.flatnonzero(keeps_gates_T).astype(np.int64),
+    }
 
 
 def _token_first(values_LTK: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ NAMES_OF_DTYPES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.i
 # A safetensors header is a few hundred bytes here; anything huge is another file or damage.
 MAX_HEADER_BYTES = 1 << 24
 CONVERT = "`routing-replay convert` imports the files of other tools"
-OPTIONAL_COLUMNS = ("logit_rows_N", "logits_NLE", "token_ids_T", "counts_SLE")
+OPTIONAL_COLUMNS = ("gate_rows_N", "logit_rows_N", "logits_NLE", "token_ids_T", "counts_SLE")
 SMALL_COLUMNS = ("covered_T", "origin_T", "weight_version_T", "offsets_S1")
 
 
@@ -39,7 +39,7 @@ def checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np
     """Return the CRC-32 of the description, of each small column, and of each layer."""
     sums = [zlib.crc32(json.dumps(description).encode())]
     sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
-    for name in ("expert_ids_LTK", "gate_probs_LTK"):
+    for name in ("expert_ids_LTK", "gate_probs_LNK"):
         sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
     sums += [_crc(tensors[name]) for name in OPTIONAL_COLUMNS if name in tensors]
     return np.array(sums, np.int64)
@@ -175,7 +175,7 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
         ids.shape == shape_LTK
         and ids.dtype == compact_dtype(shape.num_experts)
         and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
-        and tensors.get("gate_probs_LTK", ids).shape == shape_LTK
+        and _gates_fit(tensors, shape_LTK)
         and tensors.get("token_ids_T", tensors["covered_T"]).shape == (num_rows,)
         and len(offsets_S1) >= 1
         and ("counts_SLE" not in tensors or tensors["counts_SLE"].shape == shape_SLE)
@@ -185,3 +185,16 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
     )
     if not fits:
         raise damaged(path, f"columns of one shape for {shape}", f"expert ids {ids.shape}")
+
+
+def _gates_fit(tensors: dict[str, np.ndarray], shape_LTK: tuple[int, int, int]) -> bool:
+    """Return whether the gates are of all rows, or of distinct ascending ones."""
+    num_layers, num_rows, top_k = shape_LTK
+    gates_LNK, rows_N = tensors.get("gate_probs_LNK"), tensors.get("gate_rows_N")
+    if gates_LNK is None:
+        return rows_N is None
+    if rows_N is None:
+        return gates_LNK.shape == shape_LTK
+    in_range = not len(rows_N) or (rows_N[0] >= 0 and rows_N[-1] < num_rows)
+    is_ascending = bool((np.diff(rows_N) > 0).all())
+    return gates_LNK.shape == (num_layers, len(rows_N), top_k) and in_range and is_ascending
