@@ -1,6 +1,6 @@
 """The recipe's trainer on two nodes with disks of their own, by the commands of --prepare-only.
 
-Weights and checkpoints are in a folder that both see; the second sees it late (slow_folder/).
+Weights and checkpoints are in a folder that both see; the second sees it late (slow_folder.py).
 """
 
 import contextlib
@@ -57,7 +57,9 @@ def train(commands, url, folder):
     """Both nodes to their end; node 1 has a disk of its own, and sees the shared folder late."""
     names = {"NODE0": "127.0.0.1", "29500": str(free_port()), "http://SERVER:30000": url}
     own = names | {str(folder / "disk_0"): str(folder / "disk_1")}
-    path = os.pathsep.join([str(ROOT / "tests" / "slow_folder"), str(ROOT)])
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text("import slow_folder\n")
+    path = os.pathsep.join(map(str, [folder / "site", ROOT, ROOT / "tests"]))
     slow = {"PYTHONPATH": path, "SLOW_FOLDER": str(folder / "shared"), "SLOW_S": str(SLOW_S)}
     with contextlib.ExitStack() as stack:
         nodes = []
