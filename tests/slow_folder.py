@@ -1,8 +1,9 @@
 """A shared folder as a network file system shows it: what others made is seen late.
 
-A sitecustomize.py that imports this makes every Python process of a node do so. Under the folder SLOW_FOLDER a process
-does not see a checkpoint or a version of the weights (two names below the folder) before SLOW_S
-seconds have passed since it first looked for it: the file system remembers that it was not there.
+A sitecustomize.py that imports this makes every Python process of a node do so. Under the folder
+SLOW_FOLDER a process does not see a checkpoint or a version of the weights (two names below the
+folder) before SLOW_S seconds have passed since it first looked for it: the file system remembers
+that it was not there.
 """
 
 import errno
