@@ -22,6 +22,7 @@ from . import versions
 from .gates import gate_probs, pack, parse_version, score_function, unpack
 from .logits import LogitSampler
 from .refusals import refuse_unsupported
+from .routers import check_routers
 from .slots import KeptRows, SlotRows
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,19 @@ class Capturer(RoutedExpertsCapturer):
         self.architecture = ", ".join(model_config.hf_config.architectures or ())
         self._router: tuple[torch.Tensor, Any] | None = None
         self._report_memory()
+
+    @staticmethod
+    def create(**named: Any) -> RoutedExpertsCapturer | None:
+        """Return the capturer of this process, if routes are wanted, after a look at the model.
+
+        Raises:
+            ServerError: As `check_routers`, and as the constructor.
+        """
+        capturer = RoutedExpertsCapturer.create(**named)
+        # SGLang 0.5.23 passes the model; of the older versions some do not.
+        if capturer is not None and "model" in named:
+            check_routers(named["model"], capturer.settings, capturer.architecture)
+        return capturer
 
     def route(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Run SGLang's post-processing of a selection; `capture` within it knows the logits."""

@@ -1,0 +1,156 @@
+"""Write docs/capture_families.md: which models of an SGLang report routes, read from its sources.
+
+    python -m tools.capture_families [FOLDER]
+
+FOLDER contains `sglang/`; the installed one by default. Nothing of SGLang is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import distribution
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "capture_families.md"
+PREFIX = "sglang.srt.models."
+# Draft models never write the rows of their target.
+DRAFT_ENDINGS = ("NextN", "MTP", "Eagle", "Eagle3", "DraftModel")
+INTRODUCTION = """\
+# Model families
+
+Which models of SGLang {version} report their routes, read from its sources by
+`python -m tools.capture_families`; **nothing of this table was run**. Run on a CPU, with rows
+compared: Qwen3-MoE, GLM-4-MoE, OLMoE.
+
+A model reports where its MoE layers select with SGLang's `TopK` module. It then reports ids. Gates
+and logits need the router's logits and a known score function, which a router with a function of
+its own does not give. A model without `TopK`, and one in which two routers have one layer number,
+are refused when the server starts.
+
+| architecture | reports | routers |
+| --- | --- | --- |
+"""
+
+
+@dataclass(kw_only=True, eq=False)
+class Class:
+    """A class of a model file: the names that its body uses, and the routers that it builds."""
+
+    names: set[str] = field(default_factory=set)
+    routers: list[ast.Call] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False)
+class Module:
+    """A model file: its classes, what it imports from other model files, and those files."""
+
+    classes: dict[str, Class]
+    imports: dict[str, tuple[str, str]]
+    files: list[str]
+    entries: list[str]
+
+
+def read_module(path: Path) -> Module:
+    """Return the classes, imports and entry classes of a model file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    module = Module(classes={}, imports={}, files=[], entries=[])
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            module.classes[node.name] = _read_class(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PREFIX):
+            source = (node.module or "").removeprefix(PREFIX)
+            for alias in node.names:
+                module.imports[alias.asname or alias.name] = (source, alias.name)
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith(PREFIX)]
+            module.files += [name.removeprefix(PREFIX) for name in names]
+        elif isinstance(node, ast.Assign) and "EntryClass" in map(ast.unparse, node.targets):
+            module.entries += [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)]
+    return module
+
+
+def _read_class(node: ast.ClassDef) -> Class:
+    names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    names |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+    routers = [
+        inner
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Call) and ast.unparse(inner.func) in ("TopK", "HashTopK")
+    ]
+    return Class(names=names, routers=routers)
+
+
+def routers_of(modules: dict[str, Module], source: str, name: str) -> Iterator[ast.Call]:
+    """Yield the routers that a class builds, by itself or through the classes that it names."""
+    waiting, seen = [(source, name)], set()
+    while waiting:
+        source, name = waiting.pop()
+        module = modules.get(source)
+        if module is None or (source, name) in seen:
+            continue
+        seen.add((source, name))
+        if name in module.imports:
+            waiting.append(module.imports[name])
+        elif name in module.classes:
+            yield from module.classes[name].routers
+            waiting += [(source, used) for used in sorted(module.classes[name].names)]
+        else:
+            waiting += [(file, name) for file in module.files]
+
+
+def describe(routers: Sequence[ast.Call]) -> tuple[str, str]:
+    """Return what a model with these routers reports, and how they select."""
+    selecting = [call for call in routers if ast.unparse(call.func) == "TopK"]
+    arguments = [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in selecting]
+    has_own = any(a.get("custom_routing_function", "None") != "None" for a in arguments)
+    traits = ["its own function" if has_own else "", "grouped" if _is_grouped(arguments) else ""]
+    traits.append("bias" if any("correction_bias" in a for a in arguments) else "")
+    if len(selecting) < len(routers):
+        traits.append("hash-routed layers, if any, never report")
+    reports = "ids" if has_own else "ids, gates, logits"
+    return reports, ", ".join(trait for trait in traits if trait) or "plain"
+
+
+def _is_grouped(arguments: Sequence[dict[str | None, str]]) -> bool:
+    return any(a.get("use_grouped_topk", "False") not in ("False", "None") for a in arguments)
+
+
+def page(folder: Path, version: str) -> str:
+    """Return the page for the SGLang in a folder."""
+    paths = sorted((folder / "sglang" / "srt" / "models").glob("*.py"))
+    modules = {path.stem: read_module(path) for path in paths}
+    rows = []
+    for source, module in modules.items():
+        for entry in module.entries:
+            if entry.endswith(DRAFT_ENDINGS):
+                continue
+            routers = list(routers_of(modules, source, entry))
+            if routers:
+                reports, traits = describe(routers)
+                rows.append(f"| {entry} | {reports} | {traits} |")
+    return INTRODUCTION.format(version=version) + "\n".join(sorted(set(rows))) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="contains sglang/")
+    folder = parser.parse_args(arguments).folder
+    installed = distribution("sglang") if folder is None else None
+    if installed is not None:
+        folder, version = Path(str(installed.locate_file(""))), installed.version
+    else:
+        (info,) = folder.glob("sglang-*.dist-info")
+        version = info.name.split("-")[1].removesuffix(".dist")
+    PAGE.write_text(page(folder, version), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
