@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError, unknown_name
 
-CAPTURES = ("off", "stock", "ids", "gates", "logits")
-OURS = ("ids", "gates", "logits")
+CAPTURES = ("off", "stock", "ids", "weights", "gates", "logits")
+OURS = ("ids", "weights", "gates", "logits")
 LEVEL_VARIABLE = "ROUTING_REPLAY_CAPTURE"
 FRACTION_VARIABLE = "ROUTING_REPLAY_LOGIT_FRACTION"
 KERNEL_VARIABLE = "ROUTING_REPLAY_CAPTURE_KERNEL"
@@ -52,6 +52,15 @@ class CaptureSettings:
     @property
     def has_gates(self) -> bool:
         return self.level in ("gates", "logits")
+
+    @property
+    def has_weights(self) -> bool:
+        return self.level == "weights"
+
+    @property
+    def hooks_routers(self) -> bool:
+        """Whether more than ids is captured, which SGLang's own capture does not see."""
+        return self.has_gates or self.has_weights
 
     @property
     def has_logits(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
 from routing_replay.routes import payload
 from routing_replay.routes.payload import decode, decode_compact, encode
-from routing_replay.routes.routes import Origin, RouterLogits, Routes, compact_dtype
+from routing_replay.routes.routes import ROW_COLUMNS, Origin, RouterLogits, Routes, compact_dtype
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.stock import from_wide, to_wide
 
@@ -35,6 +35,8 @@ def full_routes(num_rows=9, model=MODEL, seed=0):
     ids_TLK[3] = 0
     gates_TLK = random.random(ids_TLK.shape).astype(np.float16)
     gates_TLK[3] = 0
+    weights_TLK = random.random(ids_TLK.shape).astype(np.float32)
+    weights_TLK[3] = 0
     origin_T = np.where(np.arange(num_rows) < 5, Origin.PREFILL, Origin.DECODE)
     origin_T[3] = Origin.ABSENT
     shape = (2, len(model.layers), model.num_experts)
@@ -43,6 +45,7 @@ def full_routes(num_rows=9, model=MODEL, seed=0):
         layers=model.layers,
         num_experts=model.num_experts,
         covered_T=covered_T,
+        combine_weights_TLK=weights_TLK,
         gate_probs_TLK=gates_TLK,
         router_logits=RouterLogits(
             rows_N=np.array([1, 6]), values_NLE=random.normal(size=shape).astype(np.float32)
@@ -68,7 +71,7 @@ def stock(ids_TLK, num_layers=6, layers=MODEL.layers):
 
 
 def assert_equal(got, expected):
-    for name in ("expert_ids_TLK", "covered_T", "origin_T", "weight_version_T", "gate_probs_TLK"):
+    for name in ROW_COLUMNS:
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     assert (got.layers, got.num_experts) == (expected.layers, expected.num_experts)
     np.testing.assert_array_equal(got.router_logits.rows_N, expected.router_logits.rows_N)

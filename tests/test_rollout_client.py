@@ -291,6 +291,7 @@ def ignore_level(route, body, answer):
         (ignore_start, "ids", "covers other tokens.*4 rows from row 10; got 14 rows from row 0"),
         (ignore_level, "ids", "The plugin is missing"),
         (lambda r, b, a: (200, a), "gates", "no gates come back.*capture level gates"),
+        (lambda r, b, a: (200, a), "weights", "no combine weights.*capture level weights"),
         (lambda *_: (404, {}), "ids", "refuses a request for routes; got status 404"),
         (lambda *_: (200, {"text": "hello"}), "ids", "the answer has no log-probs"),
     ],

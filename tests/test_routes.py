@@ -136,3 +136,26 @@ def test_every_half_is_a_probability_or_refused():
             RoutesError, match="gate probabilities are out of range; expected finite"
         ):
             make([[[0, 1]]], gate_probs_TLK=gates_TLK)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones((1, 1, 2), np.float16), "another shape or type; expected float32.*got float16"),
+        (np.ones((1, 1, 3), np.float32), "a weight for each slot of the ids; got.*1, 1, 3"),
+        (np.array([[[0.5, -0.5]]], np.float32), "finite value >= 0; got -0.5.*layer 0, slot 1"),
+        (np.array([[[np.nan, 0.5]]], np.float32), "got nan"),
+    ],
+)
+def test_weights_that_no_router_makes_are_refused(weights, message):
+    with pytest.raises(RoutesError, match=message):
+        make([[[0, 1]]], combine_weights_TLK=weights)
+
+
+def test_weights_are_sliced_joined_and_uncovered_with_their_rows():
+    weights = np.arange(6, dtype=np.float32).reshape(3, 1, 2)
+    routes = make([[[0, 1]], [[2, 3]], [[1, 0]]], combine_weights_TLK=weights)
+    joined = routes.with_turn(routes[1:], 2)
+    np.testing.assert_array_equal(joined.combine_weights_TLK[:, 0, 0], [0, 2, 2, 4])
+    kept = joined.uncover(np.array([True, False, False, False]))
+    np.testing.assert_array_equal(kept.combine_weights_TLK[:, 0, 1], [0, 3, 3, 5])

@@ -14,6 +14,7 @@ from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ServerError
 from routing_replay.sglang.gates import unpack
 from routing_replay.sglang.logits import LogitSampler
+from routing_replay.sglang.weights import CombineWeights
 
 pytest.importorskip("sglang")
 # SGLang and what it imports warn of their own code.
@@ -48,7 +49,7 @@ def capturer():
     capturer.num_fused_shared_experts, capturer.topk_size = 0, TOP_K
     capturer.device_cache = BaseDeviceCache(8, NUM_LAYERS, TOP_K, "cpu", "test")
     capturer.sampler = LogitSampler((8, NUM_LAYERS, NUM_EXPERTS), 16, 1.0, "cpu")
-    capturer._router = None
+    capturer._router, capturer.weights = None, None
     set_global_experts_capturer(capturer)
     yield capturer
     set_global_experts_capturer(None)
@@ -140,3 +141,32 @@ def test_the_log_names_the_layers_that_have_no_gates(caplog):
         check_routers(model, CaptureSettings(level="gates"), "Tiny")
     assert "2 routers of the model are SGLang's TopK" in caplog.text
     assert "layers [1] report ids only" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({}, 1.0),
+        # Scaled in the selection: the weights have it. Scaled after the experts: they do not.
+        ({"routed_scaling_factor": 2.5, "apply_routed_scaling_factor_on_output": True}, 1.0),
+        ({"routed_scaling_factor": 2.5}, 2.5),
+    ],
+)
+def test_weights_are_the_factors_of_the_experts_in_the_layers_sum(capturer, config, factor):
+    from sglang.srt.layers.moe.topk import TopKConfig, _post_process_topk_ids
+
+    capturer.settings = CaptureSettings(level="weights")
+    capturer.weights = CombineWeights(capturer.device_cache.buffer, TOP_K)
+    weights_TK = torch.tensor([[0.75, 0.25], [0.625, 0.375], [0.5, 0.5]])
+    arguments = (IDS_TK.clone(), weights_TK, TopKConfig(top_k=TOP_K, **config), LOGITS_TE, 1)
+    capturer.route(_post_process_topk_ids, *arguments)
+    assert torch.equal(capturer.weights.step_TLK[:3, 1], weights_TK * factor)
+    # Ids are SGLang's own, without the packing of gates.
+    assert capturer.device_cache.buffer[:3, 1].tolist() == IDS_TK.tolist()
+
+
+def test_a_router_that_passes_the_post_processing_by_has_no_weights(capturer):
+    capturer.settings = CaptureSettings(level="weights")
+    capturer.weights = CombineWeights(capturer.device_cache.buffer, TOP_K)
+    capturer.capture(0, IDS_TK)
+    assert capturer.weights.step_TLK[:3, 0].isnan().all()

@@ -33,7 +33,7 @@ class FakeEngine:
         shape = (num_slots, NUM_LAYERS, TOP_K)
         self.capturer = SimpleNamespace(
             settings=settings,
-            slots=SlotRows(shape, NUM_EXPERTS, settings.has_gates),
+            slots=SlotRows(shape, NUM_EXPERTS, ("gates", "weights")),
             layers={0, 1},
             num_layers=NUM_LAYERS,
             topk_size=TOP_K,
@@ -49,7 +49,10 @@ class FakeEngine:
         step = KeptRows(
             start=0,
             ids_TLK=ids_TLK.astype(np.uint8),
-            gates_TLK=np.full(ids_TLK.shape, 0.25, np.float16),
+            values={
+                "gates": np.full(ids_TLK.shape, 0.25, np.float16),
+                "weights": np.full(ids_TLK.shape, number, np.float32),
+            },
             stamp_T=np.full(len(slots), stamp, np.int32),
             logits=None,
         )
@@ -182,6 +185,28 @@ def test_levels_below_the_servers_and_stock_clients_get_what_they_asked_for():
     assert stock.tolist() == [[[1, 2, 3], [1, 2, 3]]] * 2
 
 
+def test_weights_are_those_of_the_pass_that_computed_the_row():
+    engine, req = FakeEngine(), FakeRequest(3, level="weights")
+    engine.prefill(req, [4, 5, 6], 1)
+    req.output_ids.append(0)
+    engine.decode(req, 7, 2)
+    engine.forward([4, 5], 3, Origin.PREFILL)  # another request's pass, on this one's slots
+    routes = engine.routes(req)
+    assert routes.combine_weights_TLK[:, 0, 0].tolist() == [1, 1, 1, 2]
+    assert routes.gate_probs_TLK is None
+
+
+def test_a_router_of_unknown_weights_leaves_the_ids_of_all_layers_alone():
+    engine, req = FakeEngine(), FakeRequest(2, level="weights")
+    engine.prefill(req, [0, 1], 1)
+    req.output_ids.append(0)
+    engine.capturer.slots.values["weights"][0, 1] = np.nan
+    req.routing_replay_rows = []
+    routes = engine.routes(req)
+    assert routes.combine_weights_TLK is None
+    assert routes.covered_T.all()
+
+
 def test_a_payload_without_a_layer_says_that_no_router_reports():
     engine, req = FakeEngine(), FakeRequest(2)
     engine.prefill(req, [0, 1], 1)
@@ -306,15 +331,16 @@ def test_a_call_site_that_hides_the_logits_is_reported(tmp_path):
 
     router = tmp_path / "sglang/srt/layers/moe/topk.py"
     router.parent.mkdir(parents=True)
-    function = "def _post_process_topk_ids(topk_ids, topk_config, router_logits, layer_id): ..."
-    good = "_post_process_topk_ids(ids, config, logits, 0)"
+    parameters = "topk_ids, topk_weights, topk_config, router_logits, layer_id"
+    function = f"def _post_process_topk_ids({parameters}): ..."
+    good = "_post_process_topk_ids(ids, weights, config, logits, 0)"
     router.write_text(f"{function}\n{good}\n_post_process_topk_ids(*arguments)\n")
     (tmp_path / "sglang/srt/model.py").write_text("_post_process_topk_ids(ids, topk_config=c)")
     problems = [p for p in check_sources(tmp_path, (0, 5, 23)) if " calls " in p]
     name = "calls _post_process_topk_ids without"
     assert problems == [
-        f"layers/moe/topk.py:3 {name} router_logits, topk_config",
-        f"model.py:1 {name} router_logits",
+        f"layers/moe/topk.py:3 {name} router_logits, topk_config, topk_weights",
+        f"model.py:1 {name} router_logits, topk_weights",
     ]
 
 

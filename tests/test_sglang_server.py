@@ -220,6 +220,8 @@ def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message
         ("ids", {"moe_a2a_backend": "flashinfer"}, True),
         ("ids", {"moe_a2a_backend": "deepep"}, False),
         ("gates", {"moe_a2a_backend": "deepep_v2"}, False),
+        ("weights", {"moe_a2a_backend": "deepep"}, True),
+        ("weights", {"cuda_graph_config": TORCH_COMPILE}, True),
         ("ids", {"cuda_graph_config": TORCH_COMPILE}, False),
         ("gates", {"cuda_graph_config": TORCH_COMPILE}, True),
         ("gates", {"cuda_graph_config": BREAKABLE}, False),

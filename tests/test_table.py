@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from routing_replay.errors import TableError
-from routing_replay.routes.routes import Routes
+from routing_replay.routes.routes import ROW_COLUMNS, Routes
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 
@@ -24,13 +24,14 @@ def random_routes(num_rows, seed, experts=EXPERTS, layers=LAYERS, gates=True):
         covered_T=np.arange(num_rows) % 3 != 2,
         layers=layers,
         num_experts=experts,
+        combine_weights_TLK=rng.random(ids.shape, np.float32) if gates else None,
         gate_probs_TLK=rng.random(ids.shape).astype(np.float16) if gates else None,
         weight_version_T=np.full(num_rows, seed, np.int64),
     )
 
 
 def assert_same_routes(left, right):
-    for name in ("expert_ids_TLK", "covered_T", "gate_probs_TLK", "origin_T", "weight_version_T"):
+    for name in ROW_COLUMNS:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
     assert (left.layers, left.num_experts) == (right.layers, right.num_experts)
 

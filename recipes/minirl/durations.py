@@ -9,7 +9,8 @@ from .config import RecipeConfig
 
 GIGA = 1e9
 TERA = 1e12
-GATE_BYTES = 2
+# Bytes of a slot beside its id, by capture level; the logits of a sample are left out.
+VALUE_BYTES = {"ids": 0, "weights": 4, "gates": 2, "logits": 2}
 # A backward pass costs two forwards; full recomputation adds one more forward.
 FORWARDS_PER_UPDATE = {"none": 3.0, "moe": 4.0, "full": 4.0}
 
@@ -100,7 +101,7 @@ def _passes(config: RecipeConfig, cost: ModelCost, name: str, forwards: float, t
 
 
 def _routes(config: RecipeConfig, cost: ModelCost, tokens: int) -> Leg:
-    element = cost.id_bytes + (0 if config.telemetry.capture == "ids" else GATE_BYTES)
+    element = cost.id_bytes + VALUE_BYTES[config.telemetry.capture]
     gigabytes = tokens * cost.route_slots * element / GIGA
     speed = config.plan.plan_disk_gb_per_s
     return Leg(

@@ -190,9 +190,9 @@ class TelemetrySettings:
 
     capture: str = setting(
         "gates",
-        "what the rollout engine returns per token and layer: expert ids; ids and gate "
-        "probabilities; these and the full router logits of a sample of tokens",
-        ("ids", "gates", "logits"),
+        "what the rollout engine returns per token and layer: expert ids; ids and combine weights; "
+        "ids and gate probabilities; these and the full router logits of a sample of tokens",
+        ("ids", "weights", "gates", "logits"),
     )
     sinks: tuple[str, ...] = setting(
         ("jsonl", "tensorboard"), f"where metrics go, of {', '.join(SINKS)}", SINKS

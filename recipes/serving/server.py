@@ -35,8 +35,8 @@ class ServerOptions:
 
     Args:
         port: TCP port on 127.0.0.1; a free one, if None.
-        capture: "off" (no routes), "stock" (SGLang's own capture), or ours: "ids", "gates",
-            "logits". It bounds what a request can ask for.
+        capture: "off" (no routes), "stock" (SGLang's own capture), or ours: "ids", "weights",
+            "gates", "logits". It bounds what a request can ask for.
         logit_fraction: Fraction of the tokens whose full router logits "logits" keeps, in (0, 1].
         has_kernel: Whether a Triton kernel computes the gates; needs a GPU.
         weight_version: Version of the weights that the server starts with.

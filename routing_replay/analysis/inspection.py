@@ -57,6 +57,7 @@ class Inspection:
     coverage: float
     origins: dict[str, int]
     weight_versions: dict[int, int]
+    has_weights: bool
     has_gates: bool
     num_logit_rows: int
     size_bytes: int
@@ -73,7 +74,7 @@ class Inspection:
             f"{'unknown' if version < 0 else version}: {count}"
             for version, count in self.weight_versions.items()
         )
-        extras = ["gates"] * self.has_gates
+        extras = ["combine weights"] * self.has_weights + ["gates"] * self.has_gates
         extras += [f"router logits of {self.num_logit_rows} rows"] * bool(self.num_logit_rows)
         lines = [
             f"{self.where} ({self.source} routes)",
@@ -103,7 +104,8 @@ def inspect_table(table: RouteTable) -> Inspection:
     origin_counts = np.bincount(table.origin_T, minlength=len(Origin))
     shape = table.shape
     columns = [table.expert_ids_LTK, table.covered_T, table.origin_T, table.weight_version_T]
-    columns += [c for c in (table.gate_probs_LNK, table.logits_NLE) if c is not None]
+    optional = (table.combine_weights_LTK, table.gate_probs_LNK, table.logits_NLE)
+    columns += [c for c in optional if c is not None]
     size_bytes = sum(column.nbytes for column in columns)
     num_covered = int(np.count_nonzero(table.covered_T))
     return Inspection(
@@ -119,6 +121,7 @@ def inspect_table(table: RouteTable) -> Inspection:
         coverage=num_covered / max(1, table.num_rows),
         origins={origin.name.lower(): int(origin_counts[origin]) for origin in Origin},
         weight_versions={int(v): int(n) for v, n in zip(versions, counts, strict=True)},
+        has_weights=table.combine_weights_LTK is not None,
         has_gates=table.gate_probs_LNK is not None,
         num_logit_rows=0 if table.logit_rows_N is None else len(table.logit_rows_N),
         size_bytes=size_bytes,

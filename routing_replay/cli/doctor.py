@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+from ..capture import CAPTURES
 from ..config import ReplayConfig
 from ..errors import ConfigError, RoutingReplayError
 from ..findings import Finding
@@ -48,7 +49,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--capture",
-        choices=("stock", "ids", "gates", "logits"),
+        choices=CAPTURES[1:],
         default="ids",
         help="what the job will ask the servers for (ids)",
     )

@@ -105,6 +105,9 @@ def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeRe
             fix="Use SGLang 0.5.12 or newer on the server, and a gateway that passes the field",
         )
     checks.append("start honoured")
+    if routes.combine_weights_TLK is not None:
+        sums_TL = routes.combine_weights_TLK.sum(-1)
+        checks.append(f"combine weights: in sum {sums_TL.min():.4g} to {sums_TL.max():.4g}")
     if capture in ("gates", "logits"):
         checks.append(_check_gates(routes, url))
     if capture == "logits":

@@ -23,7 +23,8 @@ class GenerateRequest:
         input_ids: Prompt tokens (and, when a partial rollout is resumed, those sampled so far).
         sampling: SGLang's sampling parameters: temperature, top_p, max_new_tokens, ... (its
             `SamplingParams`).
-        capture: "off", "stock", "ids", "gates" or "logits"; the server's level bounds it.
+        capture: "off", "stock", "ids", "weights", "gates" or "logits"; the server's level bounds
+            it.
         start: First row of the routes to return: a later turn needs only what is new.
         wants_sampling_mask: Also return the tokens that top-p and top-k left to choose from
             (SGLang >= 0.5.20; it asks for a finite top_k, at most its
@@ -102,7 +103,7 @@ def request_fields(capture: str = "ids", start: int = 0) -> dict[str, Any]:
     "custom_params" into "sampling_params" (`GenerateRequest.to_json` does).
 
     Args:
-        capture: "off", "stock" (SGLang's payload), or "ids", "gates", "logits" (ours).
+        capture: "off", "stock" (SGLang's payload), or "ids", "weights", "gates", "logits" (ours).
         start: The first row to return.
 
     Raises:
@@ -150,7 +151,7 @@ def completion_of(
     return Completion(
         output_ids=output_ids,
         mu_logprobs=np.array([value for value, *_ in logprobs], np.float32),
-        routes=_routes_of(meta_info, request, num_tokens, model),
+        routes=_routes_of(meta_info, request, num_tokens, model, url),
         finish_reason=(meta_info.get("finish_reason") or {}).get("type", ""),
         weight_version=str(meta_info.get("weight_version", "")),
         cached_tokens=int(meta_info.get("cached_tokens") or 0),
@@ -189,18 +190,30 @@ def _routes_of(
     request: GenerateRequest,
     num_tokens: int,
     model: MoEShape | None,
+    url: str,
 ) -> Routes | None:
     # An aborted request that never ran has sampled nothing; there is nothing to replay either.
     has_none = meta_info.get(FIELD) is None and not meta_info.get("output_token_logprobs")
     if request.capture == "off" or has_none:
         return None
-    return decode(
+    routes = decode(
         meta_info,
         num_tokens=num_tokens,
         shape=model,
         start=min(request.start, num_tokens - 1),
         accept_stock=request.capture == "stock",
     )
+    # Gates only measure; without weights a job would replay something else than it was told to.
+    if request.capture == "weights" and routes.combine_weights_TLK is None:
+        raise ServerError(
+            "the answer has no combine weights",
+            expected="a weight for each selected expert",
+            got="ids alone",
+            where=url,
+            fix="Start the server with the capture level weights (ROUTING_REPLAY_CAPTURE=weights); "
+            "a router inside a kernel of the model's own reports none",
+        )
+    return routes
 
 
 def _keys(answer: object) -> str:

@@ -5,8 +5,9 @@ The compact payload is one byte string, little-endian, base64 in JSON:
     header        the fields of `Header`, 32 bytes
     layers        bitmap of the global indices of the routed layers, `bitmap_bytes` bytes
     runs          `RUN` each: so many rows from here on have this origin and weight version
-    body          ids [T, L, K] uint8 (E <= 256) or uint16; then, if flagged, gates [T, L, K]
-                  float16, then the logits' rows [N] uint32 and values [N, L, E] float32
+    body          ids [T, L, K] uint8 (E <= 256) or uint16; then, if flagged, weights [T, L, K]
+                  float32, gates [T, L, K] float16, then the logits' rows [N] uint32 and values
+                  [N, L, E] float32
     checksum      CRC-32 of everything before it
 
 Its first four bytes are no possible expert id, so a stock payload is told apart by looking. Every
@@ -34,20 +35,20 @@ from .shape import MAX_EXPERTS, MoEShape
 from .stock import decode_stock
 
 FIELD = "routed_experts"  # SGLang's, in the `meta_info` of an answer
-# Version 2 deflated the first bytes of the body.
-MAGIC, VERSION = b"RRPL", 3
+# Version 2 deflated the first bytes of the body, version 3 knew no weights.
+MAGIC, VERSION = b"RRPL", 4
 HEADER = struct.Struct("<4sHHIIHHHHII")
 RUN = np.dtype([("num_rows", "<u4"), ("origin", "u1"), ("weight_version", "<i8")])
 CHECKSUM = struct.Struct("<I")
-HAS_GATES, HAS_LOGITS = 1, 2
+HAS_GATES, HAS_LOGITS, HAS_WEIGHTS = 1, 2, 4
 Column = tuple[str, np.dtype, tuple[int, ...]]
 
 
 class Header(NamedTuple):
     """The first bytes of a payload, packed as `HEADER`.
 
-    The flags are HAS_GATES and HAS_LOGITS; `start` is the row of the sequence that comes first;
-    `num_logits` rows have full router logits.
+    The flags are HAS_GATES, HAS_LOGITS and HAS_WEIGHTS; `start` is the row of the sequence that
+    comes first; `num_logits` rows have full router logits.
     """
 
     magic: bytes
@@ -66,6 +67,8 @@ class Header(NamedTuple):
         """Name, dtype and shape of the arrays in the body, in their order."""
         shape = (self.num_rows, self.num_layers, self.top_k)
         columns: list[Column] = [("ids", compact_dtype(self.num_experts).newbyteorder("<"), shape)]
+        if self.flags & HAS_WEIGHTS:
+            columns.append(("weights", np.dtype("<f4"), shape))
         if self.flags & HAS_GATES:
             columns.append(("gates", np.dtype("<f2"), shape))
         if self.flags & HAS_LOGITS:
@@ -86,7 +89,9 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
     header = Header(
         magic=MAGIC,
         version=VERSION,
-        flags=HAS_GATES * (routes.gate_probs_TLK is not None) | HAS_LOGITS * (logits is not None),
+        flags=HAS_GATES * (routes.gate_probs_TLK is not None)
+        | HAS_LOGITS * (logits is not None)
+        | HAS_WEIGHTS * (routes.combine_weights_TLK is not None),
         num_rows=routes.num_rows,
         start=start,
         num_layers=len(routes.layers),
@@ -98,6 +103,7 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
     )
     arrays: dict[str, np.ndarray | None] = {
         "ids": routes.expert_ids_TLK,
+        "weights": routes.combine_weights_TLK,
         "gates": routes.gate_probs_TLK,
         "rows": None if logits is None else logits.rows_N,
         "logits": None if logits is None else logits.values_NLE,
@@ -254,7 +260,7 @@ def _unpack(data: bytes, header: Header) -> Routes:
             "not for models that it serves through its transformers backend",
         )
     is_shape = 1 <= header.num_experts <= MAX_EXPERTS and 1 <= header.top_k <= header.num_experts
-    if not is_shape or header.flags & ~(HAS_GATES | HAS_LOGITS):
+    if not is_shape or header.flags & ~(HAS_GATES | HAS_LOGITS | HAS_WEIGHTS):
         raise _damaged("a known shape and known flags", header)
     runs_at = HEADER.size + header.bitmap_bytes
     body_at = runs_at + header.num_runs * RUN.itemsize
@@ -298,6 +304,7 @@ def _routes_of(
         covered_T=origin_T != Origin.ABSENT,
         layers=layers,
         num_experts=num_experts,
+        combine_weights_TLK=arrays.get("weights"),
         gate_probs_TLK=arrays.get("gates"),
         router_logits=logits,
         origin_T=origin_T,

@@ -19,6 +19,7 @@ CHUNK_ROWS = 1 << 14
 ROW_COLUMNS = (
     "expert_ids_TLK",
     "covered_T",
+    "combine_weights_TLK",
     "gate_probs_TLK",
     "origin_T",
     "weight_version_T",
@@ -85,6 +86,8 @@ class Routes:
         layers: Global 0-based indices of the L routed layers, ascending (dense and hash-routed
             layers are left out).
         num_experts: E, routed experts per layer.
+        combine_weights_TLK: float32, the factor of each selected expert's output in the layer's
+            sum, after renormalisation and scaling; None if they were not captured.
         gate_probs_TLK: float16, probability of each selected expert over ALL experts, before any
             renormalisation; None if they were not captured.
         router_logits: Full logits of a sample of rows; None if they were not captured.
@@ -101,6 +104,7 @@ class Routes:
     num_experts: int
     # The three columns that are None here are filled in __post_init__.
     covered_T: np.ndarray = None  # type: ignore[assignment]
+    combine_weights_TLK: np.ndarray | None = None
     gate_probs_TLK: np.ndarray | None = None
     router_logits: RouterLogits | None = None
     origin_T: np.ndarray = None  # type: ignore[assignment]
@@ -111,6 +115,7 @@ class Routes:
         _check_shape(self)
         _fill_defaults(self)
         _check_rows(self)
+        _check_weights(self)
         _check_gates(self)
 
     @classmethod
@@ -161,7 +166,7 @@ class Routes:
         return replace(self, **columns, router_logits=logits).uncover(rows_T < 0)
 
     def _columns(self) -> dict[str, Any]:
-        """The columns with one entry per row, without gates that were not captured."""
+        """The columns with one entry per row, without those that were not captured."""
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
 
@@ -178,16 +183,16 @@ class Routes:
                 got=f"{rows_T.dtype} {rows_T.shape}",
             )
 
-        ids_TLK, gates, logits = self.expert_ids_TLK.copy(), self.gate_probs_TLK, self.router_logits
-        ids_TLK[rows_T] = 0
-        if gates is not None:
-            gates = np.where(rows_T[:, None, None], np.float16(0), gates)
+        of_slots = ("expert_ids_TLK", "combine_weights_TLK", "gate_probs_TLK")
+        columns = {name: c.copy() for name, c in self._columns().items() if name in of_slots}
+        for column_TLK in columns.values():
+            column_TLK[rows_T] = 0
+        logits = self.router_logits
         if logits is not None:
             logits = logits.select(~rows_T[logits.rows_N])
         return replace(
             self,
-            expert_ids_TLK=ids_TLK,
-            gate_probs_TLK=gates,
+            **columns,
             covered_T=self.covered_T & ~rows_T,
             origin_T=np.where(rows_T, Origin.ABSENT, self.origin_T).astype(np.uint8),
             router_logits=logits,
@@ -195,7 +200,7 @@ class Routes:
 
 
 def concatenate(parts: Sequence[Routes]) -> Routes:
-    """Join routes; gates and logits survive only where every part has them."""
+    """Join routes; weights, gates and logits survive only where every part has them."""
     first = parts[0]
     for part in parts[1:]:
         first.shape.require_equal(part.shape, "the routes belong to different models")
@@ -316,6 +321,29 @@ def has_duplicates(expert_ids_XK: np.ndarray) -> np.ndarray:
             for other_C in ids_KC[:slot]:
                 doubled_C |= ids_KC[slot] == other_C
     return doubled_X.reshape(expert_ids_XK.shape[:-1])
+
+
+def _check_weights(routes: Routes) -> None:
+    weights_TLK = routes.combine_weights_TLK
+    if weights_TLK is None:
+        return
+    if weights_TLK.shape != routes.expert_ids_TLK.shape or weights_TLK.dtype != np.float32:
+        raise RoutesError(
+            "combine weights of the routes have another shape or type",
+            expected=f"float32 {routes.expert_ids_TLK.shape}, a weight for each slot of the ids",
+            got=f"{weights_TLK.dtype} {weights_TLK.shape}",
+        )
+    is_wrong_TLK = (
+        ~(np.isfinite(weights_TLK) & (weights_TLK >= 0)) & routes.covered_T[:, None, None]
+    )
+    if is_wrong_TLK.any():
+        row, column, slot = np.argwhere(is_wrong_TLK)[0]
+        raise RoutesError(
+            "a combine weight is out of range",
+            expected="a finite value >= 0",
+            got=weights_TLK[row, column, slot],
+            where=f"row {row}, layer {routes.layers[column]}, slot {slot}",
+        )
 
 
 def are_probabilities(gates: np.ndarray) -> bool:

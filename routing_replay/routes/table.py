@@ -3,6 +3,7 @@
 The file is an ordinary safetensors file (any safetensors reader opens it):
 
     expert_ids_LTK    U8 or U16   layer first, so that a pipeline stage reads only its own layers
+    combine_weights_LTK   F32     optional
     gate_probs_LNK    F16         optional; of all rows, or of those that gate_rows_N names
     gate_rows_N       I64         optional, ascending
     logit_rows_N      I64         optional, with
@@ -62,6 +63,7 @@ class RouteTable(RowSource):
         self.origin_T = tensors["origin_T"]
         self.weight_version_T = tensors["weight_version_T"]
         self.offsets_S1 = tensors["offsets_S1"]
+        self.combine_weights_LTK = tensors.get("combine_weights_LTK")
         self.gate_probs_LNK = tensors.get("gate_probs_LNK")
         self.gate_rows_N = tensors.get("gate_rows_N")
         self.logit_rows_N = tensors.get("logit_rows_N")
@@ -241,6 +243,12 @@ class RouteTable(RowSource):
             rows_T = np.searchsorted(self.gate_rows_N, rows_T)
         return _take_rows(self.gate_probs_LNK, self._indices(layers), rows_T)
 
+    def gather_weights(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
+        """Return combine weights like `gather`, float32; None if they were not captured."""
+        if self.combine_weights_LTK is None:
+            return None
+        return _take_rows(self.combine_weights_LTK, self._indices(layers), rows_T)
+
     def _indices(self, layers: Sequence[int]) -> list[int]:
         index = {layer: i for i, layer in enumerate(self.shape.layers)}
         return [index[layer] for layer in layers]
@@ -249,11 +257,13 @@ class RouteTable(RowSource):
         """Return the routes of one sequence; with gates, if the table keeps them of all rows."""
         rows = slice(int(self.offsets_S1[number]), int(self.offsets_S1[number + 1]))
         gates = self.gate_probs_LNK if self.gate_rows_N is None else None
+        weights = self.combine_weights_LTK
         return Routes(
             expert_ids_TLK=_token_first(self.expert_ids_LTK[:, rows]),
             covered_T=np.array(self.covered_T[rows]),
             layers=self.shape.layers,
             num_experts=self.shape.num_experts,
+            combine_weights_TLK=None if weights is None else _token_first(weights[:, rows]),
             gate_probs_TLK=None if gates is None else _token_first(gates[:, rows]),
             router_logits=self._logits_of(rows),
             origin_T=np.array(self.origin_T[rows]),
@@ -356,6 +366,9 @@ def _columns_of(
     gates = [r.gate_probs_TLK for r in sequences if r.gate_probs_TLK is not None]
     if len(gates) == len(sequences):
         tensors |= _gates_of(gates, offsets_S1, keeps_gates_T)
+    weights = [r.combine_weights_TLK for r in sequences if r.combine_weights_TLK is not None]
+    if len(weights) == len(sequences):
+        tensors["combine_weights_LTK"] = _layer_first(weights)
     logits = concatenate_logits(sequences, offsets_S1[:-1])
     if logits is not None:
         tensors["logit_rows_N"] = logits.rows_N.astype(np.int64)

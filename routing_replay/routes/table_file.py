@@ -39,7 +39,7 @@ def checksums(description: dict[str, str], tensors: dict[str, np.ndarray]) -> np
     """Return the CRC-32 of the description, of each small column, and of each layer."""
     sums = [zlib.crc32(json.dumps(description).encode())]
     sums += [_crc(tensors[name]) for name in SMALL_COLUMNS]
-    for name in ("expert_ids_LTK", "gate_probs_LNK"):
+    for name in ("expert_ids_LTK", "combine_weights_LTK", "gate_probs_LNK"):
         sums += [_crc(layer_TK) for layer_TK in tensors.get(name, ())]
     sums += [_crc(tensors[name]) for name in OPTIONAL_COLUMNS if name in tensors]
     return np.array(sums, np.int64)
@@ -176,6 +176,7 @@ def _check_columns(path: Path, shape: MoEShape, tensors: dict[str, np.ndarray]) 
         and ids.dtype == compact_dtype(shape.num_experts)
         and all(tensors[name].shape == (num_rows,) for name in SMALL_COLUMNS[:3])
         and _gates_fit(tensors, shape_LTK)
+        and _weights_fit(tensors, shape_LTK)
         and tensors.get("token_ids_T", tensors["covered_T"]).shape == (num_rows,)
         and len(offsets_S1) >= 1
         and ("counts_SLE" not in tensors or tensors["counts_SLE"].shape == shape_SLE)
@@ -198,3 +199,11 @@ def _gates_fit(tensors: dict[str, np.ndarray], shape_LTK: tuple[int, int, int]) 
     in_range = not len(rows_N) or (rows_N[0] >= 0 and rows_N[-1] < num_rows)
     is_ascending = bool((np.diff(rows_N) > 0).all())
     return gates_LNK.shape == (num_layers, len(rows_N), top_k) and in_range and is_ascending
+
+
+def _weights_fit(tensors: dict[str, np.ndarray], shape_LTK: tuple[int, int, int]) -> bool:
+    """Return whether the combine weights are float32, one for each slot of all rows."""
+    weights_LTK = tensors.get("combine_weights_LTK")
+    if weights_LTK is None:
+        return True
+    return weights_LTK.shape == shape_LTK and weights_LTK.dtype == np.float32

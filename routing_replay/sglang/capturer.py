@@ -1,4 +1,4 @@
-"""SGLang's routed-experts capturer, with gates, and with the origin and weights of each row."""
+"""SGLang's routed-experts capturer, with gates or combine weights, origin and weight version."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .logits import LogitSampler
 from .refusals import refuse_unsupported
 from .routers import check_routers
 from .slots import KeptRows, SlotRows
+from .weights import CombineWeights, RouterArguments
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ class CaptureOutput(TopkCaptureOutput):
     """
 
     def __init__(self, stock: TopkCaptureOutput, capturer: Capturer, forward_batch: Any):
-        ids_TLK, self.gates_TLK = stock.topk, None
+        ids_TLK, self.values = stock.topk, capturer.step_values(len(stock.topk))
         if capturer.settings.has_gates:
             ids_TLK, gates_TLK = unpack(stock.topk)
-            self.gates_TLK = gates_TLK.contiguous()
+            self.values["gates"] = gates_TLK.contiguous()
         # Compact before the copy to the host; 16-bit ids are below 2^15, so signed ones will do.
         is_small = capturer.slots.ids_NLK.itemsize == 1
         ids_TLK = ids_TLK.to(torch.uint8 if is_small else torch.int16)
@@ -77,8 +78,7 @@ class CaptureOutput(TopkCaptureOutput):
         self._copy_ours(torch.Tensor.cpu)
 
     def _copy_ours(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.gates_TLK is not None:
-            self.gates_TLK = copy(self.gates_TLK)
+        self.values = {name: copy(values_TLK) for name, values_TLK in self.values.items()}
         if self.logits_NLE is not None:
             self.logits_NLE = copy(self.logits_NLE)
 
@@ -98,7 +98,7 @@ class CaptureOutput(TopkCaptureOutput):
         return KeptRows(
             start=0,
             ids_TLK=self.topk.numpy().view(self.capturer.slots.ids_NLK.dtype),
-            gates_TLK=None if self.gates_TLK is None else self.gates_TLK.numpy(),
+            values={name: values_TLK.numpy() for name, values_TLK in self.values.items()},
             stamp_T=stamp_T,
             logits=logits,
         )
@@ -116,7 +116,7 @@ class Capturer(RoutedExpertsCapturer):
         server_args = versions.server_args()
         refuse_unsupported(server_args, get_moe_runner_backend().value, self.settings)
         targets = versions.targets_of(versions.installed())
-        versions.check_hooks(targets.required(self.settings.has_gates))
+        versions.check_hooks(targets.required(self.settings.hooks_routers))
         self.num_experts = num_experts_of(model_config.hf_text_config)
         # SGLang's own host buffer is not used: it gets one slot.
         super().__init__(model_config, num_tokens=1, **named)
@@ -125,11 +125,15 @@ class Capturer(RoutedExpertsCapturer):
         self.layers: set[int] = set()
         self.sampler = self._sampler(num_tokens) if self.settings.has_logits else None
         shape = (num_tokens, self.num_layers, self.topk_size)
-        self.slots = SlotRows(shape, self.num_experts, self.settings.has_gates, self.sampler)
+        self.weights = None
+        if self.settings.has_weights:
+            self.weights = CombineWeights(self.device_cache.buffer, self.topk_size)
+        captured = ["gates"] * self.settings.has_gates + ["weights"] * self.settings.has_weights
+        self.slots = SlotRows(shape, self.num_experts, captured, self.sampler)
         if self.settings.has_kernel:
             kernels.require_device(self.device_cache.buffer.device)
         self.architecture = ", ".join(model_config.hf_config.architectures or ())
-        self._router: tuple[torch.Tensor, Any] | None = None
+        self._router: RouterArguments | None = None
         self._report_memory()
 
     @staticmethod
@@ -146,10 +150,11 @@ class Capturer(RoutedExpertsCapturer):
         return capturer
 
     def route(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Run SGLang's post-processing of a selection; `capture` within it knows the logits."""
-        self._router = (
-            argument_of(stock, "router_logits", arguments, named),
-            argument_of(stock, "topk_config", arguments, named),
+        """Run SGLang's post-processing of a selection; `capture` within it knows the router."""
+        self._router = RouterArguments(
+            logits_TE=argument_of(stock, "router_logits", arguments, named),
+            weights_TX=argument_of(stock, "topk_weights", arguments, named),
+            topk_config=argument_of(stock, "topk_config", arguments, named),
         )
         try:
             return stock(*arguments, **named)
@@ -159,6 +164,8 @@ class Capturer(RoutedExpertsCapturer):
     def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
         """Write one layer's rows; runs inside CUDA graphs, so static shapes and no sync."""
         self.layers.add(layer_id)
+        if self.weights is not None:
+            self.weights.write(layer_id, len(topk_indices), self._router)
         if not self.settings.has_gates:
             super().capture(layer_id, topk_indices)
             return
@@ -204,11 +211,18 @@ class Capturer(RoutedExpertsCapturer):
             output.copy_now()
         return output
 
+    def step_values(self, num_tokens: int) -> dict[str, torch.Tensor]:
+        """Return what a step captured beside SGLang's own buffer, on the device."""
+        if self.weights is None:
+            return {}
+        # A copy: the next step may overwrite the buffer before this one is on the host.
+        return {"weights": self.weights.step_TLK[:num_tokens].clone()}
+
     def _scores(self, num_tokens: int) -> tuple[torch.Tensor | None, str | None]:
         """Return the logits of the selection at hand, and how the router scores them."""
         if self._router is None:
             return None, None
-        logits_TE, topk_config = self._router
+        logits_TE, topk_config = self._router.logits_TE, self._router.topk_config
         # A kernel that scores and selects at once has no logits: SGLang passes none, [0, E].
         if len(logits_TE) != num_tokens:
             return None, None
@@ -227,6 +241,8 @@ class Capturer(RoutedExpertsCapturer):
         host, device = self.slots.host_bytes, self.device_cache.get_buffer_size_bytes()
         if self.sampler is not None:
             device += self.sampler.device_bytes
+        if self.weights is not None:
+            device += self.weights.device_bytes
         logger.info(
             "routing_replay captures %s: %.1f MiB of device memory, %.1f MiB of host memory",
             self.settings.level,

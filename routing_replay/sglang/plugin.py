@@ -45,7 +45,7 @@ def _replace_capturer(targets: versions.Targets, settings: CaptureSettings) -> N
         **dict.fromkeys(targets.updates, _update_weights),
     }
     # Ids alone are what stock captures: the model's forward then stays as it is.
-    required = targets.required(settings.has_gates)
+    required = targets.required(settings.hooks_routers)
     for name, hook in hooks.items():
         if name is not None and versions.PREFIX + name in required:
             _around(versions.PREFIX + name, hook)

@@ -77,11 +77,11 @@ FEATURES = (
         "SGLang gathers the rows of scattered tokens for DeepEP only. Use deepep or none",
     ),
 )
-LOGITS_FEATURES = (
+UNGATHERED_FEATURES = (
     Feature(
         ("moe_a2a_backend",),
         (None, "none"),
-        "a rank sees the logits of a part of the tokens, and nothing gathers them",
+        "a rank sees the values of a part of the tokens, and nothing gathers them",
     ),
 )
 
@@ -98,8 +98,8 @@ def refuse_unsupported(server_args: Any, moe_backend: str, settings: CaptureSett
         ServerError: What is on, why the rows would be wrong, and what to use instead.
     """
     _refuse(server_args, FEATURES)
-    if settings.has_logits:
-        _refuse(server_args, LOGITS_FEATURES, " and the capture level logits")
+    if settings.has_logits or settings.has_weights:
+        _refuse(server_args, UNGATHERED_FEATURES, f" and the capture level {settings.level}")
     if moe_backend in IN_KERNEL_BACKENDS:
         raise _refusal(
             f"moe_runner_backend={moe_backend}",
@@ -111,7 +111,7 @@ def refuse_unsupported(server_args: Any, moe_backend: str, settings: CaptureSett
             f"chunked_prefill_size={server_args.chunked_prefill_size}",
             "the capture's buffer has the size of a chunk. Name a size",
         )
-    if settings.has_gates and versions.has_compiled_prefill(server_args):
+    if settings.hooks_routers and versions.has_compiled_prefill(server_args):
         raise _refusal(
             f"prefill graphs of torch.compile and the capture level {settings.level}",
             "it would trace the capture. Turn them off (--disable-piecewise-cuda-graph, or "

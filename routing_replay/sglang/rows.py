@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..capture import OURS, REQUEST_KEY
+from ..capture import OURS, REQUEST_KEY, CaptureSettings
 from ..routes.payload import encode
 from ..routes.routes import Origin, RouterLogits, Routes, are_probabilities
 from . import versions
@@ -113,8 +113,8 @@ def _rows(capturer: Capturer, req: Any, req_to_token_pool: Any, start: int, stop
         part, target = kept.part(low, high), slice(low - start, high - start)
         rows.ids_TLK[target] = part.ids_TLK
         rows.stamp_T[target] = part.stamp_T
-        if rows.gates_TLK is not None and part.gates_TLK is not None:
-            rows.gates_TLK[target] = part.gates_TLK
+        for name, values_TLK in rows.values.items():
+            values_TLK[target] = part.values[name]
         if part.logits is not None:
             logits = [*_outside(logits, low, high), part.logits]
     return replace(rows, logits=_joined(logits) if logits else None)
@@ -153,22 +153,29 @@ def _stock_rows(rows: KeptRows) -> torch.Tensor:
 
 def _routes_of(capturer: Capturer, rows: KeptRows, level: str) -> Routes:
     layers = sorted(capturer.layers)
-    ids_TLK, gates_TLK = rows.ids_TLK, rows.gates_TLK if level != "ids" else None
     stamps, covered_T = capturer.slots.stamps, rows.stamp_T != NOT_WRITTEN
-    if len(layers) < ids_TLK.shape[1]:
-        ids_TLK = ids_TLK.take(layers, axis=1)
-        gates_TLK = None if gates_TLK is None else gates_TLK.take(layers, axis=1)
-    if not covered_T.all():
-        ids_TLK[~covered_T] = 0
-        if gates_TLK is not None:
-            gates_TLK[~covered_T] = 0
+
+    def known(values_TLK: np.ndarray | None) -> np.ndarray | None:
+        if values_TLK is None:
+            return None
+        if len(layers) < values_TLK.shape[1]:
+            values_TLK = values_TLK.take(layers, axis=1)
+        if not covered_T.all():
+            values_TLK[~covered_T] = 0
+        return values_TLK
+
+    settings = CaptureSettings(level=level)
+    gates_TLK = known(rows.values.get("gates")) if settings.has_gates else None
+    weights_TLK = known(rows.values.get("weights")) if settings.has_weights else None
     # All or none: one router of the model's own leaves nan.
     has_gates = gates_TLK is not None and are_probabilities(gates_TLK)
+    has_weights = weights_TLK is not None and bool(np.isfinite(weights_TLK).all())
     return Routes.unchecked(
-        expert_ids_TLK=ids_TLK,
+        expert_ids_TLK=known(rows.ids_TLK),
         layers=tuple(layers),
         num_experts=capturer.num_experts,
         covered_T=covered_T,
+        combine_weights_TLK=weights_TLK if has_weights else None,
         gate_probs_TLK=gates_TLK if has_gates else None,
         router_logits=_logits_of(rows, layers, covered_T) if level == "logits" else None,
         origin_T=np.where(covered_T, stamps.origin(rows.stamp_T), Origin.ABSENT),

@@ -1,11 +1,13 @@
 """The row of each KV slot, and the forward pass that wrote it.
 
-Rows lie in compact types: SGLang's own buffer takes four bytes for an id, this one or two, and two
-more for a gate. The memory is not pinned: rows arrive here from a copy on the host.
+Rows lie in compact types: SGLang's own buffer takes four bytes for an id, this one or two, two more
+for a gate, four more for a combine weight. The memory is not pinned: rows arrive here from a copy
+on the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ from ..routes.routes import Origin, RouterLogits, compact_dtype
 from .logits import LogitSampler
 
 NOT_WRITTEN = 0
+# What may be captured beside an id, by name.
+VALUE_DTYPES = {"gates": np.dtype(np.float16), "weights": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +27,15 @@ class KeptRows:
     Args:
         start: The first row's number.
         ids_TLK: uint8 or uint16; all layers, also those that never report.
-        gates_TLK: float16, nan where the router's scores are unknown; None without gates.
+        values: Captured values [T, L, K] by their name in `VALUE_DTYPES`, nan where a router's
+            are unknown.
         stamp_T: What `Stamps.stamp` made of origin and weight version.
         logits: Of a sample of the rows; their numbers count from `start` = 0.
     """
 
     start: int
     ids_TLK: np.ndarray
-    gates_TLK: np.ndarray | None
+    values: dict[str, np.ndarray]
     stamp_T: np.ndarray
     logits: RouterLogits | None
 
@@ -44,7 +49,7 @@ class KeptRows:
         return KeptRows(
             start=low + shift,
             ids_TLK=self.ids_TLK[rows].copy(),
-            gates_TLK=None if self.gates_TLK is None else self.gates_TLK[rows].copy(),
+            values={name: values[rows].copy() for name, values in self.values.items()},
             stamp_T=self.stamp_T[rows].copy(),
             logits=None if self.logits is None else self.logits.within(low, high, shift),
         )
@@ -77,7 +82,7 @@ class SlotRows:
     Args:
         shape: KV slots, layers, top-k.
         num_experts: It decides between one byte and two.
-        has_gates: Whether gates are kept.
+        captured: Names of the values that are kept, of `VALUE_DTYPES`.
         sampler: Where the logits are kept, if they are.
     """
 
@@ -85,26 +90,26 @@ class SlotRows:
         self,
         shape: tuple[int, int, int],
         num_experts: int,
-        has_gates: bool,
+        captured: Sequence[str] = (),
         sampler: LogitSampler | None = None,
     ):
         self.ids_NLK = np.zeros(shape, compact_dtype(num_experts))
-        self.gates_NLK = np.zeros(shape, np.float16) if has_gates else None
+        self.values = {name: np.zeros(shape, VALUE_DTYPES[name]) for name in captured}
         self.stamp_N = np.full(shape[0], NOT_WRITTEN, np.int32)
         self.stamps = Stamps()
         self.sampler = sampler
 
     @property
     def host_bytes(self) -> int:
-        gates_bytes = 0 if self.gates_NLK is None else self.gates_NLK.nbytes
+        values_bytes = sum(values_NLK.nbytes for values_NLK in self.values.values())
         logits_bytes = 0 if self.sampler is None else self.sampler.host_bytes
-        return self.ids_NLK.nbytes + gates_bytes + self.stamp_N.nbytes + logits_bytes
+        return self.ids_NLK.nbytes + values_bytes + self.stamp_N.nbytes + logits_bytes
 
     def put(self, slots_T: np.ndarray, step: KeptRows) -> None:
         """Store the rows of a step at the slots that it wrote."""
         self.ids_NLK[slots_T] = step.ids_TLK
-        if self.gates_NLK is not None:
-            self.gates_NLK[slots_T] = step.gates_TLK
+        for name, values_NLK in self.values.items():
+            values_NLK[slots_T] = step.values[name]
         self.stamp_N[slots_T] = step.stamp_T
         if self.sampler is not None and step.logits is not None:
             self.sampler.keep(slots_T, step.logits.rows_N, step.logits.values_NLE)
@@ -114,11 +119,10 @@ class SlotRows:
         logits = None
         if self.sampler is not None:
             logits = self.sampler.of_slots(slots_T).within(0, len(slots_T), shift=start)
-        gates_NLK = self.gates_NLK
         return KeptRows(
             start=start,
             ids_TLK=self.ids_NLK.take(slots_T, axis=0),
-            gates_TLK=None if gates_NLK is None else gates_NLK.take(slots_T, axis=0),
+            values={name: values.take(slots_T, axis=0) for name, values in self.values.items()},
             stamp_T=self.stamp_N[slots_T],
             logits=logits,
         )
@@ -129,7 +133,7 @@ class SlotRows:
         return KeptRows(
             start=start,
             ids_TLK=np.zeros(shape, self.ids_NLK.dtype),
-            gates_TLK=None if self.gates_NLK is None else np.zeros(shape, np.float16),
+            values={name: np.zeros(shape, values.dtype) for name, values in self.values.items()},
             stamp_T=np.full(num_rows, NOT_WRITTEN, np.int32),
             logits=None,
         )

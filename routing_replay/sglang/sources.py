@@ -15,7 +15,7 @@ from pathlib import Path
 from . import versions
 
 # What `Capturer.route` reads of a call.
-ROUTER_ARGUMENTS = ("topk_config", "router_logits")
+ROUTER_ARGUMENTS = ("topk_config", "topk_weights", "router_logits")
 
 
 def check_sources(root: Path, version: tuple[int, ...]) -> list[str]:

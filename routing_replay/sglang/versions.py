@@ -29,7 +29,7 @@ class Targets:
 
     Args:
         capturer: The class that our capturer replaces.
-        router: Post-processes a layer's selection; hooked only where gates are captured.
+        router: Post-processes a layer's selection; hooked where more than ids is captured.
         collect: Fills a finished request's routes.
         prefill_result: Processes the result of a prefill.
         release: Takes a retracted request's slots away.
@@ -47,10 +47,10 @@ class Targets:
     rename: str | None
     output: str | None
 
-    def required(self, has_gates: bool) -> list[str]:
+    def required(self, hooks_routers: bool) -> list[str]:
         """Return the full names without which rows would be wrong."""
         names = (self.capturer, self.collect, self.prefill_result, self.release, *self.updates)
-        optional = (self.router if has_gates else None, self.rename, self.output)
+        optional = (self.router if hooks_routers else None, self.rename, self.output)
         return [PREFIX + name for name in (*names, *optional) if name is not None]
 
 

@@ -1,4 +1,5 @@
-"""What capture costs: rollouts with capture off, stock's, ours with ids, ours with gates.
+"""What capture costs: rollouts with capture off, stock's, ours with ids, with
+combine weights, with gates.
 
     python -m tools.bench.capture [--model CHECKPOINT] [--rounds 24] [-- --dtype bfloat16 ...]
 
@@ -40,9 +41,12 @@ from .payload import long_version, speeds
 
 Key = tuple[str, int]
 
-CAPTURES = ("off", "stock", "ids", "gates")
+CAPTURES = ("off", "stock", "ids", "weights", "gates")
 # (a, b): the ratio a / b is what the table shows.
-PAIRS = (("stock", "off"), ("ids", "off"), ("gates", "off"), ("ids", "stock"), ("gates", "stock"))
+PAIRS = (
+    *(("stock", "off"), ("ids", "off"), ("weights", "off"), ("gates", "off")),
+    *(("ids", "stock"), ("weights", "stock"), ("gates", "stock")),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,7 +124,7 @@ def cpu_seconds(server: Server) -> float:
 
 def order_of(keys: Iterable[Key], number: int) -> list[Key]:
     """Return a new order for each round, of the kinds and of the copies within a turn."""
-    kinds = list(itertools.permutations(CAPTURES))[5 * number % 24]
+    kinds = list(itertools.permutations(CAPTURES))[31 * number % math.factorial(len(CAPTURES))]
     copies = sorted({copy for _, copy in keys}, reverse=number % 2 == 1)
     return [(capture, copy) for copy in copies for capture in kinds]
 

@@ -1,4 +1,4 @@
-"""Bytes and speed of payloads: stock's int32, ours with ids, ours with gates.
+"""Bytes and speed of payloads: stock's int32, ours with ids, with combine weights, with gates.
 
     python -m tools.bench.payload [--rows 32768] [--layers 48] [--experts 128] [--top-k 8]
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import base64
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,7 @@ from routing_replay.sglang.slots import SlotRows
 from .paired import finish, parse, parser, ratios, spread, take_turns, timed
 
 Figures = dict[str, dict[str, float]]
+LEVELS = ("ids", "weights", "gates")
 # Rounds of every comparison.
 ROUNDS = 15
 
@@ -37,15 +40,18 @@ def random_routes(arguments: argparse.Namespace) -> Routes:
     choices = np.argsort(random.random((4096, arguments.experts)), -1)[:, : arguments.top_k]
     picks_TL = random.integers(0, len(choices), (arguments.rows, arguments.layers))
     ids_TLK = choices.astype(compact_dtype(arguments.experts))[picks_TL]
-    return with_gates(ids_TLK, range(arguments.layers), arguments.experts)
+    return with_values(ids_TLK, range(arguments.layers), arguments.experts)
 
 
-def with_gates(ids_TLK: np.ndarray, layers: Iterable[int], num_experts: int) -> Routes:
-    """Return routes whose gates are all equal."""
-    gates_TLK = np.full(ids_TLK.shape, 1 / ids_TLK.shape[2], np.float16)
-    layers = tuple(layers)
+def with_values(ids_TLK: np.ndarray, layers: Iterable[int], num_experts: int) -> Routes:
+    """Return routes whose gates and weights are all equal."""
+    equal = 1 / ids_TLK.shape[2]
     return Routes(
-        expert_ids_TLK=ids_TLK, layers=layers, num_experts=num_experts, gate_probs_TLK=gates_TLK
+        expert_ids_TLK=ids_TLK,
+        layers=tuple(layers),
+        num_experts=num_experts,
+        combine_weights_TLK=np.full(ids_TLK.shape, equal, np.float32),
+        gate_probs_TLK=np.full(ids_TLK.shape, equal, np.float16),
     )
 
 
@@ -53,13 +59,15 @@ def long_version(routes: Routes, num_rows: int = 32768) -> Routes:
     """Return the same rows, repeated to the length of a long rollout."""
     repeats = -(-num_rows // routes.num_rows)
     ids_TLK = np.tile(routes.expert_ids_TLK, (repeats, 1, 1))[:num_rows]
-    return with_gates(ids_TLK, routes.layers, routes.num_experts)
+    return with_values(ids_TLK, routes.layers, routes.num_experts)
 
 
 def payloads_of(routes: Routes) -> dict[str, Callable[[], bytes]]:
     """Return the function that makes each kind of server's bytes."""
-    ids = Routes(
-        expert_ids_TLK=routes.expert_ids_TLK, layers=routes.layers, num_experts=routes.num_experts
+    weights = replace(routes, gate_probs_TLK=None)
+    gates, ids = (
+        replace(routes, combine_weights_TLK=None),
+        replace(weights, combine_weights_TLK=None),
     )
     wide_TLK = np.zeros((routes.num_rows, routes.layers[-1] + 1, routes.top_k), np.int32)
 
@@ -67,7 +75,8 @@ def payloads_of(routes: Routes) -> dict[str, Callable[[], bytes]]:
         wide_TLK[:, list(routes.layers)] = routes.expert_ids_TLK
         return wide_TLK.tobytes()
 
-    return {"stock": stock, "ids": lambda: encode(ids), "gates": lambda: encode(routes)}
+    ours = {"ids": ids, "weights": weights, "gates": gates}
+    return {"stock": stock} | {kind: partial(encode, r) for kind, r in ours.items()}
 
 
 def speeds(routes: Routes, rounds: int = ROUNDS) -> Figures:
@@ -95,8 +104,9 @@ def speeds(routes: Routes, rounds: int = ROUNDS) -> Figures:
 def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], object]]:
     """Return what stock and our server do for a finished request of so many tokens."""
     ids_TLK, num_rows = routes.expert_ids_TLK[:num_rows], min(num_rows, routes.num_rows)
-    slots = SlotRows(ids_TLK.shape, routes.num_experts, has_gates=True)
-    slots.ids_NLK[:], slots.gates_NLK[:] = ids_TLK, routes.gate_probs_TLK[:num_rows]
+    slots = SlotRows(ids_TLK.shape, routes.num_experts, ("gates", "weights"))
+    slots.ids_NLK[:], slots.values["gates"][:] = ids_TLK, routes.gate_probs_TLK[:num_rows]
+    slots.values["weights"][:] = routes.combine_weights_TLK[:num_rows]
     slots.stamp_N[:] = slots.stamps.stamp(Origin.DECODE, 0)
     stock_NLK = torch.from_numpy(ids_TLK.astype(np.int32))
     # Slots are as scattered as a radix tree leaves them.
@@ -115,7 +125,7 @@ def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], o
     def stock() -> torch.Tensor:
         return stock_NLK[pool.req_to_token[0, : num_rows - 1].cpu().clone()]
 
-    return {"stock": stock, "ids": ours("ids"), "gates": ours("gates")}
+    return {"stock": stock} | {level: ours(level) for level in LEVELS}
 
 
 def finished(num_tokens: int, level: str) -> SimpleNamespace:
@@ -158,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(row + f"| {values['encode']:.2f} | {values['decode']:.2f} |")
     collecting = {name: timed(call) for name, call in collectors(routes).items()}
     figures["collection"] = ratios(take_turns(collecting, arguments.rounds), "stock")
-    for kind in ("ids", "gates"):
+    for kind in LEVELS:
         print(f"collection of {kind}: {figures['collection'][kind]} of the time of stock's")
     ids_TLK = routes.expert_ids_TLK
     searches = {
