@@ -12,6 +12,7 @@ from typing import Any
 from .errors import ConfigError, unknown_name
 
 MODES = ("disabled", "R2", "R3", "auto")
+WEIGHTS = ("live", "frozen", "straight_through")
 FLAG_PREFIX = "routing_replay_"
 
 
@@ -33,6 +34,13 @@ class ReplayConfig:
         "disabled: live routing; R2: replay the old policy's training-engine routes; R3: replay "
         "the rollout's routes; auto: by global batch / mini batch (1 disabled, 2 and 3 R2, 4+ R3)",
         MODES,
+    )
+    weights: str = setting(
+        "live",
+        "combine weights of replayed experts. live: the trainer's router's own; frozen: the "
+        "rollout's (capture level weights), and the router gets no gradient from the experts' "
+        "outputs; straight_through: the rollout's, and the router gets the live weights' gradient",
+        WEIGHTS,
     )
     agreement_every: int = setting(
         1, "compare live with replayed routes every N-th microbatch of a replaying pass; 0: never"
@@ -59,8 +67,21 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise unknown_name("mode of routing replay", self.mode, MODES)
+        if self.weights not in WEIGHTS:
+            raise unknown_name("weights of routing replay", self.weights, WEIGHTS)
+        if self.replays_weights and self.mode == "R2":
+            raise ConfigError(
+                "mode R2 replays no weights",
+                expected="weights='live', or mode R3",
+                got=f"weights={self.weights!r}",
+                fix="R2 replays the trainer's own routes, whose weights are not recorded",
+            )
         for name in ("agreement_every", "agreement_tokens"):
             require_count(name, getattr(self, name))
+
+    @property
+    def replays_weights(self) -> bool:
+        return self.weights != "live"
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> ReplayConfig:

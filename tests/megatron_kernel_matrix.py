@@ -124,10 +124,10 @@ def check_case(case: Case) -> list[str]:
     stock = job.run()
     r2 = ReplayConfig(mode="R2", agreement_every=1, agreement_tokens=8, kernel=True)
     with attach(job.chunks, r2) as replay:
-        wrong = replay_matrix._differences("attached, off", stock, job.run())
+        wrong = replay_matrix.differences("attached, off", stock, job.run())
         with replay.recording(job.batch.lengths) as recorded:
             recording = job.run(replay, recorded.rows)
-        wrong += replay_matrix._differences("recording", stock, recording)
+        wrong += replay_matrix.differences("recording", stock, recording)
         table = recorded.table()
         with replay.replaying(table):
             again = job.run(replay, table.rows)
@@ -146,7 +146,7 @@ def check_case(case: Case) -> list[str]:
         if not (live.table().expert_ids_LTK == live_ids_LTK).all():
             wrong.append("live routes beside a replay")
     wrong += far_apart("random routes", torch_form, ours)
-    return wrong + replay_matrix._differences("removed", stock, job.run())
+    return wrong + replay_matrix.differences("removed", stock, job.run())
 
 
 def far_apart(what, expected, found):

@@ -6,6 +6,7 @@ For every case, on every rank, with the real pipeline schedule:
     (b) random distinct routes per (microbatch, layer, token): every router, in the forward and in
         every recomputation, dispatched exactly its rows, and the others live
     (c) attached but outside every scope, the model is bitwise the stock model
+    (d) the rollout's combine weights: see replay_weights.py
 """
 
 import contextlib
@@ -320,6 +321,8 @@ class DispatchedRows:
 
 def check_case(case: Case) -> list[str]:
     """Run one case on this rank; returns what is wrong, nothing if all holds."""
+    from replay_weights import weights_findings
+
     from routing_replay.config import ReplayConfig
     from routing_replay.megatron import attach
 
@@ -328,22 +331,23 @@ def check_case(case: Case) -> list[str]:
     wrong = []
     r2 = ReplayConfig(mode="R2", agreement_every=1, agreement_tokens=8)
     with attach(job.chunks, r2) as replay:
-        wrong += _differences("(c) attached, off", stock, job.run())
+        wrong += differences("(c) attached, off", stock, job.run())
         with replay.recording(job.batch.lengths) as recorded:
             recording = job.run(replay, recorded.rows)
-        wrong += _differences("(a) recording", stock, recording)
+        wrong += differences("(a) recording", stock, recording)
         table = recorded.table()
         if not table.covered_T.all():
             wrong.append("(a) rows that were not recorded")
         with replay.replaying(table):
             again = job.run(replay, table.rows)
-        wrong += _differences("(a) own routes replayed", stock, again)
+        wrong += differences("(a) own routes replayed", stock, again)
         wrong += _own_agreement(replay)
         wrong += _no_grad_record(job, replay, stock)
     with attach(job.chunks, dataclasses.replace(r2, mode="R3")) as replay:
         wrong += _random_routes(job, replay)
         wrong += _evaluation_in_the_middle(job, replay, stock)
-    wrong += _differences("removed", stock, job.run())
+    wrong += weights_findings(job)
+    wrong += differences("removed", stock, job.run())
     return [f"{case.name}: {text}" for text in wrong]
 
 
@@ -363,7 +367,7 @@ def _no_grad_record(job, replay, stock):
     own = recorded.own_table()
     with replay.replaying(own):
         again = job.run(replay, recorded.rows)
-    return _differences("(a) recorded without gradients", stock, again)
+    return differences("(a) recorded without gradients", stock, again)
 
 
 def _random_routes(job, replay):
@@ -393,12 +397,12 @@ def _evaluation_in_the_middle(job, replay, stock):
     with replay.replaying(table):
         job.run(replay, table.rows)
         evaluation = job.run(live)
-    found = _differences("live() inside a scope", stock, evaluation)
+    found = differences("live() inside a scope", stock, evaluation)
     routed = {line.microbatch for line in replay.receipt.lines}
     return found + ([] if len(routed) <= NUM_MICROBATCHES else ["live() in the receipt"])
 
 
-def _differences(what, expected, found):
+def differences(what, expected, found):
     """Names of what is not bitwise equal."""
     losses, gradients = expected
     wrong = []

@@ -30,6 +30,7 @@ from .selection import LiveTopK, Selection
 from .step import Step
 from .tracking import PassTracker
 from .watching import RouterCall, Watcher
+from .weights import WeightReplay
 
 
 class Attachment:
@@ -42,6 +43,7 @@ class Attachment:
     Attributes:
         shape: Layers of all pipeline stages, number of experts, top-k.
         chunks: Routers of each model chunk.
+        weights: How the rollout's combine weights are replayed; None: the router's own are taken.
         grid: Ranks that hold other tokens or layers of this rank's table.
         step: The open one, or None.
         watcher: Sees the router calls of announced forwards, or None.
@@ -66,6 +68,10 @@ class Attachment:
         self.shape: MoEShape = describe_model(entries, model_config, model_chunks)
         self.grid = RankGrid.of_megatron()
         self.device = next(model_chunks[0].parameters()).device
+        self.weights: WeightReplay | None = None
+        if config.replays_weights:
+            passes_gradient = config.weights == "straight_through"
+            self.weights = WeightReplay.of(model_config, passes_gradient)
         self._has_kernel = config.kernel
         if config.kernel:
             kernels.require_device(self.device)
@@ -160,6 +166,8 @@ class Attachment:
             # Nobody says when Megatron captures, and a graph keeps what it found then.
             if self._has_kernel and self._has_captured:
                 seam.take_over(self._route)
+            if self.weights is not None:
+                seam.weigh_by(self._weigh)
         return seams
 
     def _routers_of(self, chunk: int) -> ChunkRouters:
@@ -216,6 +224,10 @@ class Attachment:
         if not is_recompute:
             self._show(seam, LiveLogits(call), ids_TK, forward_pass)
         return routed
+
+    def _weigh(self, seam: RouterSeam, probs_TE: torch.Tensor) -> torch.Tensor:
+        forward_pass, _ = self._tracker.find()
+        return probs_TE if forward_pass is None else forward_pass.weigh(seam.layer, probs_TE)
 
     def _show(
         self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor, forward_pass: ForwardPass

@@ -22,6 +22,7 @@ from .routers import RouterSeam
 from .routing_call import LiveLogits, Routed, RoutingCall
 from .selection import LiveTopK, Selection, select
 from .transfers import compact_dtype, to_device, to_host
+from .weights import WeightReplay, replace_weights
 
 
 class Observer(Protocol):
@@ -57,6 +58,11 @@ class ForwardPass:
     is_counted: ClassVar[bool] = True
 
     @property
+    def replays_weights(self) -> bool:
+        """Whether replayed tokens take the table's combine weights."""
+        return False
+
+    @property
     def where(self) -> str:
         return f"chunk {self.chunk}, microbatch {self.number}"
 
@@ -81,6 +87,14 @@ class ForwardPass:
         """Fill the buffers of routers that a CUDA graph captured; they run without a call."""
         self._static = static
         static.begin()
+
+    def weigh(self, layer: int, probs_TE: torch.Tensor) -> torch.Tensor:
+        """Return the combine weights of one router call, from the router's own."""
+        return probs_TE
+
+    def num_weighed(self, layer: int) -> int:
+        """Tokens that took replayed weights in the forward of a layer."""
+        return 0
 
     def end_forward(self) -> None:
         """The chunk's forward has returned."""
@@ -185,6 +199,7 @@ class ReplayingPass(ForwardPass):
         observer: Compares live with replayed routes; None compares nothing.
         is_unfused: The router's fused kernel comes back when the scope closes, so that a late
             recomputation would bypass us.
+        weights: How the table's combine weights are replayed; None: the router's own are taken.
     """
 
     table: RouteTable
@@ -194,8 +209,10 @@ class ReplayingPass(ForwardPass):
     record: LiveRecord | None = None
     observer: Observer | None = None
     is_unfused: bool = False
+    weights: WeightReplay | None = None
     _live_choices: dict[int, torch.Tensor] = field(default_factory=dict)
     _replayed_layers: set[int] = field(default_factory=set)
+    _weighed_layers: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         ids_LTK = self.table.gather(self.layers, self.rows_T)
@@ -203,15 +220,26 @@ class ReplayingPass(ForwardPass):
         if ids_LTK.dtype == np.uint16:
             ids_LTK = ids_LTK.view(np.int16)
         self._ids_LTK: torch.Tensor | None = to_device(ids_LTK, self.device)
+        self._weights_LTK: torch.Tensor | None = None
+        if self.weights is not None:
+            weights_LTK = self.weights.gather(self.table, self.layers, self.rows_T)
+            self._weights_LTK = to_device(weights_LTK, self.device)
         live_F = np.flatnonzero(self.rows_T < 0)
         self._num_live = len(live_F)
         self._live_F = to_device(live_F, self.device) if len(live_F) else None
+
+    @property
+    def replays_weights(self) -> bool:
+        return self.weights is not None
 
     def promised(self, layer: int) -> np.ndarray:
         return (self.rows_T >= 0) & self._is_replayed(layer)
 
     def num_replayed(self, layer: int) -> int:
         return len(self.rows_T) - self._num_live if layer in self._replayed_layers else 0
+
+    def num_weighed(self, layer: int) -> int:
+        return self.num_replayed(layer) if layer in self._weighed_layers else 0
 
     def recorded(self) -> Mapping[int, torch.Tensor]:
         return {} if self.record is None else self.record.by_layer()
@@ -267,6 +295,20 @@ class ReplayingPass(ForwardPass):
                 is_live_LT[index].fill_(True)
         static.begin(self._ids_LTK, is_live_LT)
 
+    def weigh(self, layer: int, probs_TE: torch.Tensor) -> torch.Tensor:
+        if self.weights is None or not self._is_replayed(layer):
+            return probs_TE
+        assert self._ids_LTK is not None and self._weights_LTK is not None, "the pass was released"
+        index = self.layers.index(layer)
+        self._weighed_layers.add(layer)
+        return replace_weights(
+            probs_TE,
+            self._ids_LTK[index].long(),
+            self._weights_LTK[index],
+            None if self._is_live_T is None else ~self._is_live_T,
+            self.weights.passes_gradient,
+        )
+
     def end_forward(self) -> None:
         super().end_forward()
         if self.record is not None:
@@ -274,6 +316,7 @@ class ReplayingPass(ForwardPass):
 
     def release(self) -> None:
         self._ids_LTK = None
+        self._weights_LTK = None
         self._live_F = None
         self._live_choices.clear()
         vars(self).pop("_is_live_T", None)

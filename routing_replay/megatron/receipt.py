@@ -27,6 +27,7 @@ class ReceiptLine:
         num_tokens: Tokens that the router saw: replayed + live.
         num_expected: Tokens whose row promised a replay.
         num_replayed: Tokens that took the replayed experts.
+        num_unweighed: Replayed tokens that did not take the table's weights, where promised.
         num_masked: Tokens that the metrics look at (`mask` of the microbatch; all if None).
         num_masked_replayed: Those of them that took the replayed experts.
         num_forwards: Forward passes; right is 1.
@@ -39,6 +40,7 @@ class ReceiptLine:
     num_tokens: int
     num_expected: int
     num_replayed: int
+    num_unweighed: int
     num_masked: int
     num_masked_replayed: int
     num_forwards: int
@@ -54,6 +56,7 @@ class ReceiptLine:
             self.num_forwards == 1
             and self.num_recomputes <= 1
             and self.num_replayed == self.num_expected
+            and self.num_unweighed == 0
         )
 
 
@@ -78,7 +81,8 @@ class Receipt:
             f"the receipt does not add up in {len(wrong)} of {len(self.lines)} entries",
             expected=f"1 forward pass with {first.num_expected} replayed rows",
             got=f"{first.num_forwards} forward passes, {first.num_recomputes} recomputations, "
-            f"{first.num_replayed} replayed rows",
+            f"{first.num_replayed} replayed rows"
+            + (f", {first.num_unweighed} without weights" if first.num_unweighed else ""),
             where=f"layer {first.layer}, chunk {first.chunk}, microbatch {first.microbatch}, "
             f"rank {rank}",
             fix="Run every chunk once inside replay.microbatch(token_rows); see replay.receipt",
@@ -131,6 +135,7 @@ def _lines(one: ForwardPass) -> Iterable[ReceiptLine]:
             num_tokens=len(one.rows_T),
             num_expected=int(promised_T.sum()),
             num_replayed=num_replayed,
+            num_unweighed=num_replayed - one.num_weighed(layer) if one.replays_weights else 0,
             num_masked=int(mask_T.sum()),
             # All that were promised, or none: a router replays a microbatch as a whole.
             num_masked_replayed=int((promised_T & mask_T).sum()) if num_replayed else 0,

@@ -335,6 +335,7 @@ class Replay:
             only_layers=only_layers,
             recording=recording,
             sampling=sampling,
+            weights=None if table is None else self._attachment.weights,
         )
 
     def _require_calls(self, what: str) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import PreflightError, ReplayError
 from ..routes.shape import MoEShape
@@ -40,6 +41,7 @@ class RouterSeam:
         self.layer_number = entry.layer + 1  # 1-based: Megatron sets it on replay objects, too
         self.name = entry.name
         self._select = select
+        self._weights_hook: RemovableHandle | None = None
         self._stock = entry.router.router_replay
         self._stock_config = entry.router.config
 
@@ -48,6 +50,21 @@ class RouterSeam:
 
     def remove(self) -> None:
         self.router.router_replay = self._stock
+        if self._weights_hook is not None:
+            self._weights_hook.remove()
+            self._weights_hook = None
+
+    def weigh_by(self, weigh: Callable[[RouterSeam, torch.Tensor], torch.Tensor]) -> None:
+        """Let `weigh(seam, weights_TE)` return the combine weights, after the router is done.
+
+        A hook on the router's output: in the forward, in a recomputation, and whichever kernel
+        routed.
+        """
+
+        def after_router(router: TopKRouter, arguments: Any, routed: Routed) -> Routed:
+            return weigh(self, routed[0]), routed[1]
+
+        self._weights_hook = self.router.register_forward_hook(after_router)
 
     @property
     def is_fused(self) -> bool:

@@ -17,6 +17,7 @@ from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass, ReplayingP
 from .receipt import Receipt
 from .recording import Recording
 from .routers import ChunkRouters
+from .weights import WeightReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Step:
         only_layers: Layers that replay it; None: all.
         recording: Where live routes go; None keeps none.
         sampling: Of the comparison with live routing; None compares nothing.
+        weights: How the table's combine weights are replayed; None: the router's own are taken.
     """
 
     chunks: Sequence[ChunkRouters]
@@ -67,6 +69,7 @@ class Step:
     only_layers: frozenset[int] | None = None
     recording: Recording | None = None
     sampling: Sampling | None = None
+    weights: WeightReplay | None = None
     passes: list[ForwardPass] = field(default_factory=list)
     microbatch: Microbatch | None = None
 
@@ -204,6 +207,7 @@ class Step:
             device=routers.device,
             observer=self._observer(self.table, routers, number, rows_T, mask_T),
             is_unfused=routers.is_unfused,
+            weights=self.weights,
         )
 
     def _observer(
