@@ -12,6 +12,13 @@ from typing import Any
 from .errors import ConfigError, unknown_name
 
 MODES = ("disabled", "R2", "R3", "auto")
+# Smallest and largest value. A decay of 0 would make any older route a ratio of 1: 1e-9 does.
+SOFT_RANGES = (
+    ("soft_ratio", 0.0, 1.0),
+    ("soft_mass", 0.0, 1.0),
+    ("soft_margin", 0.0, float("inf")),
+    ("soft_decay", 1e-9, 1.0),
+)
 WEIGHTS = ("live", "frozen", "straight_through")
 FLAG_PREFIX = "routing_replay_"
 
@@ -41,6 +48,26 @@ class ReplayConfig:
         "rollout's (capture level weights), and the router gets no gradient from the experts' "
         "outputs; straight_through: the rollout's, and the router gets the live weights' gradient",
         WEIGHTS,
+    )
+    soft_ratio: float = setting(
+        0.0,
+        "soft replay: a replayed expert that the live router would not choose stays if its live "
+        "probability is at least this share of the weakest chosen one's; 0: always",
+    )
+    soft_mass: float = setting(
+        0.0,
+        "soft replay: such experts stay if a token's replayed ones together hold this share of the "
+        "live ones' probability; 0: always",
+    )
+    soft_margin: float = setting(
+        0.0,
+        "soft replay: such experts stay if the live router's last chosen expert is at most so many "
+        "nats likelier than the first left out; 0: always",
+    )
+    soft_decay: float = setting(
+        1.0,
+        "soft replay: soft_ratio r becomes r ** (soft_decay ** age), age in weight versions: the "
+        "older the weights that routed a token, the stricter; 1: alike at any age",
     )
     agreement_every: int = setting(
         1, "compare live with replayed routes every N-th microbatch of a replaying pass; 0: never"
@@ -78,6 +105,34 @@ class ReplayConfig:
             )
         for name in ("agreement_every", "agreement_tokens"):
             require_count(name, getattr(self, name))
+        self._require_soft_rule()
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether replayed experts may be replaced by live ones."""
+        return bool(self.soft_ratio or self.soft_mass or self.soft_margin)
+
+    def _require_soft_rule(self) -> None:
+        for name, low, high in SOFT_RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(
+                    f"{name} of routing replay is out of range",
+                    expected=f"{low:g} .. {high:g}",
+                    got=value,
+                )
+        if self.soft_decay < 1 and not self.soft_ratio:
+            raise ConfigError(
+                "soft_decay has no ratio to change",
+                expected="soft_ratio above 0",
+                got=f"soft_decay={self.soft_decay}, soft_ratio=0",
+            )
+        if self.kernel and self.is_soft:
+            raise ConfigError(
+                "the replay kernel does not replay softly",
+                expected="kernel without soft_ratio, soft_mass and soft_margin",
+                fix="Leave `kernel` off: the torch form replays softly",
+            )
 
     @property
     def replays_weights(self) -> bool:

@@ -91,3 +91,20 @@ def expert_counts(table):
                 for expert in ids_TK[row] if table.covered_T[row] else ():
                     counts[-1][layer][expert] += 1
     return counts
+
+
+def soft_selection(probs, replayed, live, ratio=0.0, mass=0.0, margin=math.inf):
+    """Experts that one token takes under soft replay, slot by slot, and which replayed ones stay.
+
+    Args:
+        probs: The live router's distribution.
+        replayed, live: Distinct experts.
+    """
+    weakest = min(probs[e] for e in live)
+    best_left_out = max((probs[e] for e in range(len(probs)) if e not in live), default=0.0)
+    is_trusted = sum(probs[e] for e in replayed) >= mass * sum(probs[e] for e in live)
+    is_trusted &= weakest <= best_left_out * math.exp(margin)
+    kept = [e in live or (is_trusted and probs[e] >= ratio * weakest) for e in replayed]
+    stay = {e for e, stays in zip(replayed, kept, strict=True) if stays}
+    free = sorted((e for e in live if e not in stay), key=lambda e: -probs[e])
+    return [e if stays else free.pop(0) for e, stays in zip(replayed, kept, strict=True)], kept

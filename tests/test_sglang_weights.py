@@ -13,7 +13,7 @@ from routing_replay.routes.shape import MoEShape
 pytest.importorskip("sglang")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_weights_of_a_sigmoid_router_with_bias_groups_and_later_scaling(tmp_path):
     """GLM-4-MoE: renormalised over the selected experts; its layer's sum is scaled by 1.5."""
     checkpoint = write_tiny_glm4_moe(tmp_path / "glm4")

@@ -10,11 +10,10 @@ from ..metrics.agreement import (
     RouterView,
     log_router_probs,
     router_kl,
-    router_probs,
 )
 from ..routes.table import RouteTable
 from .routers import RouterSeam
-from .selection import LiveTopK
+from .selection import LiveTopK, probabilities
 from .transfers import to_device
 
 
@@ -104,15 +103,6 @@ class AgreementSample:
             logits_LNE = logits_NLE[at_T[tokens_N]][:, columns].swapaxes(0, 1)
             self._logits_LNE = to_device(np.ascontiguousarray(logits_LNE), device)
             self._logit_tokens_N = to_device(tokens_N, device)
-
-
-def probabilities(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
-    """Return the router's distribution over all experts, from what Megatron passes to its top-k."""
-    router = seam.router
-    if router.score_function == "softmax":
-        form = "probs" if router.config.moe_router_pre_softmax else "logits"
-        return router_probs(scores_XE, form)
-    return router_probs(scores_XE, "scores", router.expert_bias)
 
 
 def evenly_spaced(tokens_C: np.ndarray, max_tokens: int) -> np.ndarray:

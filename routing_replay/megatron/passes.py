@@ -20,7 +20,8 @@ from ..routes.table import RouteTable
 from .captured import StaticRoutes
 from .routers import RouterSeam
 from .routing_call import LiveLogits, Routed, RoutingCall
-from .selection import LiveTopK, Selection, select
+from .selection import LiveTopK, Selection, probabilities, select
+from .soft import ReplaceRate, SoftRule, keep_plausible
 from .transfers import compact_dtype, to_device, to_host
 from .weights import WeightReplay, replace_weights
 
@@ -200,6 +201,9 @@ class ReplayingPass(ForwardPass):
         is_unfused: The router's fused kernel comes back when the scope closes, so that a late
             recomputation would bypass us.
         weights: How the table's combine weights are replayed; None: the router's own are taken.
+            A token of which an expert was replaced keeps the router's own as well.
+        soft: Which replayed experts stay; None: all.
+        replace_rate: Counts those that do not; given with `soft`.
     """
 
     table: RouteTable
@@ -210,9 +214,12 @@ class ReplayingPass(ForwardPass):
     observer: Observer | None = None
     is_unfused: bool = False
     weights: WeightReplay | None = None
+    soft: SoftRule | None = None
+    replace_rate: ReplaceRate | None = None
     _live_choices: dict[int, torch.Tensor] = field(default_factory=dict)
     _replayed_layers: set[int] = field(default_factory=set)
     _weighed_layers: set[int] = field(default_factory=set)
+    _has_own_weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids_LTK = self.table.gather(self.layers, self.rows_T)
@@ -250,12 +257,16 @@ class ReplayingPass(ForwardPass):
         if not self._is_replayed(seam.layer):
             return self._select_live(seam, live, is_recompute)
         ids_TK = self._ids_LTK[self.layers.index(seam.layer)].long()
-        if self._live_F is not None:
+        # Soft replay left what the forward chose in the rows, live tokens' experts included.
+        is_chosen = self.soft is not None and is_recompute
+        if self._live_F is not None and not is_chosen:
             ids_MK = self._live_choice(seam.layer, live, self._live_F, is_recompute)
             ids_TK = ids_TK.index_copy(0, self._live_F, ids_MK)
         if not is_recompute:
             self._replayed_layers.add(seam.layer)
             self._look_at_live(seam, live, ids_TK)
+            if self.soft is not None:
+                ids_TK = self._keep_plausible(seam, live, ids_TK, self.soft)
         # The rollout's slots stay as the engine ordered them, alike in every pass. The trainer's
         # own take the order that a stock pass with gradients has, so that sums round alike; a
         # no-grad pass recorded them in the order that a stock pass without gradients has.
@@ -305,7 +316,7 @@ class ReplayingPass(ForwardPass):
             probs_TE,
             self._ids_LTK[index].long(),
             self._weights_LTK[index],
-            None if self._is_live_T is None else ~self._is_live_T,
+            self._takes_weights(layer),
             self.weights.passes_gradient,
         )
 
@@ -319,6 +330,8 @@ class ReplayingPass(ForwardPass):
         self._weights_LTK = None
         self._live_F = None
         self._live_choices.clear()
+        self._has_own_weights.clear()
+        vars(self).pop("_ratio_T", None)
         vars(self).pop("_is_live_T", None)
 
     def begin_backward(self) -> None:
@@ -339,6 +352,43 @@ class ReplayingPass(ForwardPass):
 
     def _is_replayed(self, layer: int) -> bool:
         return self.only_layers is None or layer in self.only_layers
+
+    def _takes_weights(self, layer: int) -> torch.Tensor | None:
+        """Tokens that take the table's weights, bool [T]; None for all."""
+        has_own_T = self._has_own_weights.get(layer, self._is_live_T)
+        return None if has_own_T is None else ~has_own_T
+
+    @torch.no_grad()
+    def _keep_plausible(
+        self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor, rule: SoftRule
+    ) -> torch.Tensor:
+        """Return the experts that the tokens take, and remember them for the recomputation."""
+        assert self._ids_LTK is not None and self.replace_rate is not None, "given with `soft`"
+        probs_TE = probabilities(seam, live.scores_TE.detach())
+        live_TK = seam.stock(live)[1]
+        ids_TK, is_kept_TK = keep_plausible(probs_TE, ids_TK, live_TK, rule, self._ratio_T)
+        self._ids_LTK[self.layers.index(seam.layer)].copy_(ids_TK)
+        self.replace_rate.add(seam.layer, is_kept_TK, self._is_counted_T)
+        if self.weights is not None:
+            has_own_T = ~is_kept_TK.all(1)
+            is_live_T = self._is_live_T
+            self._has_own_weights[seam.layer] = (
+                has_own_T if is_live_T is None else has_own_T | is_live_T
+            )
+        return ids_TK
+
+    @functools.cached_property
+    def _ratio_T(self) -> torch.Tensor | None:
+        """Ratio of each token on the device; None for the rule's."""
+        assert self.soft is not None
+        ratio_T = self.soft.ratio_of(self.table, self.rows_T)
+        return None if ratio_T is None else to_device(ratio_T, self.device)
+
+    @functools.cached_property
+    def _is_counted_T(self) -> torch.Tensor:
+        """Replayed tokens that the metrics look at, on the device."""
+        is_counted_T = self.rows_T >= 0 if self.mask_T is None else (self.rows_T >= 0) & self.mask_T
+        return to_device(is_counted_T, self.device)
 
     def _select_live(self, seam: RouterSeam, live: LiveTopK, is_recompute: bool) -> Selection:
         selection = seam.stock(live)

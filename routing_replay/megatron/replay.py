@@ -28,6 +28,7 @@ from .attachment import Attachment, this_rank
 from .receipt import Receipt
 from .recording import Recording
 from .routers import shape_of_configuration
+from .soft import ReplaceRate, SoftRule
 from .step import Sampling, Step
 from .watching import Watcher
 
@@ -83,6 +84,7 @@ class Replay:
         self.receipt: Receipt | None = None
         self._attachment = attachment
         self._agreement: LayerAgreement | None = None
+        self._replace_rate: ReplaceRate | None = None
 
     def __enter__(self) -> Replay:
         return self
@@ -129,6 +131,7 @@ class Replay:
         record_live: bool = False,
         is_shared: bool = True,
         layers: Iterable[int] | None = None,
+        weight_version: int | None = None,
     ) -> Iterator[Recording | None]:
         """Within: the table's routes (R3: the rollout's; R2: recorded ones).
 
@@ -138,6 +141,7 @@ class Replay:
                 whose rows are numbered as the table's. Costs one top-k per router.
             is_shared: Of that recording, as of `recording`.
             layers: Global indices of the layers that replay; the others route live. None: all.
+            weight_version: Of the trained weights, for `soft_decay`; None: the table's newest.
 
         Raises:
             ConfigError: `layers` names a layer without a router, or `record_live` with captured
@@ -154,7 +158,8 @@ class Replay:
             # Rows that the table does not cover are announced as -1.
             lengths_S = np.diff(table.offsets_S1) + 1
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
-        step = self._new_step(table.num_rows, table, recorded, only_layers)
+        soft = SoftRule.of(self.config, table, weight_version)
+        step = self._new_step(table.num_rows, table, recorded, only_layers, soft)
         with self._open(step):
             yield recorded
 
@@ -252,6 +257,8 @@ class Replay:
         if self._agreement is not None:
             table_groups = self._attachment.grid.table
             metrics |= self._agreement.reduced(group, device, table_groups)
+        if self._replace_rate is not None:
+            metrics |= all_reduce(self._replace_rate.metrics(), group, device)
         return metrics
 
     @property
@@ -276,6 +283,7 @@ class Replay:
             yield
             self.receipt = step.finish()
             self._agreement = step.sampling.agreement if step.sampling else None
+            self._replace_rate = step.replace_rate
         finally:
             self._attachment.close()
 
@@ -310,6 +318,7 @@ class Replay:
         table: RouteTable | None = None,
         recording: Recording | None = None,
         only_layers: frozenset[int] | None = None,
+        soft: SoftRule | None = None,
     ) -> Step:
         assert self._attachment is not None, "a disabled handle opens no step"
         sampling = None
@@ -336,6 +345,10 @@ class Replay:
             recording=recording,
             sampling=sampling,
             weights=None if table is None else self._attachment.weights,
+            soft=soft,
+            replace_rate=None
+            if soft is None
+            else ReplaceRate(self.shape.layers, self.shape.top_k, self._attachment.device),
         )
 
     def _require_calls(self, what: str) -> None:
@@ -392,6 +405,7 @@ class DisabledReplay(Replay):
         record_live: bool = False,
         is_shared: bool = True,
         layers: Iterable[int] | None = None,
+        weight_version: int | None = None,
     ) -> Iterator[Recording | None]:
         """Do nothing; yield a recording without routes if one is asked for."""
         if not record_live:

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ReplayError
-from .observer import probabilities
 from .passes import ForwardPass
 from .ranks import reduce
 from .replay import Replay
 from .routers import RouterSeam
-from .selection import LiveTopK
+from .selection import LiveTopK, probabilities
 from .transfers import compact_dtype, to_device, to_host
 from .watching import RouterCall
 

@@ -7,9 +7,15 @@ scatters them as always. So every score function keeps its meaning, and the rout
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
+
+from ..metrics.agreement import router_probs
+
+if TYPE_CHECKING:
+    from .routers import RouterSeam
 
 Selection = tuple[torch.Tensor, torch.Tensor]
 
@@ -73,3 +79,12 @@ def select(scores_TE: torch.Tensor, ids_TK: torch.Tensor, keep_slots: bool) -> S
             order_TK = scores_TE.gather(1, ids_TK).argsort(dim=1, descending=True, stable=True)
             ids_TK = ids_TK.gather(1, order_TK)
     return scores_TE.gather(1, ids_TK), ids_TK
+
+
+def probabilities(seam: RouterSeam, scores_XE: torch.Tensor) -> torch.Tensor:
+    """Return the router's distribution over all experts, from what Megatron passes to its top-k."""
+    router = seam.router
+    if router.score_function == "softmax":
+        form = "probs" if router.config.moe_router_pre_softmax else "logits"
+        return router_probs(scores_XE, form)
+    return router_probs(scores_XE, "scores", router.expert_bias)

@@ -17,6 +17,7 @@ from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass, ReplayingP
 from .receipt import Receipt
 from .recording import Recording
 from .routers import ChunkRouters
+from .soft import ReplaceRate, SoftRule
 from .weights import WeightReplay
 
 
@@ -59,6 +60,8 @@ class Step:
         recording: Where live routes go; None keeps none.
         sampling: Of the comparison with live routing; None compares nothing.
         weights: How the table's combine weights are replayed; None: the router's own are taken.
+        soft: Which replayed experts stay; None: all.
+        replace_rate: Counts those that do not; given with `soft`.
     """
 
     chunks: Sequence[ChunkRouters]
@@ -70,6 +73,8 @@ class Step:
     recording: Recording | None = None
     sampling: Sampling | None = None
     weights: WeightReplay | None = None
+    soft: SoftRule | None = None
+    replace_rate: ReplaceRate | None = None
     passes: list[ForwardPass] = field(default_factory=list)
     microbatch: Microbatch | None = None
 
@@ -208,6 +213,8 @@ class Step:
             observer=self._observer(self.table, routers, number, rows_T, mask_T),
             is_unfused=routers.is_unfused,
             weights=self.weights,
+            soft=self.soft,
+            replace_rate=self.replace_rate,
         )
 
     def _observer(
