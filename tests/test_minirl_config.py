@@ -256,3 +256,12 @@ def test_interleaved_stages_need_whole_rounds_of_microbatches():
     assert parse([*flags, "--microbatch-size", "64"]).training.virtual_pipeline == 2
     with pytest.raises(ConfigError, match="multiple of pipeline_parallel 2.*got 1 microbatches"):
         parse([*flags, "--microbatch-size", "128"])
+
+
+def test_replayed_weights_must_be_captured():
+    weights = {"routing_replay_weights": "frozen"}
+    with pytest.raises(ConfigError, match="not asked for the weights.*got gates"):
+        RecipeConfig.from_mapping(weights)
+    captured = weights | {"routing_replay_capture": "weights"}
+    assert RecipeConfig.from_mapping(captured).rollout_capture == "weights"
+    RecipeConfig.from_mapping(weights | {"routing_replay_mode": "disabled"})

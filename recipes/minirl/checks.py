@@ -44,6 +44,17 @@ def check_objective(config: RecipeConfig) -> None:
         _check_internal(config, objective)
 
 
+def check_replay(config: RecipeConfig) -> None:
+    """Raise ConfigError for a replay that needs more than the servers capture."""
+    may_replay = config.replay.mode in ("R3", "auto")
+    if may_replay and config.replay.replays_weights and config.telemetry.capture != "weights":
+        raise ConfigError(
+            "the servers are not asked for the weights that are replayed",
+            expected="--routing-replay-capture weights",
+            got=f"{config.telemetry.capture}, and --routing-replay-weights {config.replay.weights}",
+        )
+
+
 def _out_of_range(name: str, expected: str, value: float) -> ConfigError:
     return ConfigError(f"the setting {name!r} is out of range", expected=expected, got=value)
 
