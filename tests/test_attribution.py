@@ -22,16 +22,16 @@ def scored(costs, noise=0.0, num_sequences=64, seed=0):
     def score(variant):
         live = sum(cost for layer, cost in costs.items() if layer not in variant.replayed)
         kl_S = (0.001 + live) * of_sequence_S + noise * generator.standard_normal(num_sequences)
-        kl_S = kl_S - 0.0004 * variant.is_rollout_weights
+        kl_S = kl_S - 0.0004 * variant.is_rollout_weights - 0.0002 * variant.has_gates
         zeros_S, count_S = np.zeros(num_sequences), np.full(num_sequences, 10.0)
         return torch.from_numpy(np.stack([kl_S * 10, kl_S * 10, zeros_S, count_S], 1))
 
     return score
 
 
-def run(costs, families=("without",), has_rollout_weights=False, **settings):
+def run(costs, families=("without",), has_rollout_weights=False, has_gates=False, **settings):
     progress = Progress(None, {})
-    variants = plan(LAYERS, families, has_rollout_weights)
+    variants = plan(LAYERS, families, has_rollout_weights, has_gates)
     attribute(variants, scored(costs, **settings), progress)
     return summarize(LAYERS, progress.sums)
 
@@ -52,6 +52,17 @@ def test_the_parts_add_up_to_the_live_kl_exactly():
     assert ratio == pytest.approx(0.0004 / (0.003 * factor))
     steps = sum(row["step"].value for row in result.layers.values())
     assert steps == pytest.approx(parts["routing"].value, rel=1e-12)
+
+
+def test_the_gates_are_a_part_of_their_own_where_they_were_captured():
+    costs = {1: 0.002, 2: 0.0, 5: 0.001}
+    result = run(costs, (), has_rollout_weights=True, has_gates=True)
+    assert list(result.kl) == ["none", "all", "gates", "rollout"]
+    parts = {name: part.value for name, part in result.parts.items()}
+    assert list(parts) == ["numerics", "staleness", "gates", "routing"]
+    assert sum(parts.values()) == pytest.approx(result.kl["none"].value, rel=1e-12)
+    # 0.0004 of staleness, 0.0002 of gates; both with the sequences' mean factor of 1 or so.
+    assert parts["staleness"] == pytest.approx(0.0004) and parts["gates"] == pytest.approx(0.0002)
 
 
 def test_the_layer_that_costs_is_named_and_the_others_are_not():

@@ -38,7 +38,8 @@ def run_json(capsys, *arguments):
 
 
 def test_every_verb_explains_itself(capsys):
-    for verb in ([], ["doctor"], ["inspect"], ["diff"], ["report"], ["convert"]):
+    verbs = ("doctor", "inspect", "diff", "bisect", "noise", "report", "convert")
+    for verb in ([], *([name] for name in verbs)):
         assert main([*verb, "--help"]) == 0
         assert "usage: routing-replay" in capsys.readouterr().out
 

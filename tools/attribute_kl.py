@@ -93,7 +93,10 @@ class Scorer:
             live_routes: File for the routes that this pass would have taken live.
         """
         scope = self.replay.replaying(
-            self.table, record_live=live_routes is not None, layers=variant.replayed
+            self.table,
+            record_live=live_routes is not None,
+            layers=variant.replayed,
+            has_weights=variant.has_gates,
         )
         with scope as recorded:
             logp_ST, entropy_ST = self.run()
@@ -214,10 +217,13 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
     table = RouteTable.open(parsed.batch / "routes.safetensors")
     # The mode follows from the routes: the rollout engine's, or the trainer's own.
     mode = "R3" if table.source == "rollout" else "R2"
-    replay = attach(chunks, ReplayConfig(mode=mode, agreement_every=0))
+    has_gates = table.combine_weights_LTK is not None
+    weights = "frozen" if has_gates else "live"
+    replay = attach(chunks, ReplayConfig(mode=mode, weights=weights, agreement_every=0))
     layers = replay.shape.layers
-    variants = attribution.plan(layers, parsed.families, bool(parsed.rollout_checkpoint))
-    progress = open_progress(parsed, batch)
+    has_rollout_weights = bool(parsed.rollout_checkpoint)
+    variants = attribution.plan(layers, parsed.families, has_rollout_weights, has_gates)
+    progress = open_progress(parsed, batch, has_gates)
     bar = Bar(len(variants), len(progress.sums))
     scorer = Scorer(chunks, replay, batch, table, parsed.microbatch_size, parsed.temperature)
 
@@ -252,7 +258,7 @@ def load_model(
     return chunks
 
 
-def open_progress(parsed: argparse.Namespace, batch: RolloutBatch) -> Progress:
+def open_progress(parsed: argparse.Namespace, batch: RolloutBatch, has_gates: bool) -> Progress:
     """Open the saved progress: every rank reads it, rank 0 continues it."""
     output = Path(parsed.output)
     path = output.with_name(f"{output.stem}.progress.json")
@@ -264,6 +270,7 @@ def open_progress(parsed: argparse.Namespace, batch: RolloutBatch) -> Progress:
         ),
         "dtype": parsed.dtype,
         "temperature": str(parsed.temperature),
+        "combine weights": str(has_gates),
     }
     progress = Progress(path, fingerprint)
     dist.barrier()  # all have read before one writes

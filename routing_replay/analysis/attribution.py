@@ -7,13 +7,16 @@ One rollout batch is scored again and again with the routes of other layers repl
     without l   every layer but l replays           cost of l = KL(without l) - KL(all)
     only l      layer l alone replays               gain of l = KL(none) - KL(only l)
     first n     the first n routed layers replay    step of the n-th = KL(first n-1) - KL(first n)
-    rollout     every layer replays, on the weights that sampled
+    gates       every layer replays, with the engine's combine weights
+    rollout     as gates (without captured combine weights: as all), on the checkpoint that sampled
 
-All are KL(mu || pi), mean over the response tokens. Three parts add up exactly, by definition:
+All are KL(mu || pi), mean over the response tokens. Four parts add up exactly, by definition:
 
-    KL(none) = numerics + staleness + routing
-    numerics  = KL(rollout)                 same weights, same routes; KL(all) without `rollout`
-    staleness = KL(all) - KL(rollout)       newer weights, same routes; 0 without `rollout`
+    KL(none) = numerics + staleness + gates + routing
+    numerics  = KL(rollout)                 same checkpoint, routes and combine weights
+    staleness = KL(gates) - KL(rollout)     newer checkpoint; 0 without `rollout`
+    gates     = KL(all) - KL(gates)         other combine weights of the same experts; left out
+                                            without captured ones, which makes KL(gates) = KL(all)
     routing   = KL(none) - KL(all)
 
 The steps of `first n` add up to `routing` as well. The costs of `without l` need not: two layers
@@ -35,11 +38,9 @@ import torch
 
 from ..errors import ConfigError, DataError, reading, unknown_name
 from ..files import atomic_write
+from .resampling import NUM_RESAMPLES, Estimate
 
 FAMILIES = ("without", "only", "first")
-NUM_RESAMPLES = 1000
-# Two-sided 95 %: what the intervals of reports usually mean.
-COVERAGE = 0.95
 # Nats per token; a top-p of 0.99 leaves out about ten times as much of the entropy.
 NOTABLE_EXCESS = 5e-3
 # A layer whose own replay makes up this share of the KL replays wrong routes. Chance, and routes
@@ -50,17 +51,34 @@ COLUMNS = ("k1", "k3", "excess", "count")
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One pass over the batch: which layers replay, and on whose weights."""
+    """One pass over the batch.
+
+    Args:
+        name: As above.
+        replayed: Layers that replay.
+        has_gates: Whether they take the engine's combine weights.
+        is_rollout_weights: Whether the checkpoint is the one that sampled.
+    """
 
     name: str
     replayed: tuple[int, ...]
+    has_gates: bool = False
     is_rollout_weights: bool = False
 
 
 def plan(
-    layers: Sequence[int], families: Sequence[str] = ("without",), has_rollout_weights: bool = False
+    layers: Sequence[int],
+    families: Sequence[str] = ("without",),
+    has_rollout_weights: bool = False,
+    has_gates: bool = False,
 ) -> list[Variant]:
-    """Return the passes of an attribution: 2, one more for staleness, and L for each family.
+    """Return the passes of an attribution: 2, one more for gates, for staleness, L for each family.
+
+    Args:
+        layers: The routed layers.
+        families: Of `FAMILIES`.
+        has_rollout_weights: Whether the checkpoint that sampled is at hand.
+        has_gates: Whether the table holds combine weights.
 
     Raises:
         ConfigError: An unknown family.
@@ -70,8 +88,12 @@ def plan(
             raise unknown_name("family of an attribution", family, FAMILIES)
     layers = tuple(layers)
     variants = [Variant(name="none", replayed=()), Variant(name="all", replayed=layers)]
+    if has_gates:
+        variants.append(Variant(name="gates", replayed=layers, has_gates=True))
     if has_rollout_weights:
-        variants.append(Variant(name="rollout", replayed=layers, is_rollout_weights=True))
+        variants.append(
+            Variant(name="rollout", replayed=layers, has_gates=has_gates, is_rollout_weights=True)
+        )
     if "without" in families:
         variants += [
             Variant(name=f"without {i}", replayed=tuple(x for x in layers if x != i))
@@ -148,23 +170,6 @@ class Progress:
         }
         with atomic_write(self._path) as partial:
             partial.write_text(json.dumps(content), encoding="utf-8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A KL or a difference of KLs (nats per response token) with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,21 +310,21 @@ def summarize(
     weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])
     totals_B = np.maximum(weights_BS @ counts_S, 1.0)
     kl = {name: weights_BS @ rows[:, column] / totals_B for name, rows in sums.items()}
-    reference = kl.get("rollout", kl["all"])
     # The policy that sampled, as well as the trainer can compute it.
-    excess_B = weights_BS @ sums.get("rollout", sums["all"])[:, COLUMNS.index("excess")] / totals_B
-    parts = {
-        "numerics": reference,
-        "staleness": kl["all"] - reference,
-        "routing": kl["none"] - kl["all"],
-    }
+    nearest = next(name for name in ("rollout", "gates", "all") if name in sums)
+    excess_B = weights_BS @ sums[nearest][:, COLUMNS.index("excess")] / totals_B
+    replayed = kl.get("gates", kl["all"])
+    parts = {"numerics": kl[nearest], "staleness": replayed - kl[nearest]}
+    if "gates" in kl:
+        parts["gates"] = kl["all"] - replayed
+    parts["routing"] = kl["none"] - kl["all"]
     return Attribution(
         estimator=estimator,
         num_sequences=num_sequences,
         num_tokens=int(counts_S.sum()),
-        kl={name: _estimate(values_B) for name, values_B in kl.items()},
-        parts={name: _estimate(values_B) for name, values_B in parts.items()},
-        excess=_estimate(excess_B),
+        kl={name: Estimate.of(values_B) for name, values_B in kl.items()},
+        parts={name: Estimate.of(values_B) for name, values_B in parts.items()},
+        excess=Estimate.of(excess_B),
         layers=_by_layer(tuple(layers), kl),
     )
 
@@ -331,18 +336,12 @@ def _by_layer(
     for index, layer in enumerate(layers):
         estimates = {}
         if f"without {layer}" in kl:
-            estimates["leave_out"] = _estimate(kl[f"without {layer}"] - kl["all"])
+            estimates["leave_out"] = Estimate.of(kl[f"without {layer}"] - kl["all"])
         if f"only {layer}" in kl:
-            estimates["alone"] = _estimate(kl["none"] - kl[f"only {layer}"])
+            estimates["alone"] = Estimate.of(kl["none"] - kl[f"only {layer}"])
         before = kl["none"] if index == 0 else kl.get(f"first {index}")
         after = kl["all"] if index == len(layers) - 1 else kl.get(f"first {index + 1}")
         if before is not None and after is not None and len(layers) > 1:
-            estimates["step"] = _estimate(before - after)
+            estimates["step"] = Estimate.of(before - after)
         by_layer[layer] = estimates
     return by_layer
-
-
-def _estimate(values_B: np.ndarray) -> Estimate:
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(values_B[1:], [tail, 1 - tail])
-    return Estimate(value=float(values_B[0]), low=float(low), high=float(high))

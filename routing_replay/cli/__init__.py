@@ -1,4 +1,4 @@
-"""`routing-replay VERB`: doctor, inspect, diff, report, convert.
+"""`routing-replay VERB`: doctor, inspect, diff, bisect, noise, report, convert.
 
 Exit codes: 0 fine, 1 a problem was found (an error finding, a damaged or foreign file), 2 usage.
 Each verb is one module: its help, its flags, and `run`, which imports what it needs.
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import RoutingReplayError
-from . import convert, diff, doctor, inspect, report
+from . import bisect, convert, diff, doctor, inspect, noise, report
 
-VERBS = (doctor, inspect, diff, report, convert)
+VERBS = (doctor, inspect, diff, bisect, noise, report, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from ..capture import CAPTURES
 from ..config import ReplayConfig
 from ..errors import ConfigError, RoutingReplayError
 from ..findings import Finding
@@ -38,6 +37,8 @@ _error = functools.partial(Finding, level="error")
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
+    from ..capture import CAPTURES
+
     verb.add_argument(
         "--megatron-args", metavar="FILE", help="Megatron's arguments or settings (JSON, YAML)"
     )

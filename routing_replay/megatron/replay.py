@@ -132,6 +132,7 @@ class Replay:
         is_shared: bool = True,
         layers: Iterable[int] | None = None,
         weight_version: int | None = None,
+        has_weights: bool = True,
     ) -> Iterator[Recording | None]:
         """Within: the table's routes (R3: the rollout's; R2: recorded ones).
 
@@ -142,6 +143,8 @@ class Replay:
             is_shared: Of that recording, as of `recording`.
             layers: Global indices of the layers that replay; the others route live. None: all.
             weight_version: Of the trained weights, for `soft_decay`; None: the table's newest.
+            has_weights: False takes the router's own combine weights, whatever `config.weights`
+                says.
 
         Raises:
             ConfigError: `layers` names a layer without a router, or `record_live` with captured
@@ -160,6 +163,7 @@ class Replay:
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
         soft = SoftRule.of(self.config, table, weight_version)
         step = self._new_step(table.num_rows, table, recorded, only_layers, soft)
+        step.weights = self._attachment.weights if self._attachment and has_weights else None
         with self._open(step):
             yield recorded
 
@@ -344,7 +348,6 @@ class Replay:
             only_layers=only_layers,
             recording=recording,
             sampling=sampling,
-            weights=None if table is None else self._attachment.weights,
             soft=soft,
             replace_rate=None
             if soft is None
@@ -406,6 +409,7 @@ class DisabledReplay(Replay):
         is_shared: bool = True,
         layers: Iterable[int] | None = None,
         weight_version: int | None = None,
+        has_weights: bool = True,
     ) -> Iterator[Recording | None]:
         """Do nothing; yield a recording without routes if one is asked for."""
         if not record_live:

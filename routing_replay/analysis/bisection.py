@@ -1,0 +1,254 @@
+"""Where the train-inference gap comes from, one factor after another made equal.
+
+    routes      KL(live) - KL(routes)
+    weights     KL(routes) - KL(weights)
+    staleness   KL(weights) - KL(checkpoint)
+    KIND        KL(base) - KL(KIND SETTING), the base being the last of the four
+    rest        KL(base)
+
+All are KL(mu || pi) by k3, and mean |log pi - log mu|, over the response tokens. The sampling
+support shows in neither: engines report log-probs from before top-p and top-k. It shows in
+`excess`, the mean of log pi + entropy of pi, which is 0 for tokens that were sampled from pi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..errors import ConfigError
+from .arms import KINDS, LADDER, ScoredArms
+from .attribution import NOTABLE_EXCESS
+from .resampling import Distance, Estimate, Resampling, abs_difference, k3
+
+FACTORS = {"routes": "routes", "weights": "weights", "checkpoint": "staleness"}
+# Nats per token; below it there is nothing to gain (docs/high_kl.md).
+NOTABLE_KL = 1e-4
+# A factor is named from this share of the live KL on: less does not explain the gap.
+NOTABLE_SHARE = 0.2
+# One half of the layers explains a cost if it alone has this share of it.
+HALF_SHARE = 2 / 3
+# Log-probs of this KL belong to another model: nothing of the rest would mean anything.
+FOREIGN_KL = 1.0
+ADVICE = {
+    "routes": "The engines choose other experts. Train with R3 (--routing-replay-mode R3).",
+    "weights": "The engines weigh the same experts otherwise. Capture weights and replay them "
+    "(--routing-replay-capture weights, --routing-replay-weights straight_through); compare the "
+    "routers' precision and scaling.",
+    "staleness": "The trained checkpoint is not the one that sampled. Send the weights before the "
+    "rollout, flush the prefix cache, and check the weight versions (routing-replay inspect).",
+    "support": "The tokens were sampled from less than the policy's support. Sample with top-p 1 "
+    "and top-k off, or keep the sampling mask; give the trainer the rollout's temperature.",
+    "precision": "The trainer's precision makes the gap: train in {setting}, or roll out in the "
+    "trainer's.",
+    "order": "The order of the experts' sums makes the gap: use the dispatcher {setting}.",
+    "layout": "The parallel layout makes the gap: compare the layers' sums under {setting}.",
+    "kernels": "The layers' kernels make the gap: use {setting}.",
+    "rest": "What remains is the same weights, routes and combine weights computed otherwise: "
+    "precision and kernels of the engines (docs/high_kl.md, numerics).",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """What one factor adds to the gap.
+
+    Args:
+        name: Of `ADVICE`.
+        setting: Of a KIND: what it was changed to.
+        k3: In nats per token.
+        abs_difference: The same of |dlogp|.
+        is_named: Whether it explains a notable part of the gap.
+    """
+
+    name: str
+    setting: str
+    k3: Estimate
+    abs_difference: Estimate
+    is_named: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.setting}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bisection:
+    """The factors of a batch's gap."""
+
+    num_tokens: int
+    live: Estimate
+    live_abs_difference: Estimate
+    factors: tuple[Factor, ...]
+    excess: Estimate
+    layers: tuple[int, ...]
+
+    @property
+    def named(self) -> list[str]:
+        """What explains the gap; empty where it is small."""
+        names = [factor.label for factor in self.factors if factor.is_named]
+        return names + (["support"] if self.excess.low > NOTABLE_EXCESS else [])
+
+    def sentences(self) -> list[str]:
+        """What to change, the largest factor first."""
+        named = sorted((f for f in self.factors if f.is_named), key=lambda f: -f.k3.value)
+        texts = [ADVICE[factor.name].format(setting=factor.setting) for factor in named]
+        if self.excess.low > NOTABLE_EXCESS:
+            texts.append(ADVICE["support"])
+        if self.layers:
+            first, last = self.layers[0], self.layers[-1]
+            where = f"layer {first}" if first == last else f"layers {first} to {last}"
+            texts.append(f"Most of what live routing costs comes from {where}.")
+        if texts:
+            return texts
+        return ["Nothing stands out: the gap is too small to gain from any of these."]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"named": self.named, "sentences": self.sentences()}
+
+    def text(self) -> str:
+        """Return the table and the closing sentences."""
+        lines = [
+            f"the gap of {self.num_tokens} tokens, by factor, with 95 % intervals over sequences",
+            "",
+            f"  {'':18s} {'k3 (nats per token)':36s} |dlogp|",
+            f"  {'live routing':18s} {self.live}   {self.live_abs_difference}",
+        ]
+        for factor in self.factors:
+            star = " *" if factor.is_named else ""
+            lines.append(f"  {factor.label:18s} {factor.k3}   {factor.abs_difference}{star}")
+        lines += [f"  {'excess':18s} {self.excess}   (0 for tokens sampled from pi)", ""]
+        return "\n".join([*lines, *self.sentences()])
+
+
+def bisect(
+    arms: ScoredArms, layers: Sequence[int] = (), *, seed: int = 0, num_resamples: int = 1000
+) -> Bisection:
+    """Return the factors of a batch's gap.
+
+    Args:
+        arms: With "live" and "routes" at least.
+        layers: All routed layers, for the arms "live in A-B".
+        seed: Of the resampling.
+        num_resamples: Of whole sequences.
+
+    Raises:
+        DataError: Arms are missing.
+        ConfigError: The checkpoint is not one of the model that sampled.
+    """
+    base, batch = arms.base, arms.batch
+    require_same_model(arms)
+    resampling = Resampling(batch.mask_ST, num_resamples, seed)
+    width = batch.mask_ST.shape[1]
+
+    def estimate(distance: Distance, name: str, other: str | None = None) -> Estimate:
+        """The distance of an arm from mu, or how much larger it is than another arm's."""
+        means = [
+            resampling.means(distance(arms[n].logp_ST[:, :width], batch.logp_mu_ST))
+            for n in (name, other)
+            if n is not None
+        ]
+        return Estimate.of(means[0] - means[1] if other is not None else means[0])
+
+    live = estimate(k3, "live")
+
+    def factor(name: str, first: str, second: str | None, setting: str = "") -> Factor:
+        effect = estimate(k3, first, second)
+        is_notable = effect.value >= max(NOTABLE_KL, NOTABLE_SHARE * live.value)
+        return Factor(
+            name=name,
+            setting=setting,
+            k3=effect,
+            abs_difference=estimate(abs_difference, first, second),
+            is_named=is_notable and effect.low > 0,
+        )
+
+    steps = pairwise([name for name in LADDER if name in arms])
+    factors = [factor(FACTORS[second], first, second) for first, second in steps]
+    for kind in KINDS:
+        factors += [
+            factor(kind, base, name, name.removeprefix(kind).strip()) for name in arms.of_kind(kind)
+        ]
+    scored = arms[base]
+    excess_ST = scored.logp_ST[:, :width].double() + scored.entropy_ST[:, :width].double()
+    culprits, _ = halve(tuple(layers), lambda part: layers_cost(arms, part))
+    return Bisection(
+        num_tokens=int(batch.mask_ST.sum()),
+        live=live,
+        live_abs_difference=estimate(abs_difference, "live"),
+        factors=(*factors, factor("rest", base, None)),
+        excess=resampling.estimate(excess_ST),
+        layers=culprits if len(culprits) < len(layers) else (),
+    )
+
+
+def require_same_model(arms: ScoredArms) -> None:
+    """Raise if no arm is anywhere near the rollout.
+
+    Raises:
+        ConfigError: The checkpoint is not one of the model that sampled.
+    """
+    batch, width = arms.batch, arms.batch.mask_ST.shape[1]
+    values_ST = k3(arms[arms.base].logp_ST[:, :width], batch.logp_mu_ST)
+    kl = float(values_ST[batch.mask_ST].mean())
+    if not kl <= FOREIGN_KL:  # nan is foreign, too
+        raise ConfigError(
+            "the checkpoint is not one of the model that sampled the batch",
+            expected=f"a k3 of at most {FOREIGN_KL:g} nats per token with everything replayed",
+            got=f"{kl:.3g}",
+            fix="Name the checkpoint that the server had (--rollout-checkpoint), of the same "
+            "vocabulary",
+        )
+
+
+def halve(
+    layers: tuple[int, ...], cost: Callable[[tuple[int, ...]], float | None]
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Search for the layers that make up a cost, by halves.
+
+    Args:
+        layers: To search.
+        cost: Cost of some layers alone; None if it is not known yet.
+
+    Returns:
+        The smallest part found so far, and the part whose cost is needed next; None at the end:
+        a single layer, or a cost that no half explains alone.
+    """
+    while len(layers) > 1:
+        whole = cost(layers)
+        if whole is None:
+            return layers, layers
+        halves = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        costs = [cost(half) for half in halves]
+        for half, value in zip(halves, costs, strict=True):
+            if value is None:
+                return layers, half
+        explaining = [
+            half
+            for half, value in zip(halves, costs, strict=True)
+            if value is not None and value >= HALF_SHARE * whole > 0
+        ]
+        if len(explaining) != 1:
+            return layers, None
+        (layers,) = explaining
+    return layers, None
+
+
+def arm_of_layers(part: Sequence[int]) -> str:
+    """Return the name of the arm in which some layers route live and the others replay."""
+    return f"live in {part[0]}-{part[-1]}"
+
+
+def layers_cost(arms: ScoredArms, part: tuple[int, ...]) -> float | None:
+    """Return KL(part live) - KL(routes); None if that arm was not scored."""
+    name = arm_of_layers(part)
+    if name not in arms or "routes" not in arms:
+        return None
+    batch, width = arms.batch, arms.batch.mask_ST.shape[1]
+    kl = [
+        k3(arms[n].logp_ST[:, :width], batch.logp_mu_ST)[batch.mask_ST].mean()
+        for n in (name, "routes")
+    ]
+    return float(kl[0] - kl[1])

@@ -1,0 +1,82 @@
+"""Means over tokens with intervals from a bootstrap over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+NUM_RESAMPLES = 1000
+# Two-sided 95 %: what the intervals of reports usually mean.
+COVERAGE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value (nats per response token) with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
+
+    @classmethod
+    def of(cls, values_B: np.ndarray) -> Estimate:
+        """Return the estimate of resampled values; the first is that of the batch itself."""
+        tail = (1 - COVERAGE) / 2
+        low, high = np.quantile(values_B[1:], [tail, 1 - tail])
+        return cls(value=float(values_B[0]), low=float(low), high=float(high))
+
+
+class Resampling:
+    """The same resamples of sequences for everything, so that differences are paired.
+
+    Args:
+        mask_ST: bool, the tokens that count.
+        num_resamples: Besides the batch itself, which comes first.
+        seed: The same seed gives the same intervals.
+    """
+
+    def __init__(self, mask_ST: torch.Tensor, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
+        self._mask_ST = mask_ST
+        size = len(mask_ST)
+        drawn_BS = np.random.default_rng(seed).multinomial(
+            size, np.full(size, 1 / size), num_resamples
+        )
+        # Tokens of one sequence depend on each other: whole sequences are drawn.
+        self._weights_BS = np.concatenate([np.ones((1, size)), drawn_BS])
+        counts_S = mask_ST.sum(1).double().numpy()
+        self._totals_B = np.maximum(self._weights_BS @ counts_S, 1.0)
+
+    def means(self, values_ST: torch.Tensor) -> np.ndarray:
+        """Return the mean over the tokens that count, [1 + resamples]."""
+        sums_S = values_ST.double().masked_fill(~self._mask_ST, 0.0).sum(1).numpy()
+        means_B: np.ndarray = self._weights_BS @ sums_S / self._totals_B
+        return means_B
+
+    def estimate(self, values_ST: torch.Tensor) -> Estimate:
+        """Return the mean with its interval."""
+        return Estimate.of(self.means(values_ST))
+
+
+def k3(logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor) -> torch.Tensor:
+    """Return the estimator k3 of KL(mu || pi) of each token; float64."""
+    log_rho_ST = logp_pi_ST.double() - logp_mu_ST.double()
+    return torch.expm1(log_rho_ST) - log_rho_ST
+
+
+def abs_difference(logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor) -> torch.Tensor:
+    """Return |log pi - log mu| of each token; float64."""
+    return (logp_pi_ST.double() - logp_mu_ST.double()).abs()
+
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,0 +1,175 @@
+"""Factors of a gap, the noise floor and the certificate, on batches whose gaps are known."""
+
+import pytest
+import torch
+from scored_batches import HEALTHY, LAYERS, PLANTED, scored, table_of, write_batch
+
+from routing_replay.analysis.arms import ScoredArms, Scores
+from routing_replay.analysis.bisection import arm_of_layers, bisect, halve
+from routing_replay.analysis.certificate import certify
+from routing_replay.analysis.noise import noise_floor
+from routing_replay.cli import main
+from routing_replay.errors import ConfigError, DataError
+
+CLEAN = {"live": 1.4 * HEALTHY, "routes": 1.2 * HEALTHY, "weights": 1.1 * HEALTHY}
+CLEAN |= {"checkpoint": HEALTHY, "precision float32": 0.9 * HEALTHY, "order allgather": HEALTHY}
+
+
+def planted(*arms):
+    """The clean gaps, with a large one in these arms."""
+    return CLEAN | dict.fromkeys(arms, PLANTED)
+
+
+FAULTS = {
+    "routes": planted("live"),
+    "weights": planted("live", "routes"),
+    "staleness": planted("live", "routes", "weights"),
+    "precision float32": planted(*(name for name in CLEAN if name != "precision float32")),
+    "order allgather": planted(*(name for name in CLEAN if name != "order allgather")),
+    "rest": planted(*CLEAN),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named_and_nothing_else(tmp_path, fault):
+    result = bisect(scored(tmp_path, FAULTS[fault]))
+    # A setting that repairs the base shows what is otherwise left as the rest.
+    expected = {fault} | ({"rest"} if fault.split()[0] in ("precision", "order") else set())
+    assert set(result.named) == expected
+    assert len(result.sentences()) == len(expected)
+
+
+def test_a_truncated_support_is_named(tmp_path):
+    result = bisect(scored(tmp_path, CLEAN, excess=0.08))
+    assert result.named == ["support"]
+    assert "top-p 1" in result.sentences()[0]
+
+
+def test_nothing_is_named_on_twenty_healthy_batches(tmp_path):
+    for seed in range(20):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        result = bisect(scored(folder, CLEAN, seed=seed), num_resamples=200)
+        assert result.named == []
+        assert result.sentences() == [
+            "Nothing stands out: the gap is too small to gain from any of these."
+        ]
+
+
+def test_the_factors_of_the_ladder_and_the_rest_add_up_to_the_live_gap(tmp_path):
+    arms = scored(tmp_path, {"live": 0.1, "routes": 0.08, "weights": 0.05, "checkpoint": 0.02})
+    result = bisect(arms)
+    assert [factor.label for factor in result.factors] == ["routes", "weights", "staleness", "rest"]
+    assert sum(f.k3.value for f in result.factors) == pytest.approx(result.live.value, rel=1e-12)
+    # Half the squares: 0.005, 0.0032, 0.00125, 0.0002. 768 tokens: to a tenth or so.
+    values = [f.k3.value for f in result.factors]
+    assert values == pytest.approx([0.0018, 0.00195, 0.00105, 0.0002], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ({0: 0, 1: 0, 2: 9, 3: 0}, (2,)),
+        ({0: 4, 1: 4, 2: 1, 3: 0}, (0, 1)),
+        ({0: 1, 1: 1, 2: 1, 3: 1}, LAYERS),
+        ({0: 0, 1: 0, 2: 0, 3: 0}, LAYERS),
+    ],
+)
+def test_layers_are_searched_by_halves(costs, expected):
+    known = {}
+    while True:
+        part, missing = halve(LAYERS, known.get)
+        if missing is None:
+            break
+        known[missing] = sum(costs[layer] for layer in missing)
+    assert part == expected
+    assert len(known) <= 5  # the whole, and two halves twice
+
+
+def test_the_layer_that_costs_is_in_the_sentences(tmp_path):
+    arms = scored(tmp_path, FAULTS["routes"])
+    generator = torch.Generator().manual_seed(5)
+    noise_ST = torch.randn(arms.batch.logp_mu_ST.shape, generator=generator)
+    for part, gap in (((0, 1, 2, 3), 0.05), ((0, 1), 0.005), ((2, 3), 0.05), ((2,), 0.05)):
+        logp_ST = arms.batch.logp_mu_ST + gap * noise_ST
+        arms.add(arm_of_layers(part), Scores(logp_ST=logp_ST, entropy_ST=-logp_ST))
+    still = arms["routes"]
+    arms.add(arm_of_layers((3,)), still)
+    assert "comes from layer 2." in bisect(arms, LAYERS).sentences()[-1]
+
+
+def test_arms_of_another_checkpoint_or_batch_are_refused(tmp_path):
+    scored(tmp_path, CLEAN)
+    with pytest.raises(ConfigError, match="scored for another checkpoint; expected b; got a"):
+        ScoredArms(tmp_path, {"checkpoint": "b"})
+    write_batch(tmp_path, seed=1)
+    with pytest.raises(ConfigError, match="scored for another batch"):
+        ScoredArms(tmp_path)
+    sorted((tmp_path / "arms").iterdir())[0].write_bytes(b"x")
+    with pytest.raises(DataError, match="scores of an arm cannot be read"):
+        ScoredArms(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not one of the model that sampled the batch"):
+        bisect(scored(tmp_path, {"live": 3.0, "routes": 3.0}))
+
+
+def test_a_batch_without_arms_says_how_to_score_it(tmp_path):
+    write_batch(tmp_path)
+    with pytest.raises(DataError, match="no scored arms.*score_arms.py"):
+        bisect(ScoredArms(tmp_path))
+
+
+def test_the_noise_floor_is_the_k3_between_two_recomputations(tmp_path):
+    arms = scored(tmp_path, {"live": 0.01, "routes": 0.01})
+    generator = torch.Generator().manual_seed(1)
+    base_ST = arms["routes"].logp_ST
+    masses = torch.zeros(4, 768, dtype=torch.float64)
+    arms.add("routes", Scores(logp_ST=base_ST, entropy_ST=-base_ST, live_mass_LR=masses))
+    for number in (1, 2):
+        logp_ST = base_ST.clone()
+        # Half of the tokens move, by noise of 0.02.
+        logp_ST[:24] += 0.02 * torch.randn(24, 16, generator=generator)
+        masses = torch.zeros(4, 768, dtype=torch.float64)
+        masses[2] = number  # deviation of 0, 1, 2: 1
+        arms.add(
+            f"again {number}", Scores(logp_ST=logp_ST, entropy_ST=-logp_ST, live_mass_LR=masses)
+        )
+    floor = noise_floor(arms, LAYERS)
+    assert (floor.num_passes, floor.equal_share) == (3, 0.5)
+    # Pairs with the base: half the square of 0.02; the pair of the two: its double. Of half of all.
+    assert floor.k3.value == pytest.approx((2e-4 + 2e-4 + 4e-4) / 3 / 2, rel=0.2)
+    assert floor.layers == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}
+    assert "50.00% of the tokens" in floor.text()
+
+
+def test_one_pass_has_no_noise_floor(tmp_path):
+    with pytest.raises(DataError, match="needs recomputations.*--again 4"):
+        noise_floor(scored(tmp_path, CLEAN))
+
+
+def test_a_certificate_tells_a_no_op_from_a_change(tmp_path):
+    arms, table = scored(tmp_path, {"live": 0.01, "routes": 0.01}), table_of(0)
+    certificate = certify(arms, table, table_of(0))
+    assert certificate.is_no_op and not certificate.is_exact
+    assert (certificate.num_rows, certificate.num_unchanged) == (768 * 4, 768)
+    assert "certificate: replay was a no-op" in certificate.text()
+    changed = certify(arms, table, table_of(0, num_changed=5))
+    assert (changed.num_differing_rows, changed.is_no_op) == (5, False)
+    # Without the live routes nobody knows.
+    assert not certify(arms, table, None).is_no_op
+    exact = scored(tmp_path, {"live": 0.0, "routes": 0.0})
+    assert certify(exact, table, table_of(0)).is_exact
+
+
+def test_both_verbs_print_text_and_json_and_draw(tmp_path, capsys):
+    arms = scored(tmp_path, FAULTS["routes"])
+    arms.add("again 1", arms["checkpoint"])
+    picture = tmp_path / "factors.svg"
+    assert main(["bisect", str(tmp_path), "--picture", str(picture)]) == 1
+    output = capsys.readouterr().out
+    assert "Train with R3" in output and "certificate: replay changed something" in output
+    assert picture.read_text().count("<rect") == 2 + len(CLEAN) - 1
+    assert main(["noise", str(tmp_path), "--json"]) == 0
+    assert '"equal_share": 1.0' in capsys.readouterr().out
