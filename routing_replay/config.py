@@ -106,6 +106,7 @@ class ReplayConfig:
         for name in ("agreement_every", "agreement_tokens"):
             require_count(name, getattr(self, name))
         self._require_soft_rule()
+        self._require_uncaptured()
 
     @property
     def is_soft(self) -> bool:
@@ -132,6 +133,14 @@ class ReplayConfig:
                 "the replay kernel does not replay softly",
                 expected="kernel without soft_ratio, soft_mass and soft_margin",
                 fix="Leave `kernel` off: the torch form replays softly",
+            )
+
+    def _require_uncaptured(self) -> None:
+        if self.captured_routers and (self.replays_weights or self.is_soft):
+            raise ConfigError(
+                "captured routers replay ids only",
+                expected="weights='live' and no soft replay beside captured_routers",
+                fix="Leave `captured_routers` off: a CUDA graph runs none of what these need",
             )
 
     @property

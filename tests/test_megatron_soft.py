@@ -95,6 +95,7 @@ def test_a_row_of_unknown_age_is_refused_where_the_age_matters(versions):
         ({"soft_ratio": 0.5, "soft_decay": 0.0}, "soft_decay of routing replay is out of range"),
         ({"soft_decay": 0.5}, "soft_decay has no ratio to change"),
         ({"soft_ratio": 0.5, "kernel": True}, "the replay kernel does not replay softly"),
+        ({"weights": "frozen", "captured_routers": True}, "captured routers replay ids only"),
     ],
 )
 def test_thresholds_out_of_range_are_refused(settings, message):

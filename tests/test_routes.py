@@ -155,7 +155,7 @@ def test_weights_that_no_router_makes_are_refused(weights, message):
 def test_weights_are_sliced_joined_and_uncovered_with_their_rows():
     weights = np.arange(6, dtype=np.float32).reshape(3, 1, 2)
     routes = make([[[0, 1]], [[2, 3]], [[1, 0]]], combine_weights_TLK=weights)
-    joined = routes.with_turn(routes[1:], 2)
+    joined = routes_module.concatenate([routes[:2], routes[1:]])
     np.testing.assert_array_equal(joined.combine_weights_TLK[:, 0, 0], [0, 2, 2, 4])
     kept = joined.uncover(np.array([True, False, False, False]))
     np.testing.assert_array_equal(kept.combine_weights_TLK[:, 0, 1], [0, 3, 3, 5])
