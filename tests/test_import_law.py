@@ -35,7 +35,7 @@ EDGES = {
     "rollout": {"errors", "capture", "routes"},
     "sglang": {"errors", "kernels", "capture", "routes"},
     "megatron": {"errors", "findings", "kernels", "config", "routes", "balance", "metrics"},
-    "adapters": {"errors", "config", "routes", "metrics", "megatron"},
+    "adapters": {"errors", "config", "routes", "metrics", "objectives", "megatron"},
 }
 LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.
@@ -44,7 +44,7 @@ EDGE_LIBRARIES = {
     "rollout": {"httpx"},
     "sglang": {"sglang", "packaging"},
     "megatron": {"megatron", "packaging"},
-    "adapters": {"megatron"},
+    "adapters": {"megatron", "tensordict", "verl"},
 }
 
 

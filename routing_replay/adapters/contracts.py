@@ -115,6 +115,9 @@ def _slime(package: str, *, get_batch: Seam, logger: str, tested: str) -> Framew
 
 
 MEGATRON_LOOP = "megatron.training.training"
+VERL_ENGINE = "verl.workers.engine.megatron.transformer_impl"
+SKYRL_WRAPPER = "skyrl.backends.skyrl_train.workers.megatron.megatron_model_wrapper"
+SKYRL_REPLAY = "skyrl.backends.skyrl_train.utils.replay_utils"
 NEMO_TRAIN = "nemo_rl.models.megatron.train"
 FRAMEWORKS = {
     "megatron-lm": Framework(
@@ -134,6 +137,138 @@ FRAMEWORKS = {
                 setting="--overlap-moe-expert-parallel-comm",
                 is_needed=False,
                 cause="Forwards of two microbatches are interleaved: replay refuses the job",
+            ),
+        ),
+    ),
+    "verl": Framework(
+        package="verl",
+        distribution="verl",
+        tested="0.9.1",
+        seams=(
+            *(
+                Seam(
+                    module=VERL_ENGINE,
+                    name=f"MegatronEngineWithLMHead.{name}",
+                    parameters=parameters,
+                )
+                for name, parameters in {
+                    "forward_step": ("batch_iter", "model"),
+                    "prepare_model_inputs": ("batch",),
+                }.items()
+            ),
+            *(
+                Seam(module=VERL_ENGINE, name=f"MegatronEngine.{name}", parameters=parameters)
+                for name, parameters in {
+                    "initialize": (),
+                    "disable_adapter": (),
+                    "forward_backward_batch": ("data", "loss_function", "forward_only"),
+                    "_get_context_parallel_layout": ("unwrapped_model",),
+                }.items()
+            ),
+            Seam(
+                module="verl.models.mcore.util",
+                name="preprocess_thd_engine",
+                parameters=(
+                    "input_ids",
+                    "pre_process",
+                    "use_fp8_padding",
+                    "min_local_rows",
+                    "pad_to_length_bucket",
+                    "cp_layout",
+                ),
+            ),
+            Seam(
+                module="verl.models.mcore.util",
+                name="preprocess_bshd_engine",
+                parameters=("input_ids", "pre_process", "use_fp8_padding", "forced_max_seqlen"),
+            ),
+            Seam(
+                module="verl.workers.engine.base",
+                name="EngineRegistry.register",
+                parameters=("model_type", "backend", "device", "vendor"),
+            ),
+            Seam(
+                module="verl.trainer.ppo.core_algos",
+                name="register_policy_loss",
+                parameters=("name",),
+            ),
+        ),
+        switches=(
+            Switch(
+                setting="ROUTING_REPLAY_MODE",
+                cause="Nothing is replayed; every worker reads it: set it in ray_init.runtime_env",
+            ),
+            Switch(
+                setting="actor_rollout_ref.rollout.enable_rollout_routing_replay",
+                value="True",
+                cause="The rollout returns no routes (R3)",
+            ),
+            *(
+                Switch(
+                    setting="actor_rollout_ref.actor.megatron.router_replay.mode",
+                    value=mode,
+                    is_needed=False,
+                    cause="verl would replay as well: the adapter refuses the job",
+                )
+                for mode in ("R2", "R3")
+            ),
+        ),
+    ),
+    "skyrl": Framework(
+        package="skyrl",
+        distribution="skyrl",
+        tested="0.4.0",
+        seams=(
+            *(
+                Seam(module=SKYRL_WRAPPER, name=name)
+                for name in (
+                    "get_forward_backward_func",
+                    "setup_per_microbatch_replay_forward",
+                    "setup_per_microbatch_replay_backward",
+                    "router_replay_schedule",
+                    "get_model_config",
+                    "PackedTensor",
+                )
+            ),
+            Seam(
+                module=SKYRL_REPLAY,
+                name="setup_per_microbatch_replay_forward",
+                parameters=(
+                    "rollout_expert_indices",
+                    "router_padding_mask",
+                    "attention_mask",
+                    "model",
+                    "model_config",
+                    "metadata_layout",
+                ),
+            ),
+            Seam(
+                module=SKYRL_REPLAY,
+                name="scatter_router_padding_mask_for_model",
+                parameters=("router_padding_mask", "model", "model_config"),
+            ),
+            Seam(
+                module="skyrl.backends.skyrl_train.distributed.megatron.token_metadata",
+                name="align_packed_token_metadata",
+                parameters=("metadata", "layout", "padding_value"),
+            ),
+            Seam(
+                module="skyrl.backends.skyrl_train.distributed.megatron.megatron_utils",
+                name="make_batch_generator",
+                parameters=("batches", "vpp_size"),
+            ),
+            Seam(
+                module="skyrl.backends.skyrl_train.utils.ppo_utils",
+                name="register_policy_loss",
+                parameters=("name",),
+            ),
+        ),
+        switches=(
+            RAY_HOOK,
+            Switch(
+                setting="trainer.policy.megatron_config.moe_enable_routing_replay",
+                value="true",
+                cause="It carries the routes; the adapter takes them over",
             ),
         ),
     ),

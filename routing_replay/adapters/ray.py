@@ -31,6 +31,10 @@ PATCHES = {
     "nemo_rl.models.policy.workers.megatron_policy_worker": (
         "routing_replay.adapters.nemo_rl:patch_worker"
     ),
+    "skyrl.backends.skyrl_train.workers.megatron.megatron_model_wrapper": (
+        "routing_replay.adapters.skyrl:patch_wrapper"
+    ),
+    "skyrl.backends.skyrl_train.utils.ppo_utils": "routing_replay.adapters.skyrl_losses:register",
 }
 
 

@@ -6,6 +6,8 @@
                                                    tests use Megatron's local layers
     torch.cuda                                     `recipes.model.cpu.enable_cpu`, and one device to
                                                    be counted, selected and asked for its memory
+    megatron.bridge.peft.utils                     two functions for LoRA that only a newer
+                                                   Megatron-Bridge has, and SkyRL imports
 """
 
 from __future__ import annotations
@@ -75,3 +77,15 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__version__ = "2.6.0"  # type: ignore[attr-defined]
         module.__getattr__ = functools.cache(_stand_in)  # type: ignore[method-assign]
+
+
+def name_what_skyrl_expects_of_a_newer_bridge() -> None:
+    """SkyRL 0.4.0 imports two functions for LoRA that Megatron-Bridge 0.6.2 does not have."""
+    from megatron.bridge.peft import utils
+
+    for name in (
+        "enable_expert_parallel_grad_sync_in_finalize",
+        "finalize_model_grads_with_expert_adapter_sync",
+    ):
+        if not hasattr(utils, name):
+            setattr(utils, name, lambda *arguments: None)
