@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from replay_cases import ROUTERS
 from triton_process import run_check
 
+from recipes.model import cpu  # noqa: F401  (makes Megatron importable)
 from routing_replay.errors import PreflightError
 from routing_replay.megatron import patch_routing
+
+# isort: split
+from megatron.core.transformer.moe.router import TopKRouter
 
 # Aux losses, z-loss and shared experts lie outside of what the kernel computes.
 FORMS = (

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from recipes.model import cpu  # noqa: F401  (makes Megatron importable)
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
+
+# isort: split
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 
 def sliced_by_megatron(token_rows, rank, size):

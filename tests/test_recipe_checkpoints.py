@@ -65,8 +65,9 @@ LAYOUTS = {
         "tp2-ep4": ParallelLayout(tensor=2, expert=4, expert_tensor=1),
     },
 }
+# Four ranks take a minute of processor time.
 CASES = [
-    (ranks, layout, dtype, is_distributed)
+    pytest.param(ranks, layout, dtype, is_distributed, marks=[pytest.mark.slow] * (ranks > 2))
     for ranks, layouts in LAYOUTS.items()
     for layout in layouts
     for dtype in ("float32", "bfloat16")

@@ -1,4 +1,8 @@
-"""recipes.minirl as a user runs it: real SGLang server, real Megatron trainer, kill and resume."""
+"""recipes.minirl as a user runs it: real SGLang server, real Megatron trainer, kill and resume.
+
+Two launches start a server of their own, as SGLang's start costs more than the training here; the
+others share one by `--rollout-url`.
+"""
 
 import contextlib
 import json
@@ -12,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recipes.serving.server import ServerOptions, launch
+
 ROOT = Path(__file__).parent.parent
-NUM_STEPS = 4
+NUM_STEPS = 3
 # Of one launch, on a machine that others use as well; about 40 s on two free cores.
 TIMEOUT_S = 600
 pytestmark = pytest.mark.timeout(4 * TIMEOUT_S)
@@ -75,30 +81,38 @@ def is_server(child):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run whose trainer is killed after step 1, its server after step 3, and which then ends."""
-    folder = tmp_path_factory.mktemp("recipe")
+def folder(tmp_path_factory):
+    """A folder for runs, and in it the tiny model once it is made."""
+    return tmp_path_factory.mktemp("recipe")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run whose server is killed after step 1, and which is resumed to its end."""
     run_dir = folder / "run"
-    cache = ["--cache-dir", str(folder / "cache")]
+    flags = [*SMALL, *write_prompts(folder), "--cache-dir", str(folder / "cache")]
     with contextlib.ExitStack() as stack:
-        process = start(run_dir, *cache, *write_prompts(folder), *SMALL)
+        process = start(run_dir, *flags)
         stack.callback(process.kill)
-        without_trainer = kill_after_step(process, run_dir, 1, is_trainer)
-        process = start(run_dir, "--resume")
-        stack.callback(process.kill)
-        without_server = kill_after_step(process, run_dir, 3, is_server)
-    return run_dir, (without_trainer, without_server), finish(start(run_dir, "--resume"))
+        without_server = kill_after_step(process, run_dir, 1, is_server)
+    return run_dir, without_server, finish(start(run_dir, "--resume"))
 
 
-def test_a_killed_trainer_ends_the_run_with_one_message_that_says_how_to_go_on(run):
-    run_dir, ((output, status), _), _ = run
-    assert status == 1
-    assert "error: the trainer ended with status" in output
-    assert f"--run-dir {run_dir} --resume" in output
+@pytest.fixture(scope="module")
+def server_url(run, folder):
+    """A server of the tiny model, which the runs of these tests have in common."""
+    (model,) = (folder / "cache").glob("tiny-*")
+    options = ServerOptions(
+        capture="gates",
+        arguments=("--dtype", "bfloat16", "--skip-tokenizer-init"),
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    with launch(model, options) as server:
+        yield server.url
 
 
-def test_a_killed_server_does_too_and_its_log_is_named(run):
-    run_dir, (_, (output, status)), _ = run
+def test_a_killed_server_ends_the_run_with_one_message_that_says_how_to_go_on(run):
+    run_dir, (output, status), _ = run
     assert status == 1
     assert "error: the SGLang server died with status" in output
     assert f"log {run_dir / 'logs' / 'sglang.log'}" in output
@@ -110,13 +124,13 @@ def test_the_resumed_run_ends_well_with_every_step_once(run):
     run_dir, _, (output, status) = run
     assert status == 0, output
     assert [record["step"] for record in records(run_dir)] == list(range(NUM_STEPS + 1))
-    assert "Result: 4 steps" in output
+    assert f"Result: {NUM_STEPS} steps" in output
     assert (run_dir / "report.html").stat().st_size > 10_000
     kept = {path.name for path in (run_dir / "last_batch").iterdir()}
     assert {"batch.safetensors", "routes.safetensors"} <= kept
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
-        "step_000003",
-        "step_000004",
+        f"step_{NUM_STEPS - 1:06}",
+        f"step_{NUM_STEPS:06}",
     ]
 
 
@@ -154,49 +168,76 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run):
     assert "the folder holds a run already" in output
 
 
-def test_a_dead_rollout_server_is_one_clear_message(run, tmp_path):
-    flags = ["--cache-dir", str(run[0].parent / "cache"), "--rollout-url", "http://127.0.0.1:9"]
-    output, status = finish(start(tmp_path / "run", *SMALL, *flags))
+def test_a_dead_rollout_server_is_one_clear_message(run, folder):
+    flags = ["--cache-dir", str(folder / "cache"), "--rollout-url", "http://127.0.0.1:9"]
+    output, status = finish(start(folder / "dead", *SMALL, *flags))
     assert status == 1
     assert "http://127.0.0.1:9" in output
     assert "Traceback" not in output
 
 
-RUNS = {
-    "masked": [
-        *("--objective", "dapo", "--top-p", "0.95", "--top-k", "12"),
-        *("--objective-parameters", "kl_coefficient=0.01", "entropy_coefficient=0.001"),
-        *("--dynamic-sampling", "1", "--overlong-cache", "2", "--reward-kl-coefficient", "0.01"),
-    ],
-    "bupo": ["--preset", "tiny_bupo", "--internal-steps", "1"],
-}
+def flags_of_two_steps(folder, server_url):
+    cache = ["--cache-dir", str(folder / "cache"), "--rollout-url", server_url]
+    return [*SMALL, "--steps", "2", *cache, *write_prompts(folder)]
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", RUNS)
-def test_the_whole_recipe_runs(name, tmp_path):
-    flags = [*SMALL, *RUNS[name], "--steps", "2", "--cache-dir", str(tmp_path / "cache")]
-    output, status = finish(start(tmp_path / "run", *flags, *write_prompts(tmp_path)))
-    assert status == 0, output
-    steps = records(tmp_path / "run")[1:]
+def assert_sound(steps):
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert math.isfinite(step["objective/loss"])
         assert step["objective/nonfinite_tokens"] == 0
-        if name == "bupo":
-            # The inner layer's policy has no mu to be compared with.
-            assert ("off_policy/kl_k3" in step) == (step["step"] == 2)
-            continue
+
+
+MASKED = [
+    *("--objective", "dapo", "--top-p", "0.95", "--top-k", "12"),
+    *("--objective-parameters", "kl_coefficient=0.01", "entropy_coefficient=0.001"),
+    *("--dynamic-sampling", "1", "--overlong-cache", "2", "--reward-kl-coefficient", "0.01"),
+]
+
+
+@pytest.fixture(scope="module")
+def masked(folder, server_url):
+    """A run with masks, penalties and replaced groups, whose trainer is killed after step 1."""
+    run_dir = folder / "masked"
+    with contextlib.ExitStack() as stack:
+        process = start(run_dir, *flags_of_two_steps(folder, server_url), *MASKED)
+        stack.callback(process.kill)
+        without_trainer = kill_after_step(process, run_dir, 1, is_trainer)
+    return run_dir, without_trainer, finish(start(run_dir, "--resume"))
+
+
+def test_a_killed_trainer_ends_the_run_with_one_message_that_says_how_to_go_on(masked):
+    run_dir, (output, status), _ = masked
+    assert status == 1
+    assert "error: the trainer ended with status" in output
+    assert f"--run-dir {run_dir} --resume" in output
+
+
+def test_masks_penalties_and_replaced_groups_survive_the_resume(masked):
+    run_dir, _, (output, status) = masked
+    assert status == 0, output
+    steps = records(run_dir)[1:]
+    assert_sound(steps)
+    for step in steps:
         assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
         assert 0.9 < step["rollout/sampling_mask_mass"] < 1
         assert 1 <= step["rollout/sampling_rounds"] <= 2
         assert step["rollout/replaced_groups"] >= 0
         assert -1 <= step["reward/overlong_penalty"] <= 0
-        assert "reward/kl_penalty" in step
-    if name == "masked":
-        # Before the first step the policy is the reference; afterwards it has moved away.
-        assert abs(steps[0]["reward/kl_penalty"]) < 0.01
-        assert steps[1]["objective/kl_ref"] > 0
-        state = tmp_path / "run" / "checkpoints" / "step_000002" / "trainer" / "state.json"
-        consumed = 16 + sum(step["rollout/replaced_groups"] for step in steps)
-        assert json.loads(state.read_text())["prompts_consumed"] == consumed
+    # Before the first step the policy is the reference; afterwards it has moved away.
+    assert abs(steps[0]["reward/kl_penalty"]) < 0.01
+    assert steps[1]["objective/kl_ref"] > 0
+    state = run_dir / "checkpoints" / "step_000002" / "trainer" / "state.json"
+    consumed = 16 + sum(step["rollout/replaced_groups"] for step in steps)
+    assert json.loads(state.read_text())["prompts_consumed"] == consumed
+
+
+def test_an_inner_layer_is_trained_first_and_then_the_whole_policy(folder, server_url):
+    run_dir = folder / "bupo"
+    flags = [*flags_of_two_steps(folder, server_url), "--internal-steps", "1"]
+    output, status = finish(start(run_dir, "--preset", "tiny_bupo", *flags))
+    assert status == 0, output
+    steps = records(run_dir)[1:]
+    assert_sound(steps)
+    # The inner layer's policy has no mu to be compared with.
+    assert ["off_policy/kl_k3" in step for step in steps] == [False, True]

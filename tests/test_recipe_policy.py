@@ -11,14 +11,13 @@ import torch
 from megatron_worlds import run_world, selected
 from tiny_models import tiny_qwen3_moe
 
-LAYERS, EXPERTS, TOP_K = 4, 8, 2
+LAYERS, EXPERTS, TOP_K = 2, 8, 2  # a step of four layers takes twice the time
 LAYOUTS = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
     "dp2": {},
     "ep2": {"expert_parallel": 2},
     "cp2": {"context_parallel": 2},
-    "vp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     # Packed: the longest sequence has 9 positions, so that two or three share a microbatch.
     "packed_tp2": {"tensor_parallel": 2, "microbatch_tokens": 16},
     "packed_pp2": {"pipeline_parallel": 2, "microbatch_tokens": 16},
@@ -27,7 +26,7 @@ LAYOUTS = {
     "packed_cp2": {"context_parallel": 2, "microbatch_tokens": 24},
 }
 # In the long matrix only.
-LONG = ("vp2", "packed_tp2", "packed_ep2")
+LONG = ("packed_tp2", "packed_ep2")
 # Objectives that look at the whole step, at routers, at a reference or at mu's likely tokens; the
 # fractions choose some of the few tokens here.
 SOME_COV = ["fraction=0.3", "cov_low=-1", "beta=1"]
@@ -78,7 +77,7 @@ def make_policy(checkpoint, mode="R3", **settings):
     return Policy(parse(flags), Path(checkpoint))
 
 
-def make_step(multiple):
+def make_step(multiple, num_layers=LAYERS):
     """Eight sequences of different lengths with random routes of the model's shape."""
     from recipes.minirl.batch import Batch, Sample
     from routing_replay.routes.routes import Routes
@@ -99,11 +98,11 @@ def make_step(multiple):
             )
         )
         num_rows = len(prompt) + len(response) - 1
-        ids_TLE = rng.permuted(np.tile(np.arange(EXPERTS), (num_rows, LAYERS, 1)), axis=-1)
+        ids_TLE = rng.permuted(np.tile(np.arange(EXPERTS), (num_rows, num_layers, 1)), axis=-1)
         routes.append(
             Routes(
                 expert_ids_TLK=np.ascontiguousarray(ids_TLE[..., :TOP_K].astype(np.uint8)),
-                layers=tuple(range(LAYERS)),
+                layers=tuple(range(num_layers)),
                 num_experts=EXPERTS,
             )
         )
@@ -129,7 +128,7 @@ def take_step(policy, folder):
     from recipes.minirl.train import replaying, score_old
     from routing_replay.metrics.typed import merge, to_floats
 
-    batch, table = make_step(policy.sharding.multiple)
+    batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)
     table = table if policy.config.replay.mode == "R3" else None
     old = score_old(policy, batch, table)
     live = policy.score(batch, batch.token_rows(None))
@@ -244,6 +243,15 @@ def assert_same_step(outcome, reference):
 )
 def test_two_ranks_take_the_step_of_one(outcomes, layout):
     assert_same_step(outcomes[layout], outcomes["single_R3"])
+
+
+@pytest.mark.slow
+def test_virtual_stages_take_the_step_of_one_rank(tmp_path):
+    checkpoint = str(tiny_qwen3_moe(layers=4, experts=EXPERTS, top_k=TOP_K))  # one for each stage
+    layout = {"pipeline_parallel": 2, "virtual_pipeline": 2}
+    (alone,) = run_world(steps_of_layouts, 1, checkpoint, str(tmp_path), {"one": ("R3", {})})
+    ranks = run_world(steps_of_layouts, 2, checkpoint, str(tmp_path), {"vp2": ("R3", layout)})
+    assert_same_step(ranks[0]["vp2"], alone["one"])
 
 
 @pytest.mark.parametrize("name", ["rspo", "dppo_topk", "kl_cov", "shaped", "R3", "R2"])
@@ -374,9 +382,3 @@ def test_a_checkpoint_is_a_hugging_face_model(resumption):
 def test_the_optimizer_state_of_another_layout_is_refused_on_every_rank(resumption):
     for of_rank in resumption[1]:
         assert "the optimizer state is of another parallel layout" in of_rank[-1]
-
-
-def test_the_weight_names_of_every_supported_architecture_are_known():
-    from recipes.model import model, weight_names
-
-    assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)

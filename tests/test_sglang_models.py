@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from routing_replay.errors import ServerError
 from routing_replay.rollout import RolloutClient, probe
 from routing_replay.routes.shape import MoEShape
 
-pytest.importorskip("sglang")
+pytestmark = pytest.mark.skipif(not find_spec("sglang"), reason="SGLang is not installed")
 
 
 def served(checkpoint, model, *arguments, **environment):

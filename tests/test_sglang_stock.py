@@ -15,9 +15,12 @@ from routing_replay.rollout import completion_of
 from routing_replay.routes.payload import FIELD, decode
 from routing_replay.sglang import versions
 
-pytestmark = pytest.mark.skipif(
-    versions.installed() < (0, 5, 21), reason="older ones cannot flush while requests wait"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        versions.installed() < (0, 5, 21), reason="older ones cannot flush while requests wait"
+    ),
+    pytest.mark.slow,  # a server of its own, and no promise of ours
+]
 
 
 @pytest.fixture(scope="module")

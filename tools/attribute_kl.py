@@ -182,7 +182,9 @@ def padded(batch: RolloutBatch, multiple: int) -> RolloutBatch:
     """Return the batch with its width padded to what the parallel layout divides."""
     extra = -batch.input_ids_ST.shape[1] % multiple
     names = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST")
-    columns = {name: torch.nn.functional.pad(getattr(batch, name), (0, extra)) for name in names}
+    columns: dict[str, Any] = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, extra)) for name in names
+    }
     return replace(batch, **columns)
 
 

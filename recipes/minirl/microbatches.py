@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from routing_replay.objectives.logprobs import Support
+from routing_replay.routes.batch import RolloutBatch
 from routing_replay.routes.token_rows import context_positions
 
 from .batch import Batch
@@ -169,7 +170,9 @@ class Sharding:
             is_packed=is_packed,
         )
 
-    def scatter(self, values: Mapping[tuple[int, ...], torch.Tensor], batch: Batch) -> torch.Tensor:
+    def scatter(
+        self, values: Mapping[tuple[int, ...], torch.Tensor], batch: Batch | RolloutBatch
+    ) -> torch.Tensor:
         """Return [S, T] with this rank's tokens in their cells and 0 elsewhere.
 
         Args:

@@ -91,7 +91,7 @@ def enable_cpu() -> bool:
     _redirect_streams_and_events()
     _redirect_generators()
     # Never exited: it holds for the rest of the process.
-    _CudaNamesMeanCpu().__enter__()
+    contextlib.ExitStack().enter_context(_CudaNamesMeanCpu())
     _redirect_rng_helpers()
     _redirect_split_sizes_to_host()
     _redirect_uneven_collectives()

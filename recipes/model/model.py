@@ -215,7 +215,9 @@ def _use_local_modules(block: TransformerBlockSubmodules) -> None:
 
 
 def _hide_padded_logits(
-    layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, Any]
+    layer: tensor_parallel.ColumnParallelLinear,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, Any],
 ) -> tuple[torch.Tensor, Any]:
     # The embedding is padded so that tensor parallelism divides it. A padded row is no token: with
     # its logit left at 0 the softmax would differ from the checkpoint's.

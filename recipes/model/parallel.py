@@ -155,7 +155,7 @@ def start_distributed(backend: str | None = None) -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend, timeout=timeout)
     else:
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=timeout
         )

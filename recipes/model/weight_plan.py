@@ -76,7 +76,7 @@ def _named_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """Return the GPTModel inside DDP and precision wrappers."""
     while hasattr(chunk, "module"):
-        chunk = chunk.module
+        chunk = chunk.get_submodule("module")
     return chunk
 
 
@@ -154,7 +154,7 @@ def gather_tensor(parts: list[Part], parameters: list[Parameter]) -> torch.Tenso
             shape[piece.axis] = piece.length
             values = torch.empty(shape, dtype=part.dtype, device=torch.cuda.current_device())
             torch.distributed.recv(values, src=part.rank)
-        if rank == 0:
+        if whole is not None:
             whole.narrow(piece.axis, piece.start, piece.length).copy_(values)
     return whole
 

@@ -114,13 +114,13 @@ def save_hf(
     writer = CheckpointWriter(
         hf_dir,
         source=source,
-        config_changes={"dtype": saved} | _LOST_PARTS.get(config.architecture, {}),
+        config_changes={"dtype": saved, **_LOST_PARTS.get(config.architecture, {})},
         max_shard_bytes=max_shard_bytes,
     )
     error = _attempt(writer.start)
     for name, tensor in named_hf_tensors(model_chunks, dtype):
         # After a failure the other ranks still send what was planned: receive it all.
-        if error is None:
+        if error is None and tensor is not None:
             error = _attempt(functools.partial(writer.add, name, tensor))
     if error is None:
         error = _attempt(writer.finish)

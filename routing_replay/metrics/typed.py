@@ -162,7 +162,7 @@ def all_reduce(
     dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=group)
     parts = sums_C2.split([len(part) for part in sums])
     return {
-        name: kind.metric(*part.T, maximum)
+        name: kind.metric(part.T, maximum)
         for (name, kind), part, maximum in zip(union.items(), parts, maximum_N, strict=True)
     }
 
@@ -193,7 +193,8 @@ class _Kind:
             return cls(type="LayerMean", layers=metric.layers, has_mean=metric.has_mean)
         return cls(type=type(metric).__name__)
 
-    def metric(self, total_C: torch.Tensor, count_C: torch.Tensor, maximum: torch.Tensor) -> Metric:
+    def metric(self, sums_2C: torch.Tensor, maximum: torch.Tensor) -> Metric:
+        total_C, count_C = sums_2C
         match self.type:
             case "Mean":
                 return Mean(total=total_C[0], count=count_C[0])

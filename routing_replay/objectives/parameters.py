@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -166,7 +165,6 @@ class Parameters:
             _check(f, kinds[f.name], getattr(self, f.name))
 
 
-@functools.cache
 def _kinds(parameters: type[Parameters]) -> dict[str, tuple[type, ...]]:
     """Return the types that each parameter may have; NoneType for an optional one."""
     hints = get_type_hints(parameters)

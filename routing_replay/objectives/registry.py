@@ -182,8 +182,8 @@ def get(name: str, **parameters: object) -> Objective:
         if parameter not in known:
             raise unknown_name(f"parameter of objective {name!r}", parameter, known)
     # A preset replaces defaults, and the caller's parameters replace the preset's.
-    defaults = _PRESETS[name].parameters if name in _PRESETS else {}
-    return Objective(name=name, parameters=kind(**{**defaults, **parameters}), surrogate=surrogate)
+    values: dict[str, Any] = dict(_PRESETS[name].parameters) if name in _PRESETS else {}
+    return Objective(name=name, parameters=kind(**values | parameters), surrogate=surrogate)
 
 
 def _method(name: str) -> str:

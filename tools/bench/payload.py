@@ -104,6 +104,7 @@ def speeds(routes: Routes, rounds: int = ROUNDS) -> Figures:
 def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], object]]:
     """Return what stock and our server do for a finished request of so many tokens."""
     ids_TLK, num_rows = routes.expert_ids_TLK[:num_rows], min(num_rows, routes.num_rows)
+    assert routes.gate_probs_TLK is not None and routes.combine_weights_TLK is not None
     slots = SlotRows(ids_TLK.shape, routes.num_experts, ("gates", "weights"))
     slots.ids_NLK[:], slots.values["gates"][:] = ids_TLK, routes.gate_probs_TLK[:num_rows]
     slots.values["weights"][:] = routes.combine_weights_TLK[:num_rows]
@@ -112,7 +113,7 @@ def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], o
     # Slots are as scattered as a radix tree leaves them.
     order = torch.from_numpy(np.random.default_rng(0).permutation(num_rows)).int()
     pool = SimpleNamespace(req_to_token=order[None])
-    capturer = SimpleNamespace(
+    capturer: Any = SimpleNamespace(
         slots=slots,
         layers=set(range(ids_TLK.shape[1])),
         num_experts=routes.num_experts,
