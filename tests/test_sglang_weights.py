@@ -1,5 +1,7 @@
 """Combine weights of a real server are those of an independent forward, scaling included."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from sglang_checks import Reference
@@ -10,7 +12,7 @@ from recipes.serving.server import ServerOptions, launch
 from routing_replay.rollout import RolloutClient, probe
 from routing_replay.routes.shape import MoEShape
 
-pytest.importorskip("sglang")
+pytestmark = pytest.mark.skipif(not find_spec("sglang"), reason="SGLang is not installed")
 
 
 @pytest.mark.timeout(600)
