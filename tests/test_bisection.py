@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_a_batch_without_arms_says_how_to_score_it(tmp_path):
     write_batch(tmp_path)
-    with pytest.raises(DataError, match="no scored arms.*score_arms.py"):
+    with pytest.raises(DataError, match="no scored arms.*torchrun -m tools.score_arms"):
         bisect(ScoredArms(tmp_path))
 
 

@@ -1,12 +1,17 @@
-"""tools/attribute_kl.py on real Megatron: every layout attributes the same KL to each layer."""
+"""tools/attribute_kl.py and score_arms.py on real Megatron: every layout finds the same."""
 
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron_worlds import run_world
 from test_recipe_policy import EXPERTS, LAYERS, TOP_K, make_step
 from tiny_models import tiny_qwen3_moe
+
+from routing_replay.analysis.arms import LADDER
+from routing_replay.analysis.resampling import k3
+from routing_replay.routes.batch import RolloutBatch
 
 LAYOUTS = {
     "cp2": ["--context-parallel", "2"],
@@ -32,6 +37,29 @@ def attribute_under(rank, folder, checkpoint, older, layouts):
     return found
 
 
+def score_arms(rank, folder, checkpoint, older):
+    """Scores by arm, and how many of them a later call need not score."""
+    from recipes.model import parallel
+    from tools import score_arms as tool
+
+    argv = [folder, "--checkpoint", checkpoint, "--rollout-checkpoint", older, "--layers"]
+    argv += ["--again", "2", "--precisions", "bfloat16", "--microbatch-size", "3"]
+    parsed = tool.make_parser().parse_args(argv)
+    parallel.initialize(tool.layout_of(parsed), seed=1)
+    first = tool.Arms(parsed)
+    first.run()
+    kept = tool.Arms(parsed).arms.names
+    parallel.destroy(keep_world=True)
+    return {name: first.arms[name] for name in first.arms.names}, len(kept)
+
+
+def with_weights(table):
+    """The table with drawn combine weights that add up to one."""
+    weights = np.random.default_rng(3).random(table.expert_ids_LTK.shape).astype(np.float32)
+    columns = table._tensors | {"combine_weights_LTK": weights / weights.sum(-1, keepdims=True)}
+    return type(table)(table.shape, columns, table.source)
+
+
 @pytest.fixture(scope="module")
 def attributions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attribution")
@@ -40,17 +68,18 @@ def attributions(tmp_path_factory):
     supports = ("support_ids_N", "support_starts_ST", "support_counts_ST")
     batch = dataclasses.replace(batch, **dict.fromkeys(supports))
     batch.save(folder / "batch.safetensors")
-    table.save(folder / "routes.safetensors")
+    with_weights(table).save(folder / "routes.safetensors")
     shape = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K}
     checkpoints = [str(tiny_qwen3_moe(**shape, seed=seed)) for seed in (0, 1)]
     (alone,) = run_world(attribute_under, 1, str(folder), *checkpoints, {"single": []})
+    (arms,) = run_world(score_arms, 1, str(folder), *checkpoints)
     ranks = run_world(attribute_under, 2, str(folder), *checkpoints, LAYOUTS)
-    return alone["single"], ranks, folder
+    return alone["single"], ranks, folder, arms
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_finds_the_same_on_every_rank(attributions, layout):
-    alone, ranks, _ = attributions
+    alone, ranks, *_ = attributions
     for rank in ranks:
         found = rank[layout]
         assert found["kl"].keys() == alone["kl"].keys()
@@ -61,18 +90,36 @@ def test_every_layout_finds_the_same_on_every_rank(attributions, layout):
 
 
 def test_the_parts_are_the_differences_of_the_passes_and_none_is_zero(attributions):
-    alone, _, _ = attributions
+    alone, *_ = attributions
     kl = {name: estimate["value"] for name, estimate in alone["kl"].items()}
     parts = {part["name"]: part["kl"] for part in alone["parts"]}
     # The routes are random and the two checkpoints independent: every part is far from zero.
     assert parts["numerics"] == pytest.approx(kl["rollout"])
-    assert parts["staleness"] == pytest.approx(kl["all"] - kl["rollout"])
+    assert parts["staleness"] == pytest.approx(kl["gates"] - kl["rollout"])
+    assert parts["gates"] == pytest.approx(kl["all"] - kl["gates"])
     assert parts["routing"] == pytest.approx(kl["none"] - kl["all"])
     assert min(abs(value) for value in parts.values()) > 1e-4
-    # L + 3 passes for the main table, L and L - 1 for the other two families.
-    assert len(kl) == 3 + LAYERS + LAYERS + LAYERS - 1
+    # L + 4 passes for the main table, L and L - 1 for the other two families.
+    assert len(kl) == 4 + LAYERS + LAYERS + LAYERS - 1
 
 
 def test_the_progress_lies_beside_the_output(attributions):
-    _, _, folder = attributions
+    _, _, folder, _ = attributions
     assert Path(folder, "single.progress.json").stat().st_size > 0
+
+
+def test_arms_are_the_passes_of_the_attribution_and_are_scored_once(attributions):
+    alone, _, folder, (arms, num_kept) = attributions
+    kl = {name: estimate["value"] for name, estimate in alone["kl"].items()}
+    batch = RolloutBatch.open(folder / "batch.safetensors")
+    for arm, variant in zip(LADDER, ("none", "all", "gates", "rollout"), strict=True):
+        values_ST = k3(arms[arm].logp_ST[:, : batch.mask_ST.shape[1]], batch.logp_mu_ST)
+        assert float(values_ST[batch.mask_ST].mean()) == pytest.approx(kl[variant], rel=1e-5), arm
+    assert num_kept == len(arms)
+    first = arms["checkpoint"]
+    for name in ("again 1", "again 2"):
+        # Other microbatches, the same sums in another order.
+        np.testing.assert_allclose(arms[name].logp_ST, first.logp_ST, atol=1e-4)
+        np.testing.assert_allclose(arms[name].live_mass_LR, first.live_mass_LR, atol=1e-5)
+    assert abs(arms["precision bfloat16"].logp_ST - first.logp_ST).max() > 1e-3
+    assert any(name.startswith("live in 0-") for name in arms)

@@ -382,3 +382,14 @@ def test_a_checkpoint_is_a_hugging_face_model(resumption):
 def test_the_optimizer_state_of_another_layout_is_refused_on_every_rank(resumption):
     for of_rank in resumption[1]:
         assert "the optimizer state is of another parallel layout" in of_rank[-1]
+
+
+def test_the_mean_of_passes_is_of_their_log_probs():
+    from recipes.minirl.policy import mean_scores
+    from routing_replay.objectives.logprobs import TokenScores
+
+    values = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -2.5])]
+    passes = [{(0, 1): TokenScores(logp_T=logp_T, entropy_T=logp_T)} for logp_T in values]
+    [(sequences, scores)] = mean_scores(passes).items()
+    assert sequences == (0, 1)
+    assert scores.logp_T.tolist() == [-2.0, -2.25] and scores.entropy_T.tolist() == [-1.0, -2.0]

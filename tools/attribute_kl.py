@@ -92,6 +92,15 @@ class Scorer:
             variant: Which layers replay.
             live_routes: File for the routes that this pass would have taken live.
         """
+        logp_ST, entropy_ST = self.replayed(variant, live_routes)
+        return attribution.sequence_sums(
+            logp_ST, entropy_ST, self.batch.logp_mu_ST, self.batch.mask_ST
+        )
+
+    def replayed(
+        self, variant: Variant, live_routes: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probs and entropies [S, T] of the batch under a variant, as `score`."""
         scope = self.replay.replaying(
             self.table,
             record_live=live_routes is not None,
@@ -102,9 +111,7 @@ class Scorer:
             logp_ST, entropy_ST = self.run()
         if recorded is not None:
             recorded.table(live_routes)
-        return attribution.sequence_sums(
-            logp_ST, entropy_ST, self.batch.logp_mu_ST, self.batch.mask_ST
-        )
+        return logp_ST, entropy_ST
 
     @torch.no_grad()
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,10 +216,7 @@ class Bar:
 
 def run(parsed: argparse.Namespace) -> attribution.Attribution:
     """Run the whole attribution on this rank; collective."""
-    sizes = ("tensor", "pipeline", "context", "expert")
-    layout = parallel.ParallelLayout(
-        **{name: getattr(parsed, f"{name}_parallel") for name in sizes}, expert_tensor=1
-    )
+    layout = layout_of(parsed)
     parallel.initialize(layout, seed=1)
     chunks = load_model(parsed, layout)
     batch = RolloutBatch.open(parsed.batch / "batch.safetensors")
@@ -243,16 +247,27 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
     return attribution.summarize(layers, sums, parsed.estimator)
 
 
-def load_model(
-    parsed: argparse.Namespace, layout: parallel.ParallelLayout
-) -> list[torch.nn.Module]:
-    """Return this rank's chunks with the checkpoint's weights."""
-    config = transformer_config(
-        parsed.checkpoint,
-        layout,
-        dtype=getattr(torch, parsed.dtype),
-        variable_seq_lengths=layout.pipeline > 1,  # packs differ in length
+def layout_of(parsed: argparse.Namespace) -> parallel.ParallelLayout:
+    """Return the parallel sizes of the flags."""
+    sizes = ("tensor", "pipeline", "context", "expert")
+    return parallel.ParallelLayout(
+        **{name: getattr(parsed, f"{name}_parallel") for name in sizes}, expert_tensor=1
     )
+
+
+def load_model(
+    parsed: argparse.Namespace, layout: parallel.ParallelLayout, **changes: Any
+) -> list[torch.nn.Module]:
+    """Return this rank's chunks with the checkpoint's weights.
+
+    Args:
+        parsed: Checkpoint and dtype.
+        layout: Parallel sizes.
+        **changes: Arguments of `transformer_config`, in place of those of the flags.
+    """
+    settings: dict[str, Any] = {"dtype": getattr(torch, parsed.dtype)}
+    settings["variable_seq_lengths"] = layout.pipeline > 1  # packs differ in length
+    config = transformer_config(parsed.checkpoint, layout, **(settings | changes))
     chunks: list[torch.nn.Module] = build_model(config, layout)
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
@@ -296,8 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--microbatch-size", type=int, default=16, help="longest sequences per forward pass"
     )
-    for name in ("tensor", "pipeline", "context", "expert"):
-        parser.add_argument(f"--{name}-parallel", type=int, default=1)
+    add_layout(parser)
     parser.add_argument(
         "--live-routes",
         metavar="FILE",
@@ -306,6 +320,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="attribution.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the parallel sizes."""
+    for name in ("tensor", "pipeline", "context", "expert"):
+        parser.add_argument(f"--{name}-parallel", type=int, default=1)
 
 
 def main() -> int:

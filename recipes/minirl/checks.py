@@ -94,6 +94,7 @@ def check_sizes(config: RecipeConfig) -> None:
         "samples_per_prompt": config.data.samples_per_prompt,
         "minibatch_size": t.minibatch_size,
         "microbatch_size": t.microbatch_size,
+        "logprob_passes": t.logprob_passes,
         "max_new_tokens": config.rollout.max_new_tokens,
     }
     for name, value in positive.items():

@@ -38,6 +38,17 @@ from .plan import memory_estimate
 Scores = dict[tuple[int, ...], TokenScores]
 
 
+def mean_scores(passes: Sequence[Scores]) -> Scores:
+    """Return the mean log-probs of several passes; the entropies of the first."""
+    first = passes[0]
+    return {
+        sequences: replace(
+            scores, logp_T=torch.stack([one[sequences].logp_T for one in passes]).mean(0)
+        )
+        for sequences, scores in first.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class FixedScores:
     """What an update takes as constant.

@@ -131,6 +131,11 @@ class TrainingSettings:
         "pack whole sequences into microbatches of at most so many tokens, without padding (a "
         "longer sequence stands alone); 0: pad --microbatch-size sequences to their longest",
     )
+    logprob_passes: int = setting(
+        1,
+        "pi_old's log-probs are the mean of so many recomputations under the same routes (mean_8 "
+        "of KAT-Coder): less noise where kernels do not repeat themselves bitwise",
+    )
     learning_rate: float = setting(3e-4, "constant learning rate of AdamW")
     adam_beta2: float = setting(0.99, "second-moment decay of AdamW")
     adam_eps: float = setting(1e-8, "added to the root of the second moment of AdamW")

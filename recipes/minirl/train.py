@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from .first_rank import FirstRank
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
 from .node import require_alike
-from .policy import FixedScores, Policy, Scores
+from .policy import FixedScores, Policy, Scores, mean_scores
 from .prompts import Prompt, take
 from .publish import write_weights
 from .rollout import Groups, Rollout, mean_reward, sample_groups
@@ -156,7 +156,7 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
 
     # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
     with clock("old log-probs"):
-        old = score_old(policy, batch, table)
+        old = averaged(policy, batch, score_old(policy, batch, table))
         metrics = policy.reduce(policy.discrepancy(batch, old.scores))
         if table is not None:
             metrics |= policy.replay.metrics()
@@ -308,6 +308,15 @@ def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass
         case mode:
             raise AssertionError(f"the mode {mode!r} is not resolved")
     return OldPass(scores=scores, table=None, token_rows_ST=all_live)
+
+
+def averaged(policy: Policy, batch: Batch, old: OldPass) -> OldPass:
+    """Return the mean of `logprob_passes` passes under the old pass's routes, itself among them."""
+    passes = [old.scores]
+    for _ in range(policy.config.training.logprob_passes - 1):
+        with replaying(policy, old.table):
+            passes.append(policy.score(batch, old.token_rows_ST))
+    return replace(old, scores=mean_scores(passes)) if len(passes) > 1 else old
 
 
 def score_live(policy: Policy, batch: Batch, old: Scores) -> Scores:

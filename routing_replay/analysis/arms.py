@@ -1,7 +1,7 @@
 """Arms of a batch: log-probs of its tokens, each arm scored under one setting, kept on disk.
 
 A folder `arms/` beside the batch holds one file per arm, so that whatever was scored is never
-scored again, and everything else is arithmetic without an engine. `tools/score_arms.py` scores.
+scored again, and everything else is arithmetic without an engine. `tools.score_arms` scores.
 
     live           live routing
     routes         replayed experts
@@ -97,7 +97,7 @@ class ScoredArms:
                 expected=f"at least {LADDER[0]!r} and {LADDER[1]!r}",
                 got=", ".join(self.names) or "none",
                 where=self._folder,
-                fix="torchrun tools/score_arms.py BATCH --checkpoint CHECKPOINT",
+                fix="torchrun -m tools.score_arms BATCH --checkpoint CHECKPOINT",
             )
         return scored[-1]
 

@@ -75,7 +75,7 @@ def noise_floor(arms: ScoredArms, layers: tuple[int, ...] = ()) -> NoiseFloor:
             "the noise needs recomputations",
             expected="arms 'again 1', 'again 2', ...",
             got=", ".join(arms.names),
-            fix="torchrun tools/score_arms.py BATCH --checkpoint CHECKPOINT --again 4",
+            fix="torchrun -m tools.score_arms BATCH --checkpoint CHECKPOINT --again 4",
         )
     mask_ST, resampling = arms.batch.mask_ST, Resampling(arms.batch.mask_ST)
     logp_KST = torch.stack([arms[name].logp_ST[:, : mask_ST.shape[1]] for name in names]).double()

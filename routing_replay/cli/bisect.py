@@ -10,7 +10,7 @@ from ..routes.table import RouteTable
 
 HELP = "where the train-inference gap of a batch comes from"
 DESCRIPTION = (
-    "Reads BATCH/arms, which `torchrun tools/score_arms.py BATCH --checkpoint DIR` scored, and "
+    "Reads BATCH/arms, which `torchrun -m tools.score_arms BATCH --checkpoint DIR` scored, and "
     "prints k3 and |dlogp| factor by factor with intervals, what to change, and the certificate. "
     "Needs no engine."
 )

@@ -10,7 +10,7 @@ from ..routes.table import RouteTable
 
 HELP = "the noise floor of a batch's log-probs"
 DESCRIPTION = (
-    "Reads the recomputations in BATCH/arms, which `torchrun tools/score_arms.py BATCH "
+    "Reads the recomputations in BATCH/arms, which `torchrun -m tools.score_arms BATCH "
     "--checkpoint DIR --again K` scored under the same routes. No method brings the gap below "
     "this floor. Needs no engine."
 )

@@ -1,0 +1,237 @@
+"""Score a rollout batch under one setting after another, for `routing-replay bisect` and `noise`.
+
+    torchrun --nproc-per-node 2 -m tools.score_arms RUN/last_batch --checkpoint DIR \
+        [--rollout-checkpoint DIR] [--again 4] [--layers] \
+        [--precisions float32] [--dispatchers allgather] [--specs te]
+    torchrun --nproc-per-node 2 -m tools.score_arms RUN/last_batch --checkpoint DIR \
+        --expert-parallel 2 --layout-arm ep2
+
+The folder holds batch.safetensors and routes.safetensors. What was scored is not scored again, so
+a run that was stopped continues. The second form adds one arm under another parallel layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recipes.model import parallel
+from recipes.model.weights import load_hf
+from routing_replay.analysis.arms import AGAIN, LADDER, ScoredArms, Scores
+from routing_replay.analysis.attribution import Variant
+from routing_replay.analysis.bisection import arm_of_layers, halve, layers_cost
+from routing_replay.config import ReplayConfig
+from routing_replay.errors import RoutingReplayError
+from routing_replay.megatron import attach
+from routing_replay.megatron.selection import probabilities
+from routing_replay.megatron.watching import RouterCall
+from routing_replay.routes.table import RouteTable
+
+from .attribute_kl import Scorer, add_layout, layout_of, load_model
+
+COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
+
+
+class LiveMass:
+    """Watches the live router's probability of the replayed experts, by layer and row.
+
+    Args:
+        layers: All routed layers.
+        num_rows: Of the table.
+        device: Where the routers run.
+    """
+
+    def __init__(self, layers: tuple[int, ...], num_rows: int, device: torch.device):
+        self._layers = layers
+        shape = (len(layers), num_rows)
+        self.mass_LR = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def see(self, call: RouterCall) -> None:
+        tokens = (call.forward_pass.rows_T >= 0).nonzero()[0]
+        rows = torch.from_numpy(call.forward_pass.rows_T[tokens]).to(call.ids_TK.device)
+        tokens = torch.from_numpy(tokens).to(call.ids_TK.device)
+        probs_ME = probabilities(call.seam, call.live.scores_TE.detach()[tokens])
+        mass_M = probs_ME.gather(1, call.ids_TK[tokens]).sum(1)
+        self.mass_LR[self._layers.index(call.seam.layer), rows] = mass_M.double()
+
+    def reduced(self) -> torch.Tensor:
+        """Return the mass of all ranks' rows and layers on the host; nan where nobody saw it."""
+        dist.all_reduce(self.mass_LR, op=dist.ReduceOp.MAX)
+        return self.mass_LR.masked_fill(self.mass_LR == -torch.inf, torch.nan).cpu()
+
+
+class Arms:
+    """Scores the arms of one batch that are still missing; collective.
+
+    Args:
+        parsed: The command line.
+    """
+
+    def __init__(self, parsed: argparse.Namespace):
+        self.parsed, self.layout = parsed, layout_of(parsed)
+        self.table = RouteTable.open(parsed.batch / "routes.safetensors")
+        rollout = parsed.rollout_checkpoint or parsed.checkpoint
+        fingerprint = {
+            "checkpoint": str(parsed.checkpoint.resolve()),
+            "rollout checkpoint": str(rollout.resolve()),
+            "trainer dtype": parsed.dtype,
+            "temperature": str(parsed.temperature),
+        }
+        self.arms = ScoredArms(parsed.batch, fingerprint)
+        self.has_gates = self.table.combine_weights_LTK is not None
+        self.layers = self.table.shape.layers
+        dist.barrier()  # all have read before one writes
+
+    @property
+    def is_writer(self) -> bool:
+        return dist.get_rank() == 0
+
+    def scorer(self, **changes: Any) -> Scorer:
+        """Return a scorer of a model that is built anew, under changed settings."""
+        chunks = load_model(self.parsed, self.layout, **changes)
+        # The mode follows from the routes: the rollout engine's, or the trainer's own.
+        config = ReplayConfig(
+            mode="R3" if self.table.source == "rollout" else "R2",
+            weights="frozen" if self.has_gates else "live",
+            agreement_every=0,
+        )
+        replay = attach(chunks, config)
+        size, temperature = self.parsed.microbatch_size, self.parsed.temperature
+        return Scorer(chunks, replay, self.arms.batch, self.table, size, temperature)
+
+    def variant(self, has_gates: bool, replayed: Iterable[int] | None = None) -> Variant:
+        layers = self.layers if replayed is None else tuple(replayed)
+        return Variant(name="", replayed=layers, has_gates=has_gates)
+
+    def score(
+        self,
+        name: str,
+        scorer: Scorer,
+        variant: Variant,
+        live_routes: str | None = None,
+        order_S: torch.Tensor | None = None,
+    ) -> None:
+        """Score one arm, unless it was; `order_S` puts the sequences into other microbatches."""
+        if name in self.arms:
+            return
+        watcher = LiveMass(self.layers, self.table.num_rows, scorer.sharding.device)
+        used = scorer if order_S is None else in_order(scorer, order_S)
+        with scorer.replay.watching(watcher):
+            logp_ST, entropy_ST = used.replayed(variant, live_routes)
+        if order_S is not None:
+            inverse_S = order_S.argsort()
+            logp_ST, entropy_ST = logp_ST[inverse_S], entropy_ST[inverse_S]
+        scores = Scores(logp_ST=logp_ST, entropy_ST=entropy_ST, live_mass_LR=watcher.reduced())
+        self.arms.add(name, scores, self.is_writer)
+        if self.is_writer:
+            print(f"scored {name!r}", file=sys.stderr, flush=True)
+
+    def run(self) -> None:
+        """Score whatever the command line asks for."""
+        parsed, base = self.parsed, self.variant(self.has_gates)
+        if parsed.layout_arm:
+            path = parsed.rollout_checkpoint or parsed.checkpoint
+            scorer = self.scorer()
+            load_hf(scorer.chunks, path)
+            self.score(f"layout {parsed.layout_arm}", scorer, base)
+            return
+        scorer = self.scorer()
+        live_routes = str(parsed.batch / "live_routes.safetensors")
+        self.score(LADDER[0], scorer, self.variant(has_gates=False, replayed=()))
+        self.score(LADDER[1], scorer, self.variant(has_gates=False), live_routes)
+        if self.has_gates:
+            self.score(LADDER[2], scorer, base)
+        if parsed.layers:
+            self.halve_layers(scorer)
+        if parsed.rollout_checkpoint:
+            load_hf(scorer.chunks, parsed.rollout_checkpoint)
+            self.score(LADDER[3], scorer, base)
+        for number in range(1, parsed.again + 1):
+            self.score(f"{AGAIN} {number}", scorer, base, order_S=self.shuffled(number))
+        self.change_settings(base)
+
+    def change_settings(self, base: Variant) -> None:
+        """Score the arms that change one setting of the trainer."""
+        parsed = self.parsed
+        changes = [(f"precision {d}", {"dtype": getattr(torch, d)}) for d in parsed.precisions]
+        changes += [(f"order {name}", {"dispatcher": name}) for name in parsed.dispatchers]
+        changes += [(f"kernels {name}", {"spec": name}) for name in parsed.specs]
+        for name, settings in changes:
+            if name in self.arms:
+                continue
+            scorer = self.scorer(**settings)
+            load_hf(scorer.chunks, parsed.rollout_checkpoint or parsed.checkpoint)
+            self.score(name, scorer, base)
+
+    def halve_layers(self, scorer: Scorer) -> None:
+        """Score halves of the layers live, until one layer or no half explains the cost."""
+        while True:
+            _, part = halve(self.layers, lambda part: layers_cost(self.arms, part))
+            if part is None:
+                return
+            replayed = [layer for layer in self.layers if layer not in part]
+            self.score(arm_of_layers(part), scorer, self.variant(False, replayed))
+
+    def shuffled(self, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(self.arms.batch.lengths_S), generator=generator)
+
+
+def in_order(scorer: Scorer, order_S: torch.Tensor) -> Scorer:
+    """Return a scorer of the same batch with its sequences in another order."""
+    other = copy.copy(scorer)
+    other.batch = replace(
+        scorer.batch, **{name: getattr(scorer.batch, name)[order_S] for name in COLUMNS}
+    )
+    other.token_rows_ST = scorer.token_rows_ST[order_S]
+    return other
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("batch", type=Path, help="folder with batch and routes")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights that are trained")
+    parser.add_argument("--rollout-checkpoint", type=Path, help="weights that sampled")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout's sampling")
+    parser.add_argument(
+        "--microbatch-size", type=int, default=16, help="longest sequences per forward pass"
+    )
+    parser.add_argument("--again", type=int, default=0, metavar="K", help="recomputations")
+    parser.add_argument("--layers", action="store_true", help="search the layers by halves")
+    parser.add_argument("--precisions", nargs="*", choices=("float32", "bfloat16"), default=[])
+    parser.add_argument("--dispatchers", nargs="*", choices=("allgather", "alltoall"), default=[])
+    parser.add_argument("--specs", nargs="*", choices=("te", "local"), default=[])
+    parser.add_argument("--layout-arm", default="", metavar="NAME", help="add this arm only")
+    add_layout(parser)
+    return parser
+
+
+def main() -> int:
+    """Run one rank."""
+    parsed = make_parser().parse_args()
+    try:
+        parallel.initialize(layout_of(parsed), seed=1)
+        Arms(parsed).run()
+    except RoutingReplayError as error:
+        print(f"score_arms: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # other ranks may be inside a collective
+    parallel.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
