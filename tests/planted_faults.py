@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from routing_replay.analysis.arms import ScoredArms, Scores
 from routing_replay.analysis.attribution import Progress, Variant, attribute, plan, summarize
+from routing_replay.analysis.bisection import arm_of_layers, bisect, halve, layers_cost
 from routing_replay.analysis.comparison import compare_tables
 from routing_replay.config import ReplayConfig
 from routing_replay.metrics.policy_kl import policy_metrics
@@ -24,6 +27,7 @@ from routing_replay.routes.table import RouteTable
 NUM_SEQUENCES, NUM_PROMPT, NUM_TOKENS = 64, 4, 28
 FAULTY_LAYER = 2
 TOP_P = 0.9
+BATCH_FILE = "batch.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +50,25 @@ class Rollout:
 
 
 class Recorder:
-    """Stands at a router's seam of the engine and keeps what it decided."""
+    """Stands at a router's seam of the engine and keeps what it decided.
+
+    Attributes:
+        power: The combine weights are raised to it and renormalised.
+    """
 
     layer_number = 0
+    power = 1.0
 
     def __init__(self):
-        self.ids_TK = self.gates_TK = None
+        self.ids_TK = self.gates_TK = self.weights_TK = None
+
+    def note_weights(self, router, arguments, output):
+        probs_TE, routing_map_TE = output
+        if self.power != 1:
+            probs_TE = probs_TE**self.power
+            probs_TE = probs_TE / probs_TE.sum(1, keepdim=True)
+        self.weights_TK = probs_TE.detach().gather(1, self.ids_TK).float()
+        return probs_TE, routing_map_TE
 
     def get_replay_topk(
         self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None
@@ -76,6 +93,7 @@ class Engine:
         self.recorders = [Recorder() for _ in self.routers]
         for router, recorder in zip(self.routers, self.recorders, strict=True):
             router.router_replay = recorder
+            router.register_forward_hook(recorder.note_weights)
 
     def coarse_router(self, layer: int) -> None:
         """This layer's router computes its logits in three bits of mantissa."""
@@ -117,15 +135,19 @@ class Engine:
             return values.unflatten(0, (NUM_TOKENS - 1, NUM_SEQUENCES)).swapaxes(0, 1).numpy()
 
         ids_STLK, gates_STLK = by_sequence("ids_TK"), by_sequence("gates_TK")
+        weights_STLK = by_sequence("weights_TK")
         return RouteTable.from_routes(
             [
                 Routes(
                     expert_ids_TLK=ids_TLK.astype(np.uint8),
                     gate_probs_TLK=gates_TLK.astype(np.float16),
+                    combine_weights_TLK=weights_TLK,
                     layers=range(len(self.routers)),
                     num_experts=self.routers[0].config.num_moe_experts,
                 )
-                for ids_TLK, gates_TLK in zip(ids_STLK, gates_STLK, strict=True)
+                for ids_TLK, gates_TLK, weights_TLK in zip(
+                    ids_STLK, gates_STLK, weights_STLK, strict=True
+                )
             ]
         )
 
@@ -198,6 +220,8 @@ def examine(rank: int, folder: str) -> dict:
 
         clean_engine = Engine(fresh(checkpoint)[0])
         clean = clean_engine.sample()
+        sharp_engine = Engine(fresh(checkpoint)[0])
+        sharp_engine.recorders[FAULTY_LAYER].power = 3.0
         coarse_engine = Engine(fresh(checkpoint)[0])
         coarse_engine.coarse_router(FAULTY_LAYER)
 
@@ -216,6 +240,9 @@ def examine(rank: int, folder: str) -> dict:
         }
         trainer = Trainer(fresh(checkpoint))
         found = {name: trainer.look_at(rollout, folder, name) for name, rollout in rollouts.items()}
+        found["other weights"] = Trainer(fresh(checkpoint), weights="frozen").look_at(
+            sharp_engine.sample(), folder, "other weights"
+        )
         misloaded = fresh(checkpoint)
         permute_experts(misloaded[0])
         found["misloaded"] = Trainer(misloaded).look_at(clean, folder, "misloaded")
@@ -250,11 +277,12 @@ def disturb(chunk) -> None:
 class Trainer:
     """The attached model, and the tools looking at one rollout through it."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks, weights="live"):
         from routing_replay.megatron import attach
 
-        self.chunks = chunks
-        self.replay = attach(chunks, ReplayConfig(mode="R3", agreement_tokens=0))
+        self.chunks, self.has_weights = chunks, weights != "live"
+        config = ReplayConfig(mode="R3", weights=weights, agreement_tokens=0)
+        self.replay = attach(chunks, config)
 
     def look_at(self, rollout: Rollout, folder: str, name: str, rollout_chunks=None) -> dict:
         """Findings of a run of one step, the comparison of routes, and the attribution."""
@@ -276,7 +304,37 @@ class Trainer:
             "findings": findings(to_floats(metrics), Path(folder) / f"run {name}"),
             "explanations": {r.layer: r.explanation for r in compared.layers if r.explanation},
             "attribution": self._attribute(tool, scorer, batch, rollout, rollout_chunks),
+            "bisection": self._bisect(
+                tool, scorer, batch, rollout, Path(folder) / f"batch {name}", rollout_chunks
+            ),
         }
+
+    def _bisect(self, tool, scorer, batch, rollout, folder, rollout_chunks):
+        """The arms that tools/score_arms.py scores, and what is made of them."""
+        folder.mkdir()
+        columns = dataclasses.asdict(batch)
+        columns.pop("fingerprint")
+        save_file({n: c.contiguous().clone() for n, c in columns.items()}, folder / BATCH_FILE)
+        arms, layers = ScoredArms(folder), rollout.table.shape.layers
+        old = scorer
+        if rollout_chunks is not None:
+            replay = Trainer(rollout_chunks).replay
+            old = tool.Scorer(rollout_chunks, replay, batch, rollout.table, 32, 1.0)
+
+        def score(name, scorer, replayed, has_gates=False):
+            variant = Variant(name=name, replayed=tuple(replayed), has_gates=has_gates)
+            logp_ST, entropy_ST = scorer.replayed(variant)
+            arms.add(name, Scores(logp_ST=logp_ST, entropy_ST=entropy_ST))
+
+        score("live", scorer, ())
+        score("routes", scorer, layers)
+        if self.has_weights:
+            score("weights", scorer, layers, has_gates=True)
+        if rollout_chunks is not None:
+            score("checkpoint", old, layers)
+        while (part := halve(layers, lambda part: layers_cost(arms, part))[1]) is not None:
+            score(arm_of_layers(part), scorer, [i for i in layers if i not in part])
+        return bisect(arms, layers)
 
     def _logp(self, scorer) -> torch.Tensor:
         with torch.no_grad():

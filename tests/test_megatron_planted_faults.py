@@ -113,3 +113,21 @@ def test_two_rollouts_agree_within_their_intervals(found):
     first = found["clean"]["attribution"].parts["routing"]
     second = found["another seed"]["attribution"].parts["routing"]
     assert first.low <= second.high and second.low <= first.high
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("another seed", ["routes"]),  # the two engines' own gap, at bfloat16
+        ("stale", ["routes", "staleness"]),
+        ("other weights", ["weights"]),
+        ("misloaded", ["rest"]),
+        ("silently truncated", ["routes", "support"]),
+    ],
+)
+def test_the_bisection_names_the_factor(found, fault, named):
+    assert sorted(found[fault]["bisection"].named) == named
+
+
+def test_the_bisection_finds_the_layer_whose_live_routing_costs(found):
+    assert found["coarse router"]["bisection"].layers == (FAULTY_LAYER,)
