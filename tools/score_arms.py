@@ -57,12 +57,12 @@ class LiveMass:
 
     @torch.no_grad()
     def see(self, call: RouterCall) -> None:
-        tokens = (call.forward_pass.rows_T >= 0).nonzero()[0]
-        rows = torch.from_numpy(call.forward_pass.rows_T[tokens]).to(call.ids_TK.device)
-        tokens = torch.from_numpy(tokens).to(call.ids_TK.device)
-        probs_ME = probabilities(call.seam, call.live.scores_TE.detach()[tokens])
-        mass_M = probs_ME.gather(1, call.ids_TK[tokens]).sum(1)
-        self.mass_LR[self._layers.index(call.seam.layer), rows] = mass_M.double()
+        rows_T = torch.from_numpy(call.forward_pass.rows_T)
+        tokens_M = (rows_T >= 0).nonzero().flatten().to(call.ids_TK.device)
+        rows_M = rows_T[rows_T >= 0].to(call.ids_TK.device)
+        probs_ME = probabilities(call.seam, call.live.scores_TE.detach()[tokens_M])
+        mass_M = probs_ME.gather(1, call.ids_TK[tokens_M]).sum(1)
+        self.mass_LR[self._layers.index(call.seam.layer), rows_M] = mass_M.double()
 
     def reduced(self) -> torch.Tensor:
         """Return the mass of all ranks' rows and layers on the host; nan where nobody saw it."""

@@ -103,7 +103,7 @@ class SlotRows:
     def host_bytes(self) -> int:
         values_bytes = sum(values_NLK.nbytes for values_NLK in self.values.values())
         logits_bytes = 0 if self.sampler is None else self.sampler.host_bytes
-        return self.ids_NLK.nbytes + values_bytes + self.stamp_N.nbytes + logits_bytes
+        return int(self.ids_NLK.nbytes + values_bytes + self.stamp_N.nbytes + logits_bytes)
 
     def put(self, slots_T: np.ndarray, step: KeptRows) -> None:
         """Store the rows of a step at the slots that it wrote."""
