@@ -59,16 +59,19 @@ class RoutingReplayEngine(MegatronEngineWithLMHead):
     _is_reference = False
     _job: Job
 
-    def initialize(self) -> None:
-        """Build the model as verl does.
+    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **named: Any):
+        """Refuse, before verl changes Megatron for its own replay.
 
         Raises:
-            PreflightError: A setting under which replay would be wrong; the flag is named.
+            PreflightError: Another version of verl, or a setting under which replay would be wrong.
         """
         contracts.require("verl")
+        if not engine_config.forward_only:
+            require_replayable(engine_config, model_config)
+        super().__init__(model_config, engine_config, *args, **named)
+
+    def initialize(self) -> None:
         settings = AdapterSettings.from_environment()
-        if not self.engine_config.forward_only:
-            require_replayable(self.engine_config, self.model_config)
         super().initialize()
         self._job = Job(settings, framework=f"verl {version('verl')}")
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay  # noqa: E4
 from skyrl.backends.skyrl_train.utils import ppo_utils  # noqa: E402
 from skyrl.backends.skyrl_train.utils.packed_tensor import PackedTensor  # noqa: E402
 from skyrl.backends.skyrl_train.workers.megatron import megatron_model_wrapper  # noqa: E402
-from skyrl.train.config import SkyRLTrainConfig  # noqa: E402
+from skyrl.train.config import TrainerConfig  # noqa: E402
 
 from recipes.model.model import build_model, transformer_config  # noqa: E402
 from recipes.model.parallel import ParallelLayout  # noqa: E402
@@ -59,8 +59,9 @@ def wrapper(
         for name, parameter in sorted(chunk.named_parameters()):
             seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=seed)
-    settings = SkyRLTrainConfig().trainer
+    settings = TrainerConfig()
     settings.remove_microbatch_padding = packed
+    settings.algorithm.use_kl_loss = False
     loss_fn = ppo_utils.PolicyLossRegistry.get(loss)
     return megatron_model_wrapper.MegatronModelWrapper(settings, chunks, policy_loss_fn=loss_fn)
 

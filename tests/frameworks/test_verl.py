@@ -64,35 +64,39 @@ def test_every_router_dispatches_exactly_its_rows(results, layout, witness):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_are_those_of_our_own_loop(results, layout):
-    for rank in results[layout]:
-        if rank["loop"] is None or rank["one_by_one"] is None:
-            continue
-        expected = rank["one_by_one"][rank["loop_places"]]
-        assert torch.equal(rank["loop"].float(), expected.float())
+    compared = [r for r in results[layout] if r["loop"] is not None and r["one_by_one"] is not None]
+    assert compared
+    for rank in compared:
+        require_close(rank["loop"], rank["one_by_one"][rank["loop_places"]], layout, "log-probs")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "cp2"])
 def test_gradients_are_those_of_our_own_loop(results, layout):
     for rank in results[layout]:
-        require_equal(rank["loop_gradients"], rank["gradients_one_by_one"], layout)
+        require_close_by_name(rank["loop_gradients"], rank["gradients_one_by_one"], layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_and_gradients_are_those_of_verls_own_replay(results, layout):
     for rank in results[layout]:
         if rank["verl"] is not None:
-            assert torch.equal(rank["whole"], rank["verl"])
-        require_equal(rank["gradients"], rank["verl_gradients"], layout)
+            require_close(rank["whole"], rank["verl"], layout, "log-probs")
+        require_close_by_name(rank["gradients"], rank["verl_gradients"], layout)
 
 
-def require_equal(gradients, expected, layout):
+def require_close_by_name(gradients, expected, layout):
     assert gradients.keys() == expected.keys()
     assert any(gradient.abs().max() > 0 for gradient in gradients.values())
     for name, gradient in gradients.items():
-        if layout == "one":
-            assert torch.equal(gradient, expected[name]), name
-        else:
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        require_close(gradient, expected[name], layout, name)
+
+
+def require_close(values, expected, layout, name):
+    """Bitwise on one rank; on two up to one rounding of bfloat16, 2**-8 of the largest value."""
+    values, expected = values.float(), expected.float()
+    difference = float((values - expected).abs().max())
+    bound = 0.0 if layout == "one" else 2**-8 * float(expected.abs().max())
+    assert difference <= bound, f"{name}: {difference} of {float(expected.abs().max())}"
 
 
 def test_verls_own_replay_sends_uncaptured_rows_to_expert_0(results):
@@ -116,20 +120,21 @@ def test_metrics_arrive_in_verls_trainer(results, layout):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_r2_replays_what_the_old_policys_pass_recorded(worlds, num_ranks):
-    ranks = [rank["modes"] for rank in worlds[num_ranks]]
+    ranks = [rank["r2"] for rank in worlds[num_ranks]]
     rows = (NUM_TOKENS - len(LENGTHS)) * LAYERS
-    assert total(ranks, "r2_update", "rows") == rows
-    assert total(ranks, "r2_update", "wrong") == 0
-    assert total(ranks, "r2_live", "wrong") > rows / 2  # the routers were turned upside down
-    for metrics in outputs(ranks, "r2_metrics"):
+    assert total(ranks, "update", "rows") == rows
+    assert total(ranks, "update", "wrong") == 0
+    assert total(ranks, "live", "wrong") > rows / 2  # the routers were turned upside down
+    for metrics in outputs(ranks, "metrics"):
         assert metrics["routing_replay/replayed_rows"] == rows
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_verls_padded_layout_replays_its_rows(worlds, num_ranks):
-    ranks = [rank["modes"] for rank in worlds[num_ranks]]
-    assert total(ranks, "padded_witness", "rows") == NUM_ROUTED * LAYERS
-    assert total(ranks, "padded_witness", "wrong") == 0
+    ranks = [rank["padded"] for rank in worlds[num_ranks]]
+    # Two data-parallel ranks have sequences of their own.
+    assert total(ranks, "witness", "rows") == num_ranks * NUM_ROUTED * LAYERS
+    assert total(ranks, "witness", "wrong") == 0
 
 
 ERRORS = {

@@ -60,9 +60,11 @@ def run(rank: int, nproc: int, checkpoint: str) -> dict[str, dict[str, Any]]:
             results[name] = replayed(checkpoint, layout) | stock(checkpoint, layout)
     name, layout = next(iter(LAYOUTS[nproc].items()))
     with _groups(layout):
-        results["modes"] = r2(checkpoint, layout) | padded(checkpoint, layout)
-    with _groups(LAYOUTS[nproc].get("ep2", layout)):
-        results["bad"] = bad_inputs(checkpoint, LAYOUTS[nproc].get("ep2", layout))
+        results["r2"] = r2(checkpoint, layout)
+    layout = LAYOUTS[nproc].get("ep2", layout)
+    with _groups(layout):
+        results["padded"] = padded(checkpoint, layout)
+        results["bad"] = bad_inputs(checkpoint, layout)
     for name, layout in LAYOUTS[nproc].items():
         with _groups(layout):
             results[name] |= own_replay(checkpoint, layout)
@@ -144,7 +146,7 @@ def r2(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
     live = witness.counts()
     witness.reset()
     metrics = update(made, batch(data_rank(), **ONE_BY_ONE), num_updates=1)
-    return {"r2_live": live, "r2_update": witness.counts(), "r2_metrics": metrics}
+    return {"live": live, "update": witness.counts(), "metrics": metrics}
 
 
 def padded(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def padded(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
             use_remove_padding=False,
         ),
     )
-    return {"padded": output, "padded_witness": witness.counts()}
+    return {"log_probs": output, "witness": witness.counts()}
 
 
 def bad_inputs(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
@@ -220,8 +222,9 @@ def own_loop(
         number = next(iterator)
         sequence = tokens[number]
         length = len(sequence) + -len(sequence) % multiple
-        ids, labels = torch.zeros(2, length, dtype=torch.int64)
-        ids[: len(sequence)], labels[: len(sequence)] = sequence, sequence.roll(-1)
+        ids = torch.zeros(length, dtype=torch.int64)
+        ids[: len(sequence)] = sequence
+        labels = ids.roll(-1)  # as verl: the last token's label means nothing, and is scored
         bounds = torch.tensor([0, length], dtype=torch.int32)
         rows = table.token_rows(
             [len(sequence)], cu_seqlens=bounds, sequences=[number], context=context
