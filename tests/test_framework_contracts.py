@@ -147,6 +147,12 @@ def test_a_job_that_contradicts_is_told_what_to_change(tmp_path, monkeypatch, sc
     )
 
 
+def test_a_variable_of_rays_runtime_environment_counts_as_a_variable(tmp_path):
+    job = tmp_path / "run.sh"
+    job.write_text("python -m x +ray_kwargs.ray_init.runtime_env.env_vars.ROUTING_REPLAY_MODE=R3\n")
+    assert frameworks.read_job(job)["ROUTING_REPLAY_MODE"] == "R3"
+
+
 def test_a_framework_that_is_not_installed_is_an_error_and_the_command_fails(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [])
     assert main(["doctor", "--framework", "slime"]) == 1

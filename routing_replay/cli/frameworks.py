@@ -124,10 +124,14 @@ def read_job(path: str | os.PathLike[str]) -> dict[str, str]:
         ConfigError: The file cannot be read.
     """
     if Path(path).suffix in DATA_FILES:
-        return dict(_flattened(read_settings(path)))
-    with reading(path, "the job's script", ConfigError):
-        text = Path(path).read_text(encoding="utf-8")
-    return settings_of(_words(text))
+        settings = dict(_flattened(read_settings(path)))
+    else:
+        with reading(path, "the job's script", ConfigError):
+            text = Path(path).read_text(encoding="utf-8")
+        settings = settings_of(_words(text))
+    # Ray's runtime environment sets variables of the workers by keys of their own.
+    workers = [key for key in settings if ".env_vars." in key]
+    return settings | {key.rpartition(".")[2]: settings[key] for key in workers}
 
 
 def settings_of(words: list[str]) -> dict[str, str]:
