@@ -281,6 +281,8 @@ def failures(rank, chunks, rollout):
     job = new_job("R3", chunks, framework)
     plain = {"tokens": rollout["tokens"], "is_actor": True}
     one_rank = failure(lambda: framework.run(chunks, plain if rank else rollout, False))
+    cut = rollout | {"routed": rollout["routed"][: len(LENGTHS[rank]) - rank]}
+    filtered = failure(lambda: framework.run(chunks, cut, False))
     zeros = plain | {"routed": [torch.zeros_like(r) for r in rollout["routed"]]}
     empty = failure(lambda: framework.run(chunks, zeros, False))
     ended = failure(job.require_replayed)
@@ -288,4 +290,11 @@ def failures(rank, chunks, rollout):
     mid_job = failure(lambda: framework.run(chunks, zeros, False))
     other = failure(lambda: job.attach([torch.nn.Linear(1, 1)]))
     job.attach(chunks).remove()
-    return {"one rank": one_rank, "first": empty, "end": ended, "mid": mid_job, "other": other}
+    return {
+        "one rank": one_rank,
+        "filtered": filtered,
+        "first": empty,
+        "end": ended,
+        "mid": mid_job,
+        "other": other,
+    }

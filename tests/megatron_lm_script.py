@@ -1,57 +1,32 @@
-"""A user's training script on megatron.training 0.19.2, which knows nothing of routing_replay.
-
-Beside it: a witness that saves what the routers dispatched.
+"""A user's training script on megatron.training, 0.17 to 0.19, which knows nothing of adapters.
 
     python -m torch.distributed.run ... megatron_lm_script.py --witness FOLDER FLAGS OF MEGATRON
+
+`--packed` packs each sample as two segments; `--own-loop TABLE` replays without an adapter.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
+import inspect
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import megatron_lm_cpu  # isort: skip
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import megatron_lm_on_cpu  # isort: skip
+import loop_witness
+import megatron_lm_spec
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-
-
-class Witness:
-    """Saves the tokens and the dispatched experts of every training microbatch."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.tokens: list[torch.Tensor] = []
-        self.maps: dict[int, list[torch.Tensor]] = {}
-        self.losses: list[float] = []
-        self.is_training = False
-
-    def watch_routers(self) -> None:
-        stock = TopKRouter.forward
-
-        @functools.wraps(stock)
-        def forward(router, *args, **kwargs):
-            probs, routing_map = stock(router, *args, **kwargs)
-            is_recompute = torch._C._current_graph_task_id() != -1
-            if self.is_training and not is_recompute:
-                self.maps.setdefault(router.layer_number - 1, []).append(routing_map.clone())
-            return probs, routing_map
-
-        TopKRouter.forward = forward
-
-    def save(self) -> None:
-        rank = torch.distributed.get_rank()
-        state = {"tokens": self.tokens, "maps": self.maps, "losses": self.losses}
-        torch.save(state, self.folder / f"rank{rank}.pt")
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, pretrain, training
 
 
 def datasets(sizes, vp_stage=None):
@@ -74,33 +49,100 @@ def datasets(sizes, vp_stage=None):
 datasets.is_distributed = True
 
 
-def loss(witness, is_training, mask, output):
-    total = (output.view(-1).float() * mask.view(-1).float()).sum()
-    count = mask.sum().int()
-    if is_training:
-        witness.losses.append(float(total))
-    return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
-
-
-def forward_step(witness, iterator, model):
+def get_batch(iterator, vp_stage, batches):
+    """The chunk's batch: nothing on the middle stages, as in Megatron's pretrain_gpt.py."""
+    is_first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    is_last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    if not (is_first or is_last):
+        return None
     batch = next(iterator)
-    witness.is_training = model.training
-    if model.training:
-        witness.tokens.append(batch["tokens"])
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(loss, witness, model.training, batch["loss_mask"])
+    if is_first:
+        batches.append(batch["tokens"])
+    if mpu.get_context_parallel_world_size() > 1:
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False)
+    return batch
+
+
+def packed(tokens):
+    """Two segments of a line of tokens."""
+    length = tokens.shape[1]
+    bounds = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=length // 2,
+        max_seqlen_kv=length // 2,
+    )
+
+
+def forward_step(witness, options, own_loop, iterator, model):
+    from megatron.core.utils import get_attr_wrapped_model
+
+    whole: list[torch.Tensor] = []
+    batch = get_batch(iterator, get_attr_wrapped_model(model, "vp_stage"), whole)
+    witness.begin(model, whole[0] if whole else None)
+    if batch is None:
+        return model(None, None, None, labels=None), partial(witness.loss, model.training, None)
+    named = {"labels": batch["labels"]}
+    if options.packed:
+        named["packed_seq_params"] = packed(batch["tokens"])
+    call = model if own_loop is None else partial(own_loop.forward, model)
+    output = call(batch["tokens"], batch["position_ids"], None, **named)
+    return output, partial(witness.loss, model.training, batch["loss_mask"])
+
+
+def provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    """The model as scripts of 0.17 and 0.18 build it."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=megatron_lm_spec.layer_spec(config, vp_stage),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+    )
+
+
+def train(step) -> None:
+    """Call pretrain as each version wants it."""
+    names = inspect.signature(pretrain).parameters
+    defaults = {"tokenizer_type": "NullTokenizer"}
+    if "cfg_container" not in names:
+        pretrain(datasets, provider, ModelType.encoder_or_decoder, step, args_defaults=defaults)
+        return
+    from megatron.training import argument_utils
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults=defaults)
+    make = argument_utils.pretrain_cfg_container_from_args
+    if list(names)[2] == "model_provider":  # 0.18
+        pretrain(make(args), datasets, provider, ModelType.encoder_or_decoder, step)
+        return
+    config = make(args, argument_utils.gpt_config_from_args(args))
+    pretrain(config, datasets, ModelType.encoder_or_decoder, step)
 
 
 def main() -> None:
-    megatron_lm_cpu.allow_no_cuda()
-    place = sys.argv.index("--witness")
-    witness = Witness(Path(sys.argv[place + 1]))
-    del sys.argv[place : place + 2]
+    megatron_lm_on_cpu.allow_no_cuda()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--witness")
+    parser.add_argument("--own-loop")
+    parser.add_argument("--packed", action="store_true")
+    options, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    witness = loop_witness.Witness(options.witness)
     witness.watch_routers()
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    step = partial(forward_step, witness)
-    pretrain(config, datasets, ModelType.encoder_or_decoder, step)
+    own_loop = loop_witness.OwnLoop(options.own_loop, training) if options.own_loop else None
+    train(partial(forward_step, witness, options, own_loop))
     witness.save()
 
 

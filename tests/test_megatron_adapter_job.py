@@ -56,6 +56,12 @@ def test_routes_missing_on_one_rank_end_both(ranks):
     assert "a batch of the actor has no routes" in messages[1]
 
 
+def test_a_batch_that_cannot_be_read_on_one_rank_ends_both(ranks):
+    messages = [rank["failures"]["filtered"] for rank in ranks[0]]
+    assert "another rank could not open the pass" in messages[0]
+    assert "tokens and routes are of different numbers of sequences" in messages[1]
+
+
 def test_a_pass_without_a_replayed_row_is_an_error_at_any_time(results):
     assert "no token of the first pass has routes" in results["failures"]["first"]
     assert "no token of a pass of the actor has routes" in results["failures"]["mid"]

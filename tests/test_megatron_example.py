@@ -1,10 +1,12 @@
-"""examples/megatron_replay.py runs as it stands, and its receipt is what its batches promise."""
+"""The examples of Megatron run as they stand, and replay what their batches promise."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "megatron_replay.py"
@@ -30,3 +32,15 @@ def test_the_megatron_example_replays_every_row_of_its_batches(tmp_path):
     assert table == [
         [str(layer), "4", "128", str(rows), str(rows), str(128 - rows), "4"] for layer in range(4)
     ]
+
+
+@pytest.mark.slow
+def test_the_megatron_lm_example_replays_the_samples_that_it_trains_on(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "megatron_lm.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "routing_replay: the first pass replayed" in done.stdout
+    assert done.stdout.count("lm loss:") == 3

@@ -152,6 +152,9 @@ class RecordedRoutes:
 
     def _build(self) -> ContentIndex:
         """One table of the sequences that were recorded; a part may hold others' empty rows."""
+        table, tokens = self._parts[0]
+        if len(self._parts) == 1 and table.num_rows and table.covered_T.all():
+            return ContentIndex(table, np.concatenate([t[:-1] for t in tokens]))
         routes, fed = [], []
         for table, tokens in self._parts:
             for one, tokens_T in zip(table.sequences(), tokens, strict=True):

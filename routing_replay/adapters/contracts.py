@@ -118,6 +118,7 @@ MEGATRON_LOOP = "megatron.training.training"
 VERL_ENGINE = "verl.workers.engine.megatron.transformer_impl"
 SKYRL_WRAPPER = "skyrl.backends.skyrl_train.workers.megatron.megatron_model_wrapper"
 SKYRL_REPLAY = "skyrl.backends.skyrl_train.utils.replay_utils"
+BRIDGE = "megatron.bridge.training"
 NEMO_TRAIN = "nemo_rl.models.megatron.train"
 FRAMEWORKS = {
     "megatron-lm": Framework(
@@ -270,6 +271,26 @@ FRAMEWORKS = {
                 value="true",
                 cause="It carries the routes; the adapter takes them over",
             ),
+        ),
+    ),
+    "megatron-bridge": Framework(
+        package="megatron",
+        distribution="megatron-bridge",
+        tested="megatron-bridge 0.6.2",
+        seams=(
+            Seam(
+                module=f"{BRIDGE}.pretrain",
+                name="pretrain",
+                parameters=("config", "forward_step_func", "callbacks"),
+            ),
+            *(
+                Seam(
+                    module=f"{BRIDGE}.callbacks", name=f"Callback.{event}", parameters=("context",)
+                )
+                for event in ("on_train_step_start", "on_train_step_end", "on_train_end")
+            ),
+            Seam(module=f"{BRIDGE}.state", name="GlobalState.tensorboard_logger"),
+            Seam(module=f"{BRIDGE}.state", name="GlobalState.wandb_logger"),
         ),
     ),
     "slime": _slime(

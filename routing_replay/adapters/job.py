@@ -123,7 +123,7 @@ class Job:
 
         def replayed(**named: Any) -> Any:
             call = schedule_call(named)
-            batch = batch_of(call)
+            batch = _batch_on_all_ranks(batch_of, call)
             if batch is None:
                 return schedule(**named)
             numbers = batch.numbers()
@@ -338,6 +338,22 @@ def schedule_call(named: Mapping[str, Any]) -> ScheduleCall:
         chunks=model if isinstance(model, list) else [model],
         forward_only=bool(named.get("forward_only")),
     )
+
+
+def _batch_on_all_ranks(batch_of: BatchOf, call: ScheduleCall) -> StepBatch | None:
+    """The batch of a call; collective only if the call is the actor's, or fails on some rank."""
+    try:
+        batch = batch_of(call)
+    except Exception as raised:
+        error = raised
+
+        def fail() -> None:
+            raise error
+
+        on_all_ranks(fail)
+    if batch is not None:
+        on_all_ranks(lambda: None)
+    return batch
 
 
 def on_all_ranks(function: Callable[[], Result]) -> Result:

@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 from ..metrics.sinks import Sink, TensorBoardSink, WandbSink
+from . import contracts
 from .forwards import FileReplay
 from .job import SCHEDULE_PARAMETERS, Job, Schedule, json_sink, schedule_call
 from .patches import rebind, require_parameters
@@ -51,7 +52,7 @@ def wrap_loop(loop: Any, settings: AdapterSettings) -> Job:
     Raises:
         PreflightError: A loop or a schedule with another signature.
     """
-    require_parameters(loop.train_step, ("forward_step_func", "model"), f"{LOOP}.train_step")
+    contracts.require("megatron-lm")
     job = Job(settings, "megatron.training", _open_sinks, _iteration)
     replay = FileReplay(job, RoutesFile(settings.routes))
 

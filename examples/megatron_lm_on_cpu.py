@@ -1,9 +1,16 @@
-"""What megatron.training needs on a machine without CUDA, beyond `enable_cpu`; import it first."""
+"""What megatron.training needs on a machine without CUDA, for examples and tests.
 
+Import it before Megatron; a job on GPUs needs nothing of it.
+"""
+
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed with the package
 
 from recipes.model.cpu import enable_cpu
 
@@ -17,7 +24,7 @@ torch.cuda.get_device_properties = lambda *device: SimpleNamespace(
 
 
 def allow_no_cuda() -> None:
-    """Let the loop start; called by the script after its imports, not to import Megatron here."""
+    """Let the loop start; called after the script's imports, as this module must import none."""
     from megatron.core.datasets import utils
     from megatron.training import training
 
