@@ -45,23 +45,123 @@ def without_determinism(rank, rounds):
 
 
 def syncs(rank):
-    """Errors of the routers' part of a pass that waits for the device; None where it does not."""
+    """Forward and backward of routers that never wait: replaying, recording, comparing."""
     with megatron(ParallelLayout()):
         job = Job(cases(1)[0])
         weight = next(job.chunks[0].parameters())
-        routers = [m for m in job.chunks[0].modules() if type(m).__name__ == "TopKRouter"]
-        chunk = Routers(routers)
-        config = ReplayConfig(mode="R3", agreement_every=1, agreement_tokens=4)
-        with attach(chunk, config) as replay:
-            table = random_table(job, replay.shape)
-            rows_T = torch.arange(16)
-            hidden = torch.randn(16, 1, job.config.hidden_size).to(weight)
-            with replay.replaying(table, record_live=True):
-                with replay.microbatch(rows_T):  # allocates pinned buffers
-                    chunk(hidden)
-                with replay.microbatch(rows_T), _sync_is_an_error():
-                    chunk(hidden)
+        chunk = Routers([m for m in job.chunks[0].modules() if type(m).__name__ == "TopKRouter"])
+        rows_T = torch.arange(16)
+        hidden = torch.randn(16, 1, job.config.hidden_size).to(weight)
+
+        def two_microbatches(replay):
+            with replay.microbatch(rows_T):  # allocates pinned buffers
+                chunk(hidden).backward()
+            with _sync_is_an_error(), replay.microbatch(rows_T):
+                chunk(hidden).backward()
+
+        for has_kernel in (False, True) if torch.cuda.is_available() else (False,):
+            config = ReplayConfig(
+                mode="R3", agreement_every=1, agreement_tokens=4, kernel=has_kernel
+            )
+            with attach(chunk, config) as replay:
+                table = random_table(job, replay.shape)
+                with replay.replaying(table, record_live=True):
+                    two_microbatches(replay)
+                with replay.recording(job.batch.lengths, is_partial=True):
+                    two_microbatches(replay)
     return True
+
+
+def captured(rank, case, has_kernel):
+    """What is wrong where CUDA graphs run the routers of a model."""
+    import captured_checks
+
+    torch.use_deterministic_algorithms(False)  # its kernels wait for the device
+    return captured_checks.run(rank, [case], has_kernel)
+
+
+def interleaved_graphs(rank, order):
+    """Two graphs of one router on the same buffers: both forwards, then the backwards in an order.
+
+    So the backward of one microbatch comes when the buffers hold another one, as in a pipeline.
+    """
+    import captured_checks
+
+    torch.use_deterministic_algorithms(False)
+    wrong = []
+    with megatron(ParallelLayout()):
+        job = Job(cases(1)[0])
+        router = captured_checks.GraphedRouters(job).routers[0]
+        with captured_checks.handle(job, "R3") as replay:
+            hidden = [torch.randn(16, 2, router.weight.shape[1]).to(router.weight) for _ in "ab"]
+            plain = captured_checks._under_capture(router.forward)
+            plain(hidden[0])  # the warm-up
+            static = router.routing_replay_buffers.get(32)
+            ids = [_distinct(static.ids_LTK, replay.shape.num_experts) for _ in hidden]
+            is_live_LT = torch.zeros_like(static.is_live_LT)
+            forwards = [plain, plain]
+            if torch.cuda.is_available():
+                forwards = [captured_checks.graphed(router, h) for h in hidden]
+
+            def gradients(forwards, order):
+                leaves, losses = [h.clone().requires_grad_() for h in hidden], []
+                for leaf, ids_LTK, forward in zip(leaves, ids, forwards, strict=True):
+                    static.begin(ids_LTK, is_live_LT)
+                    losses.append(forward(leaf)[0].square().sum())
+                    static.end()
+                for number in order:
+                    losses[number].backward()
+                return [leaf.grad for leaf in leaves]
+
+            ours, expected = gradients(forwards, order), gradients([plain, plain], (0, 1))
+            for number, (one, other) in enumerate(zip(ours, expected, strict=True)):
+                if not torch.allclose(one, other, rtol=1e-4, atol=1e-6):
+                    wrong.append(f"microbatch {number}: {(one - other).abs().max():.1e}")
+    return wrong
+
+
+def _distinct(like_LTK, num_experts):
+    scores = torch.rand(*like_LTK.shape[:2], num_experts, device=like_LTK.device)
+    return scores.argsort(-1)[..., : like_LTK.shape[2]].to(like_LTK.dtype)
+
+
+def interleaved_chunks(rank, order):
+    """Two chunks by hand as a pipeline runs them: F1 F2, then backwards in an order, recomputed.
+
+    Outputs are deallocated and the backward starts as Megatron's schedules do it. Compared with
+    the stock recomputation of stock Megatron that was told the same routes chunk by chunk.
+    """
+    from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+    from replay_cases import Case
+    from replay_matrix import DispatchedRows
+
+    with megatron(ParallelLayout()):
+        job = Job(Case(recompute="full"))
+        chunk = job.chunks[0]
+        with attach(chunk, ReplayConfig(mode="R3", agreement_every=0)) as replay:
+            table = random_table(job, replay.shape)
+            oracle = DispatchedRows(job, table)
+            batches = list(job.batch.microbatches(table.rows))[:2]
+            with replay.replaying(table):
+                outputs = []
+                for batch in batches:
+                    with replay.microbatch(batch["rows"]):
+                        output = chunk(
+                            batch["tokens"], batch["positions"], None, labels=batch["tokens"]
+                        )
+                    # A view of the sum, so that the chunk's output can be deallocated.
+                    outputs.append(output.float() + 0)
+                for number in order:
+                    gradient = torch.ones_like(outputs[number])
+                    deallocate_output_tensor(outputs[number], True)
+                    custom_backward(outputs[number], gradient)
+            oracle.remove()
+        lines = replay.receipt.lines
+        return {
+            "dispatched": oracle.wrong,
+            "receipt": all(line.is_right and line.num_recomputes == 1 for line in lines),
+            "lines": len(lines),
+        }
 
 
 class Routers(torch.nn.Module):

@@ -42,11 +42,11 @@ ON_4_RANKS = [
 ]
 
 
-def run(entry, num_ranks, *arguments):
+def run(entry, num_ranks, *arguments, module="megatron_kernel_matrix"):
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
-        return run_world(f"megatron_kernel_matrix:{entry}", num_ranks, *arguments, timeout_s=900)
+        return run_world(f"{module}:{entry}", num_ranks, *arguments, timeout_s=900)
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,38 @@
 """Prove on one GPU what one GPU can prove: `make gpu`. THIS HAS NOT BEEN RUN ON A GPU YET.
 
-Needs this repository, torch and the wheel of megatron-core (2.3 MB); neither a network, nor SGLang,
-nor Transformer Engine. Each part fits ten minutes, and each is useful alone:
+Needs this repository, torch with Triton, transformers, safetensors, pytest, and the wheel of
+megatron-core (2.3 MB); neither a network, nor SGLang, nor Transformer Engine. Each part fits ten
+minutes on an H100 or H200, and each is useful alone:
 
     python -m tools.gpu --part 1 --json gpu1.json
+    python -m tools.gpu_page gpu1.json gpu2.json --output docs/measurements/DATE-gpu.md
 
     1  Exactness. The replay matrix of one rank on CUDA, bitwise in deterministic mode: own routes,
        random routes row by row, recomputation in the autograd engine's device thread, packing,
        multi-token prediction, hybrids. Replay, recording and agreement under
-       set_sync_debug_mode("error"). Resume in bfloat16 with the distributed optimizer.
-    2  Time. Replay against live routing and Megatron's own replay; log-probs by chunk size; the
-       metrics' share of a step.
-    3  Kernels. The replay router and the gates of the capture in GB/s, in CUDA graphs, against
-       torch's forms; on a CPU their results, in the interpreter.
+       set_sync_debug_mode("error"): they never wait for the device. How many passes repeat bitwise
+       without deterministic mode. Resume in bfloat16 with the distributed optimizer. Microbatches
+       that overlap as in an interleaved pipeline, their recomputations by hand.
+    2  CUDA graphs. Capture of ids and gates, by torch and by the kernel, over 1,000 steps with
+       padding rows, graphs of three sizes in one pool and copies on a second stream, every row
+       compared; the replay router likewise. Routers of a model in graphs: every microbatch
+       dispatches its own rows, also where backwards come late. SGLang's own select_experts, where
+       SGLang is installed.
+    3  Time. Replay against live routing and Megatron's own replay; log-probs by chunk size; the
+       metrics' share of a step; recording's copies; permutation, its noise and error.
+    4  Kernels and memory. The replay router and the gates of the capture against the limit of the
+       memory's bandwidth and against torch's forms; a profiler's trace of a replayed microbatch;
+       the plan's memory estimate against what is allocated.
 
 What one GPU cannot prove: TP, EP, PP and DP above 1 on NCCL, DeepEP, Transformer Engine, FP8
-grouped GEMMs, and a whole SGLang server. With `--device cpu` everything runs on the CPU with the
-smallest sizes: a dry run of the scripts.
+grouped GEMMs, and a whole SGLang server. With `--dry-run` everything runs on the CPU with the
+smallest sizes, kernels in Triton's interpreter, and no figure means anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -44,7 +55,7 @@ class Command:
     Args:
         name: In the results.
         arguments: Of this Python.
-        quick: Arguments added with --device cpu.
+        quick: Arguments that replace the sizes in a dry run.
         has_json: Whether it takes `--json FILE`.
         timeout_s: After this long it counts as failed, and the next one runs.
     """
@@ -79,45 +90,53 @@ def _benchmark(name: str, module: str, *arguments: str) -> Command:
     return Command(name=name, arguments=command, quick=("--quick",), has_json=True)
 
 
+_LAYERS = ("--layers", "4", "--hidden", "2048", "--expert-width", "768")
+_VOCABULARY = ("--tokens", "16384", "--vocabulary", "75968")
 PARTS: dict[int, tuple[Command, ...]] = {
-    1: (_tests("exactness", "tests/test_gpu_replay.py", timeout_s=580),),
+    1: (
+        _tests("replay matrix", "tests/test_gpu_replay.py", "-k", "deterministic", timeout_s=400),
+        _tests("syncs, noise, resume", "tests/test_gpu_replay.py", "-k", "not deterministic"),
+        _tests("pipelines by hand", "tests/test_gpu_graphs.py", "-k", "pipelines"),
+    ),
     2: (
-        _benchmark(
-            "replay, 16384 tokens",
-            "replay",
-            *("--tokens", "16384", "--layers", "4", "--hidden", "2048", "--expert-width", "768"),
-        ),
+        _tests("captured rows", "tests/test_gpu_capture.py"),
+        _tests("routers in graphs", "tests/test_gpu_graphs.py", "-k", "not pipelines"),
+    ),
+    3: (
+        _benchmark("replay, 16384 tokens", "replay", "--tokens", "16384", *_LAYERS),
         _benchmark("replay, 4096 tokens", "replay", "--tokens", "4096"),
         *(
             _benchmark(
                 f"logprobs, {dtype}, {mib} MiB",
                 "logprobs",
-                *("--tokens", "16384", "--vocabulary", "75968"),
+                *_VOCABULARY,
                 *("--dtype", dtype, "--chunk-mib", str(mib)),
             )
             for dtype in ("bfloat16", "float32")
             for mib in (16, 64, 256)
         ),
         _benchmark("metrics", "metrics"),
+        _benchmark("recording", "recording"),
+        _benchmark("permute", "permute"),
     ),
-    3: tuple(
-        Command(
-            name=f"{module}, {dtype}",
-            arguments=("-m", f"tools.bench.{module}", "--dtype", dtype),
-            quick=("--quick",),
-            has_json=True,
-        )
-        for module in ("gates_kernel", "router_kernel")
-        for dtype in ("bfloat16", "float32")
+    4: (
+        *(
+            _benchmark(f"{module}, {dtype}", module, "--dtype", dtype)
+            for module in ("gates_kernel", "router_kernel")
+            for dtype in ("bfloat16", "float32")
+        ),
+        _benchmark("trace", "trace", "--trace", "gpu-trace.json"),
+        _benchmark("memory", "memory"),
+        _benchmark("memory without recomputation", "memory", "--recompute", "none"),
     ),
 }
 
 
-def run(command: Command, part: int, device: str) -> Outcome:
+def run(command: Command, part: int, is_dry: bool) -> Outcome:
     """Run one command and return how it ended; a failure does not stop the others."""
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     arguments = [sys.executable, *command.arguments]
-    if device == "cpu":
+    if is_dry:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         if command.quick:  # the sizes in PARTS are for a GPU
             arguments = [*arguments[:3], *command.quick]
@@ -170,22 +189,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", type=int, nargs="+", choices=sorted(PARTS), default=list(PARTS))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, smallest sizes")
     parser.add_argument("--json", type=Path, metavar="FILE", default=Path("gpu.json"))
     parsed = parser.parse_args(argv)
-    if parsed.device == "cuda" and not _has_cuda():
-        parser.error("there is no CUDA device: expected one GPU. --device cpu is a dry run")
+    if not parsed.dry_run and not _has_cuda():
+        parser.error("there is no CUDA device: expected one GPU, or --dry-run")
     outcomes = []
     for part in parsed.part:
         for command in PARTS[part]:
-            outcome = run(command, part, parsed.device)
+            outcome = run(command, part, parsed.dry_run)
             outcomes.append(outcome)
             state = "ok" if outcome.returncode == 0 else f"FAILED ({outcome.returncode})"
             print(f"part {part}: {command.name}: {state}, {outcome.seconds:.0f} s", flush=True)
             if outcome.returncode != 0:
                 print(outcome.output, flush=True)
             # Written after each command: what was measured survives a lost machine.
-            record = {"device": parsed.device, "results": [asdict(o) for o in outcomes]}
+            record = {"is_dry": parsed.dry_run, "date": f"{datetime.date.today()}"}
+            record |= {"results": [asdict(o) for o in outcomes]}
             parsed.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return int(any(outcome.returncode != 0 for outcome in outcomes))
 
