@@ -1,13 +1,15 @@
 """recipes.minirl's launcher and the trainer's start: what is checked before an engine runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.minirl import __main__ as launcher
 from recipes.minirl import commands
-from recipes.minirl.checks import require_ready
+from recipes.minirl.checks import require_gpu, require_ready, why_no_cuda
 from recipes.minirl.command_line import parse, parse_command
 from routing_replay.errors import ConfigError
 
@@ -72,6 +74,20 @@ def test_the_launcher_does_not_start_one_node_of_two():
 def test_a_trainer_refuses_a_configuration_that_nobody_has_prepared(argv, world_size, message):
     with pytest.raises(ConfigError, match=message + r".*\[run/config\.json\].*--prepare-only"):
         require_ready(parse(argv), world_size, Path("run/config.json"))
+
+
+def test_a_preset_for_gpus_does_not_train_on_a_cpu_in_silence():
+    too_old = "The NVIDIA driver on your system is too old (found version 11040)"
+    for_gpus = parse(["--plan-gpu-gb", "80"])
+    with pytest.raises(ConfigError, match=r"no GPU.*of 80 GB.*too old.*Install a driver"):
+        require_gpu(for_gpus, too_old)
+    require_gpu(for_gpus, None)
+    require_gpu(parse([]), too_old)  # the CPU's own preset
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what torch says without a GPU")
+def test_the_reason_for_no_gpu_is_torchs_own():
+    assert re.search(r"(CUDA|NVIDIA).*\(torch \d", why_no_cuda() or "")
 
 
 def test_a_resolved_configuration_with_its_ranks_is_accepted():

@@ -6,7 +6,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 FAILURES = (DOCS / "failures.md").read_text()
-PAGES = FAILURES + (DOCS / "replay.md").read_text()
+PAGES = FAILURES + (DOCS / "replay.md").read_text() + (DOCS / "gpu.md").read_text()
 DEFINED = {
     name
     for path in TESTS.glob("*.py")

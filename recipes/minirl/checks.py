@@ -215,6 +215,37 @@ def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
         )
 
 
+def require_gpu(config: RecipeConfig, cuda_error: str | None) -> None:
+    """Refuse to train a preset for GPUs on the CPU, which Megatron would do without a word.
+
+    Args:
+        config: The trainer's configuration.
+        cuda_error: From `why_no_cuda`; None where there is a GPU.
+
+    Raises:
+        ConfigError: The plan names a GPU, and torch can use none; it says why.
+    """
+    if config.plan.plan_gpu_gb and cuda_error is not None:
+        raise ConfigError(
+            "the trainer has no GPU that torch can use",
+            expected=f"a GPU of {config.plan.plan_gpu_gb:g} GB (plan_gpu_gb)",
+            got=cuda_error,
+            fix="Install a driver that fits torch's CUDA (nvidia-smi shows both), or a torch built "
+            "for the driver; --plan-gpu-gb 0 trains on the CPU",
+        )
+
+
+def why_no_cuda() -> str | None:
+    """Return why torch can use no GPU, in its own words; None if it can."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return f"{error} (torch {torch.__version__})"
+    return None
+
+
 def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:
     """Refuse a stored configuration that would not train as its author meant.
 

@@ -103,6 +103,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     """Run all steps, from the newest checkpoint if there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
+    checks.require_gpu(config, checks.why_no_cuda())
     parallel.start_distributed()
     require_alike(config.to_mapping())
     inputs = on_every_rank(lambda: load_inputs(config))
