@@ -95,7 +95,7 @@ class Trainer:
             with self.replay.microbatch(torch.from_numpy(table.rows(0, num_tokens))[None]):
                 logits_1TV = self.chunk(tokens_1T, positions_1T, None, fp32_output=False)
             scores = token_logprobs(logits_1TV[0], tokens_1T[0], reuse_logits=True)
-            (-scores.logprobs_T.mean()).backward()
+            (-scores.logp_T.mean()).backward()
         del logits_1TV
         self.chunk.finish_grad_sync()
         self.optimizer.step()
