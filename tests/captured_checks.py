@@ -123,7 +123,7 @@ def check_case(case, has_kernel=False):
 
 def _comparison(has_kernel=False):
     is_rounded = has_kernel or torch.cuda.is_available()
-    return far_apart if is_rounded else replay_matrix._differences
+    return far_apart if is_rounded else replay_matrix.differences
 
 
 def _called(job):
@@ -166,7 +166,7 @@ def edges(rank):
             job.run()
             with replay.replaying(table, layers=layers):
                 ours = job.run(replay, table.rows)
-            found["some layers"] = replay_matrix._differences("layers", called, ours)
+            found["some layers"] = replay_matrix.differences("layers", called, ours)
             found["replayed"] = [line.num_replayed > 0 for line in replay.receipt.lines[:4]]
             found["watching"] = error_of(lambda: replay.watching(None).__enter__())
             found["record_live"] = error_of(
