@@ -64,7 +64,9 @@ def kill_after_step(process, run_dir, step, is_victim):
     """Kill one process of the run once a step is on record; what the launcher then says."""
     deadline = time.monotonic() + TIMEOUT_S
     while not any(record["step"] >= step for record in records(run_dir)):
-        assert process.poll() is None and time.monotonic() < deadline, "no step was finished"
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no step was finished:\n{process.communicate()[0]}", pytrace=False)
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in children if is_victim(child)]
