@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from recipes.model import parallel
-from recipes.model.model import build_model, transformer_config
+from recipes.model.model import Spec, build_model, transformer_config
 from recipes.model.tiny import tiny_config
 from routing_replay.config import ReplayConfig
 from routing_replay.megatron import attach
@@ -73,7 +73,7 @@ class Chunk(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         total = hidden.new_zeros(())
         for layer in self.layers:
-            module = layer.router if self.is_router_only else layer
+            module: Any = layer.router if self.is_router_only else layer
             if self.recompute:
                 output = tensor_parallel.checkpoint(_first_output(module), False, hidden)
             else:
@@ -99,7 +99,7 @@ class Setting:
     hidden: int
     expert_width: int
     is_router_only: bool
-    spec: str
+    spec: Spec
 
 
 def build(setting: Setting, has_stock_replay: bool) -> Chunk:
@@ -151,7 +151,8 @@ class Way:
         if name == "stock":
             # Its users hold int64 targets, which its gather needs.
             self.targets_LTK = torch.from_numpy(table.expert_ids_LTK.astype(np.int64))
-            self.stock = [layer.router.router_replay for layer in self.chunk.layers]
+            routers: list[Any] = [layer.router for layer in self.chunk.layers]
+            self.stock = [router.router_replay for router in routers]
 
     def step(self, hidden: torch.Tensor, backward: bool) -> None:
         self.chunk.recompute = backward
