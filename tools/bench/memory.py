@@ -26,7 +26,7 @@ from routing_replay.megatron import attach
 from routing_replay.objectives.logprobs import token_logprobs
 from routing_replay.routes.table import RouteTable
 
-from .paired import device, finish, parse, parser
+from .paired import device, finish, is_too_much, parse, parser
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--spec", choices=("auto", "te", "local"), default="local")
     quick = {"layers": 1, "hidden": 64, "experts": 16, "expert_width": 64, "tokens": 64}
     arguments = parse(made, argv, quick | {"vocabulary": 128})
+    if is_too_much(arguments):
+        return
     parallel.initialize(parallel.ParallelLayout(), seed=1)
     figures = compare(arguments)
     print(f"| part | estimated, MiB | measured, MiB |\n| {'--- | ' * 3}")

@@ -126,6 +126,14 @@ def run_kernel(
     finish(name, arguments, figures)
 
 
+def is_too_much(arguments: argparse.Namespace) -> bool:
+    """Whether a benchmark for GPUs shall not run: on a CPU it shows only that it runs."""
+    is_cpu = not torch.cuda.is_available() and not arguments.quick
+    if is_cpu:
+        print("There is no GPU: --quick shows that it runs.")
+    return is_cpu
+
+
 def device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

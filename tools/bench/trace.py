@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from recipes.model import parallel
 
-from .paired import finish, parse, parser
+from .paired import finish, is_too_much, parse, parser
 from .replay import Way, random_routes, settings
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item")
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--trace", type=Path, help="file of the trace")
     quick = {"tokens": 16, "layers": 2, "hidden": 64}
     arguments = parse(made, argv, quick)
+    if is_too_much(arguments):
+        return
     parallel.initialize(parallel.ParallelLayout(), seed=1)
     profile_made = profiled(arguments)
     figures = summary(profile_made)
