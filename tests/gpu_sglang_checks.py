@@ -57,6 +57,7 @@ def _compared(topk, capturer, num_groups, num_steps, device):
         num_expert_group=num_groups,
         topk_group=2 if num_groups else None,
         correction_bias=bias_E,
+        torch_native=not torch.cuda.is_available(),  # SGLang's kernels are CUDA's
     )
     returned_LTK = torch.zeros(NUM_LAYERS, SIZE, TOP_K, dtype=torch.int32, device=device)
 

@@ -38,4 +38,6 @@ def test_the_replay_router_in_a_graph_replays_the_rows_of_every_step(form):
 def test_sglangs_own_selection_is_captured_in_a_graph(num_groups):
     from gpu_sglang_checks import selected_rows
 
+    if num_groups and not torch.cuda.is_available():
+        pytest.skip("SGLang's grouped selection is a CUDA kernel")
     assert selected_rows(num_groups, STEPS) == []
