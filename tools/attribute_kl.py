@@ -298,20 +298,9 @@ def open_progress(parsed: argparse.Namespace, batch: RolloutBatch, has_gates: bo
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("batch", type=Path, help="folder with batch and routes")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights that are trained")
-    parser.add_argument("--rollout-checkpoint", type=Path, help="weights that sampled (staleness)")
+    parser = scoring_parser(__doc__)
     parser.add_argument("--families", nargs="+", choices=attribution.FAMILIES, default=["without"])
     parser.add_argument("--estimator", choices=("k1", "k3"), default="k3")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout's sampling")
-    parser.add_argument(
-        "--microbatch-size", type=int, default=16, help="longest sequences per forward pass"
-    )
-    add_layout(parser)
     parser.add_argument(
         "--live-routes",
         metavar="FILE",
@@ -322,10 +311,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the parallel sizes."""
+def scoring_parser(description: str) -> argparse.ArgumentParser:
+    """Return the flags of a tool that scores a batch: inputs, weights, passes, parallel sizes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("batch", type=Path, help="folder with batch and routes")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights that are trained")
+    parser.add_argument("--rollout-checkpoint", type=Path, help="weights that sampled (staleness)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout's sampling")
+    parser.add_argument(
+        "--microbatch-size", type=int, default=16, help="longest sequences per forward pass"
+    )
     for name in ("tensor", "pipeline", "context", "expert"):
         parser.add_argument(f"--{name}-parallel", type=int, default=1)
+    return parser
 
 
 def main() -> int:

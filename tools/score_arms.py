@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from routing_replay.megatron.selection import probabilities
 from routing_replay.megatron.watching import RouterCall
 from routing_replay.routes.table import RouteTable
 
-from .attribute_kl import Scorer, add_layout, layout_of, load_model
+from .attribute_kl import Scorer, layout_of, load_model, scoring_parser
 
 COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
@@ -199,24 +198,13 @@ def in_order(scorer: Scorer, order_S: torch.Tensor) -> Scorer:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("batch", type=Path, help="folder with batch and routes")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights that are trained")
-    parser.add_argument("--rollout-checkpoint", type=Path, help="weights that sampled")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollout's sampling")
-    parser.add_argument(
-        "--microbatch-size", type=int, default=16, help="longest sequences per forward pass"
-    )
+    parser = scoring_parser(__doc__)
     parser.add_argument("--again", type=int, default=0, metavar="K", help="recomputations")
     parser.add_argument("--layers", action="store_true", help="search the layers by halves")
     parser.add_argument("--precisions", nargs="*", choices=("float32", "bfloat16"), default=[])
     parser.add_argument("--dispatchers", nargs="*", choices=("allgather", "alltoall"), default=[])
     parser.add_argument("--specs", nargs="*", choices=("te", "local"), default=[])
     parser.add_argument("--layout-arm", default="", metavar="NAME", help="add this arm only")
-    add_layout(parser)
     return parser
 
 
