@@ -8,7 +8,8 @@ them back. Names of the local spec and of Transformer Engine's modules mean the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from routing_replay.errors import CheckpointError
@@ -45,13 +46,26 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPosition:
-    """Where a rank stands: its shard of dense tensors, of experts' tensors, and its experts."""
+    """Where a rank stands: its shard of dense tensors, of experts' tensors, and its experts.
+
+    Args:
+        tensor_rank, tensor_size: Of dense tensors.
+        expert_tensor_rank, expert_tensor_size: Of the tensors of experts.
+        first_expert: The rank holds this one and those after it.
+        placed_experts: By layer the experts that the rank holds instead, slot by slot.
+    """
 
     tensor_rank: int = 0
     tensor_size: int = 1
     expert_tensor_rank: int = 0
     expert_tensor_size: int = 1
     first_expert: int = 0
+    placed_experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def expert(self, layer: int, slot: int) -> int:
+        """Return the checkpoint's number of a local expert."""
+        placed = self.placed_experts.get(layer)
+        return self.first_expert + slot if placed is None else placed[slot]
 
 
 # Transformer Engine puts a norm into the linear that follows it, and all experts of a rank into one
@@ -132,8 +146,8 @@ def pieces(name: str, config: ModelConfig, position: ShardPosition) -> list[Piec
     if local == "decoder.final_layernorm.weight":
         return [_whole("model.norm.weight", (config.hidden_size,))]
     layer, local = _in_layer(local)
-    layer_pieces = _layer_pieces(local, f"model.layers.{layer}.", config, position)
-    if layer is None or not layer_pieces:
+    layer_pieces = [] if layer is None else _layer_pieces(local, layer, config, position)
+    if not layer_pieces:
         raise CheckpointError(
             "a Megatron parameter has no counterpart in the Hugging Face checkpoint",
             got=name,
@@ -144,8 +158,9 @@ def pieces(name: str, config: ModelConfig, position: ShardPosition) -> list[Piec
 
 
 def _layer_pieces(
-    local: str, prefix: str, config: ModelConfig, position: ShardPosition
+    local: str, layer: int, config: ModelConfig, position: ShardPosition
 ) -> list[Piece]:
+    prefix = f"model.layers.{layer}."
     if local in _WHOLE:
         return [_whole(prefix + _WHOLE[local], _whole_shape(local, config))]
     if local in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
@@ -156,16 +171,17 @@ def _layer_pieces(
         rank, size = position.tensor_rank, position.tensor_size
         return [_split(prefix + "self_attn.o_proj.weight", shape, 1, rank, size)]
     match = _MLP.match(local)
-    return _mlp(match, prefix, config, position) if match else []
+    return _mlp(match, layer, config, position) if match else []
 
 
 def _mlp(
-    match: re.Match[str], prefix: str, config: ModelConfig, position: ShardPosition
+    match: re.Match[str], layer: int, config: ModelConfig, position: ShardPosition
 ) -> list[Piece]:
+    prefix = f"model.layers.{layer}."
     rank, size = position.tensor_rank, position.tensor_size
     if match["expert"] is not None:
         rank, size = position.expert_tensor_rank, position.expert_tensor_size
-        prefix += f"mlp.experts.{position.first_expert + int(match['expert'])}."
+        prefix += f"mlp.experts.{position.expert(layer, int(match['expert']))}."
         width = config.moe_ffn_hidden_size
     elif match["kind"]:
         prefix += "mlp.shared_experts."

@@ -15,8 +15,11 @@ from . import cpu, weight_names  # noqa: F401  (cpu makes Megatron importable)
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 # isort: split
+from routing_replay.megatron.placement import experts_of
+
 from .model import ModelConfig
 
 
@@ -48,7 +51,7 @@ def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
         CheckpointError: A parameter has no Hugging Face counterpart.
     """
     chunks = [unwrap(chunk) for chunk in model_chunks]
-    position = _position(chunks[0].config)
+    position = _position(chunks)
     parameters = []
     for chunk in chunks:
         tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
@@ -80,7 +83,8 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return chunk
 
 
-def _position(config: ModelConfig) -> weight_names.ShardPosition:
+def _position(chunks: list[GPTModel]) -> weight_names.ShardPosition:
+    config: ModelConfig = chunks[0].config
     expert_rank = parallel_state.get_expert_model_parallel_rank()
     experts = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
     return weight_names.ShardPosition(
@@ -89,7 +93,18 @@ def _position(config: ModelConfig) -> weight_names.ShardPosition:
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
         expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
         first_expert=expert_rank * experts,
+        placed_experts=_placed_experts(chunks),
     )
+
+
+def _placed_experts(chunks: list[GPTModel]) -> dict[int, tuple[int, ...]]:
+    """By layer the experts of this rank, which a plan may have moved between ranks."""
+    layers = (m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer))
+    return {
+        layer.router.layer_number - 1: experts_of(layer)
+        for layer in layers
+        if not getattr(layer, "is_mtp_layer", False)
+    }
 
 
 def _is_first_replica(name: str) -> bool:

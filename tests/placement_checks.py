@@ -1,0 +1,252 @@
+"""What the ranks of `test_megatron_placement.py` compute: one training, experts moved or not."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import megatron_batches
+import numpy as np
+import torch
+from megatron_worlds import megatron
+from te_stand_ins import te_spec
+
+from recipes.minirl import models
+from recipes.minirl.settings import TrainingSettings
+from recipes.model.model import transformer_config
+from recipes.model.parallel import ParallelLayout
+from recipes.model.weights import load_hf, named_hf_tensors, save_hf
+from routing_replay.balance import Placement
+from routing_replay.config import ReplayConfig
+from routing_replay.errors import ReplayError
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.table import RouteTable
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+
+MOVES = {3: 1, 8: 2}  # before these updates the experts move; the values are seeds
+NUM_UPDATES, COMPARED = 14, (3, 8, 13)
+LENGTH, VOCAB = 16, 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout, precision and optimizer.
+
+    Args:
+        model: "qwen" (top-2: sums of two terms have one order) or "glm" (top-4, bias, groups).
+    """
+
+    name: str
+    layout: ParallelLayout
+    model: str = "qwen"
+    dtype: torch.dtype = torch.float32
+    is_sharded: bool = False
+    is_te: bool = False
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+EP2 = ParallelLayout(expert=2)
+BF16 = {"dtype": torch.bfloat16}
+CASES = {
+    1: (Case(name="one", layout=ParallelLayout(), **BF16),),
+    2: (
+        Case(name="ep2-alltoall", layout=EP2),
+        Case(name="ep2-allgather", layout=EP2, options={"dispatcher": "allgather"}, **BF16),
+        Case(name="ep2-sharded", layout=EP2, is_sharded=True, **BF16),
+        Case(name="ep2-grouped", layout=EP2, is_te=True, options={"moe_grouped_gemm": True}),
+        Case(name="ep2-recompute", layout=EP2, options={"recompute": "moe"}),
+        Case(name="glm-ep2", layout=EP2, model="glm"),
+    ),
+    4: (
+        Case(name="ep4", layout=ParallelLayout(expert=4)),
+        Case(name="ep2-edp2", layout=EP2, **BF16),
+        Case(name="ep2-edp2-sharded", layout=EP2, is_sharded=True),
+        Case(name="ep2-edp2-sharded-bf16", layout=EP2, is_sharded=True, **BF16),
+        Case(name="tp2-ep2", layout=ParallelLayout(tensor=2, expert=2, expert_tensor=1)),
+        Case(name="tp2-ep2-etp2", layout=ParallelLayout(tensor=2, expert=2), **BF16),
+        Case(name="pp2-ep2", layout=ParallelLayout(pipeline=2, expert=2), is_sharded=True),
+        Case(name="cp2-ep4", layout=ParallelLayout(context=2, expert=4)),
+        Case(name="glm-ep4", layout=ParallelLayout(expert=4), model="glm", is_sharded=True),
+    ),
+}
+
+
+def run(rank, folders, out, num_ranks):
+    """The results of every case, natural and moved."""
+    results = {}
+    for case in CASES[num_ranks]:
+        folder = folders[case.model]
+        with te_spec() if case.is_te else contextlib.nullcontext():
+            natural = train(case, folder, f"{out}/natural-{case.name}", is_moved=False)
+            moved = train(case, folder, f"{out}/moved-{case.name}", is_moved=True)
+        results[case.name] = compared(natural, moved)
+    return results
+
+
+def compared(natural, moved):
+    """Largest differences; 0 means equal bits."""
+    found = {"num_moved": moved["num_moved"], "guards": moved["guards"]}
+    for name in ("logits", "states", "exported", "replayed", "recorded", "loaded"):
+        pairs = list(zip(natural[name], moved[name], strict=True))
+        assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs), name
+        found[name] = max([float((a.float() - b.float()).abs().max()) for a, b in pairs], default=0)
+        found[f"num_{name}"] = len(pairs)
+    return found
+
+
+def train(case, folder, out, is_moved):
+    """Train with live routing; export, replay, record and save while the experts are elsewhere."""
+    from routing_replay.megatron.placement import place_experts
+
+    with megatron(case.layout):
+        config, chunks, optimizer = build(case, folder)
+        placed = place_experts(chunks, optimizer)
+        found = {"logits": [], "num_moved": []}
+        for number in range(NUM_UPDATES):
+            if is_moved and number in MOVES:
+                placed.move(random_placement(placed, MOVES[number]))
+                found["num_moved"].append(placed.num_moved)
+            if number in COMPARED:
+                logits = megatron_batches.megatron_logits(chunks, batch(number), vocab_size=VOCAB)
+                found["logits"] += logits or []
+            update(chunks, optimizer, number)
+        found["exported"] = [t for _, t in named_hf_tensors(chunks) if t is not None]
+        found["replayed"], found["recorded"] = replay_and_record(case, chunks)
+        save_hf(chunks, out, source=folder)
+        found["guards"] = guards(chunks, placed) if is_moved else None
+        with placed.natural():
+            found["states"] = states(chunks, optimizer)
+        # Loading a checkpoint fills the experts where they are.
+        load_hf(chunks, out)
+        optimizer.reload_model_params()
+        found["loaded"] = (
+            megatron_batches.megatron_logits(chunks, batch(99), vocab_size=VOCAB) or []
+        )
+        if is_moved:
+            found["guards"]["interrupted"] = interrupted(chunks, placed)
+        return found
+
+
+def build(case, folder):
+    settings = TrainingSettings(
+        learning_rate=1e-2, clip_grad=0.0, distributed_optimizer=case.is_sharded
+    )
+    config = transformer_config(
+        folder, case.layout, dtype=case.dtype, variable_seq_lengths=True, **case.options
+    )
+    if case.is_te:
+        config.layer_spec = "te"
+    config.finalize_model_grads_func = finalize_model_grads
+    chunks = models.trained(config, case.layout, folder, settings)
+    return config, chunks, models.make_optimizer(chunks, settings, case.dtype)
+
+
+def batch(number):
+    """Two microbatches of two sequences, others on each data-parallel rank."""
+    seed = 1000 * number + parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(seed)
+    return [list(torch.randint(VOCAB, (2, LENGTH), generator=generator)) for _ in range(2)]
+
+
+def update(chunks, optimizer, number):
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    megatron_batches.megatron_backward(chunks, batch(number))
+    optimizer.step()
+
+
+def random_placement(placed, seed):
+    rng = np.random.default_rng(seed)
+    num_layers, num_experts = placed.placement.experts_LE.shape
+    experts_LE = np.stack([rng.permutation(num_experts) for _ in range(num_layers)])
+    return Placement(experts_LE=experts_LE, num_ranks=placed.placement.num_ranks)
+
+
+def states(chunks, optimizer):
+    """All that this rank stores of its parameters."""
+    from routing_replay.megatron.expert_tensors import optimizer_parts, stored_shards
+
+    parts = optimizer_parts(optimizer)
+    found = []
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            by_name = stored_shards(parts, parameter)
+            found += [by_name[name].values_N.clone() for name in sorted(by_name)]
+    return found
+
+
+def replay_and_record(case, chunks):
+    """Logits under drawn routes, and the live routes that a recording takes, in the model's ids."""
+    from routing_replay.megatron import attach
+
+    if case.layout.pipeline > 1 or case.layout.context > 1:
+        return [], []
+    sequences = torch.stack(batch(7)[0])
+    with attach(chunks, ReplayConfig(mode="R3", agreement_every=1)) as replay, torch.no_grad():
+        table = drawn_table(replay.shape)
+        rows = table.token_rows([LENGTH + 1] * 2, width=LENGTH)
+        with replay.replaying(table, record_live=True, is_shared=False) as recorded:
+            logits = forward(replay, chunks[0], sequences, rows)
+        metrics = replay.metrics()
+        overlap = metrics["routing_replay/overlap"].value_L()
+        return [logits, overlap], [torch.from_numpy(recorded.table().expert_ids_LTK.astype(int))]
+
+
+def forward(replay, chunk, sequences, rows):
+    positions = torch.arange(LENGTH).expand_as(sequences)
+    with replay.microbatch(rows):
+        return chunk(sequences, positions, None)
+
+
+def drawn_table(shape):
+    rng = np.random.default_rng(0)
+    size = (LENGTH, len(shape.layers), shape.num_experts)
+    ids = [np.argsort(rng.random(size), -1)[..., : shape.top_k].astype(np.uint8) for _ in range(2)]
+    return RouteTable.from_routes(
+        [Routes(expert_ids_TLK=i, layers=shape.layers, num_experts=shape.num_experts) for i in ids]
+    )
+
+
+def guards(chunks, placed):
+    """What refuses to number experts that are elsewhere."""
+    found = {}
+    for name in ("state_dict", "sharded_state_dict"):
+        try:
+            for chunk in chunks:
+                getattr(chunk, name)()
+            found[name] = None
+        except ReplayError as error:
+            found[name] = str(error)
+    with placed.natural():
+        for chunk in chunks:
+            chunk.state_dict()
+    return found
+
+
+def interrupted(chunks, placed):
+    """After a move that failed neither a forward nor a checkpoint comes through."""
+    found = []
+
+    def fail(*_, **__):
+        raise OSError("the network is gone")
+
+    with (
+        mock.patch.object(torch.distributed, "all_to_all_single", fail),
+        contextlib.suppress(OSError),
+    ):
+        placed.move(random_placement(placed, 5))
+    attempts = (
+        lambda: megatron_batches.megatron_logits(chunks, batch(0), vocab_size=VOCAB),
+        lambda: placed.home(),
+        lambda: [chunk.state_dict() for chunk in chunks],
+    )
+    for attempt in attempts:
+        try:
+            attempt()
+            found.append(None)
+        except ReplayError as error:
+            found.append(str(error))
+    return found
