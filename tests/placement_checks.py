@@ -113,7 +113,7 @@ def train(case, folder, out, is_moved):
                 found["logits"] += logits or []
             update(chunks, optimizer, number)
         found["exported"] = [t for _, t in named_hf_tensors(chunks) if t is not None]
-        found["replayed"], found["recorded"] = replay_and_record(case, chunks)
+        found["replayed"], found["recorded"], dispatch = replay_and_record(case, chunks)
         save_hf(chunks, out, source=folder)
         found["guards"] = guards(chunks, placed) if is_moved else None
         with placed.natural():
@@ -125,6 +125,7 @@ def train(case, folder, out, is_moved):
             megatron_batches.megatron_logits(chunks, batch(99), vocab_size=VOCAB) or []
         )
         if is_moved:
+            found["guards"]["dispatch"] = dispatch
             found["guards"]["interrupted"] = interrupted(chunks, placed)
         return found
 
@@ -183,16 +184,37 @@ def replay_and_record(case, chunks):
     from routing_replay.megatron import attach
 
     if case.layout.pipeline > 1 or case.layout.context > 1:
-        return [], []
+        return [], [], None
     sequences = torch.stack(batch(7)[0])
     with attach(chunks, ReplayConfig(mode="R3", agreement_every=1)) as replay, torch.no_grad():
         table = drawn_table(replay.shape)
         rows = table.token_rows([LENGTH + 1] * 2, width=LENGTH)
-        with replay.replaying(table, record_live=True, is_shared=False) as recorded:
+        rows[0, :5] = -1  # these tokens route live
+        due = dispatched(case, table, rows)
+        options = {"record_live": True, "is_shared": False, "dispatch": due}
+        with replay.replaying(table, **options) as recorded:
             logits = forward(replay, chunks[0], sequences, rows)
-        metrics = replay.metrics()
-        overlap = metrics["routing_replay/overlap"].value_L()
-        return [logits, overlap], [torch.from_numpy(recorded.table().expert_ids_LTK.astype(int))]
+        overlap = replay.metrics()["routing_replay/overlap"].value_L()
+        ids_LTK = recorded.table().expert_ids_LTK.astype(int)
+        due[0, 0, 3] += 1
+        wrong = None
+        try:
+            with replay.replaying(table, dispatch=due):
+                forward(replay, chunks[0], sequences, rows)
+        except ReplayError as error:
+            wrong = str(error)
+        return [logits, overlap], [torch.from_numpy(ids_LTK)], wrong
+
+
+def dispatched(case, table, rows):
+    """Tokens with routes that a group of experts gets from the ranks that bring it this batch."""
+    layout = case.layout
+    num_bringing = layout.expert * layout.expert_tensor // (layout.tensor * layout.context)
+    counts_LE = np.zeros((len(table.shape.layers), table.shape.num_experts), np.int64)
+    for row in rows[rows >= 0].tolist():
+        for layer, ids_TK in enumerate(table.expert_ids_LTK):
+            counts_LE[layer, ids_TK[row]] += num_bringing
+    return counts_LE[None]
 
 
 def forward(replay, chunk, sequences, rows):

@@ -282,7 +282,11 @@ def test_routes_of_other_sequences_are_refused():
 
 def test_ranks_that_share_sequences_by_position_say_that_counts_are_estimates():
     assert PlanLayout(data=2, expert=2).has_whole_sequences
-    assert not PlanLayout(data=2, expert=2, tensor=4).has_whole_sequences
+    layout = PlanLayout(data=2, expert=2, tensor=4)
+    assert not layout.has_whole_sequences
+    table, lengths = topical_table()
+    with pytest.raises(ConfigError, match="their exact counts are not known"):
+        rr.plan(table, lengths, layout).dispatch(0)
 
 
 def test_a_prediction_of_one_rank_is_balanced():

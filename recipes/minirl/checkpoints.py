@@ -113,8 +113,10 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
     partial = final.with_name(f".{final.name}.partial")
     try:
         save_hf(policy.chunks, partial, source=source)
-        state = optimizer_state(policy.optimizer)
-        on_every_rank(lambda: _save_state(policy, state, partial / "trainer", progress))
+        # The state is loaded into experts that lie where Megatron puts them.
+        with policy.natural_experts():
+            state = optimizer_state(policy.optimizer)
+            on_every_rank(lambda: _save_state(policy, state, partial / "trainer", progress))
         on_every_rank(lambda: _finish(partial, final, policy.config.run.keep_checkpoints))
     except CheckpointError:
         if dist.get_rank() == 0:

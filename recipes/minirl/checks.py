@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from routing_replay import objectives
 from routing_replay.errors import ConfigError
 
+from .step_plan import plan_layout
+
 if TYPE_CHECKING:
     from .config import RecipeConfig
 
@@ -52,6 +54,25 @@ def check_replay(config: RecipeConfig) -> None:
             "the servers are not asked for the weights that are replayed",
             expected="--routing-replay-capture weights",
             got=f"{config.telemetry.capture}, and --routing-replay-weights {config.replay.weights}",
+        )
+
+
+def check_balance(config: RecipeConfig) -> None:
+    """Raise ConfigError for a plan of routes that are not known, or that do not decide alone."""
+    t, replay = config.training, config.replay
+    _check_range("placement_move_tokens", t.placement_move_tokens)
+    if t.placement_horizon < 1:
+        raise _out_of_range("placement_horizon", ">= 1", t.placement_horizon)
+    if t.plan == "none":
+        return
+    plan_layout(t, config.world_size)
+    if replay.mode not in ("R3", "auto") or replay.is_soft or replay.captured_routers:
+        raise ConfigError(
+            "a step can be planned only by routes that are known and replayed as they are",
+            expected="--routing-replay-mode R3, without soft replay and captured routers",
+            got=f"{replay.mode}, soft replay {replay.is_soft}, captured routers "
+            f"{replay.captured_routers}",
+            fix="Add --routing-replay-mode R3, or --plan none",
         )
 
 

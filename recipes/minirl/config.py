@@ -54,6 +54,7 @@ class RecipeConfig:
         checks.check_objective(self)
         checks.check_replay(self)
         checks.check_plan(self)
+        checks.check_balance(self)
 
     @property
     def batch_size(self) -> int:

@@ -102,6 +102,7 @@ class Sharding:
             sequences stand alone); 0: pad them.
         multiple: What the parallel layout divides the length of a sequence by.
         device: Of the model.
+        planned: The microbatches of each minibatch, if the step is planned; see `step_plan.py`.
     """
 
     data_rank: int = 0
@@ -113,13 +114,16 @@ class Sharding:
     microbatch_tokens: int = 0
     multiple: int = 1
     device: torch.device = torch.device("cpu")
+    planned: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     def plan(self, lengths_S: torch.Tensor) -> list[list[tuple[int, ...]]]:
         """Return the sequences of this rank's microbatches, for each minibatch.
 
         All data-parallel ranks get the same number of microbatches.
         """
-        lengths = self._padded_lengths(lengths_S)
+        if self.planned is not None:
+            return [list(minibatch) for minibatch in self.planned]
+        lengths = self.padded_lengths(lengths_S)
         starts = range(0, len(lengths), self.minibatch_size)
         if self.microbatch_tokens:
             return [self._packed(lengths, start) for start in starts]
@@ -151,7 +155,7 @@ class Sharding:
 
     def grid(self, lengths_S: torch.Tensor, sequences: Sequence[int]) -> Grid:
         """Return this rank's cells of a microbatch of these sequences."""
-        lengths = self._padded_lengths(lengths_S[list(sequences)])
+        lengths = self.padded_lengths(lengths_S[list(sequences)])
         is_packed = self.microbatch_tokens > 0
         if not is_packed:
             lengths = [max(lengths)] * len(lengths)
@@ -196,7 +200,7 @@ class Sharding:
         """Return how often a layer's routers run in one pass over the step, over all ranks."""
         return sum(map(len, self.plan(lengths_S))) * self.data_size * self.context_size
 
-    def _padded_lengths(self, lengths_S: torch.Tensor) -> list[int]:
+    def padded_lengths(self, lengths_S: torch.Tensor) -> list[int]:
         """Positions of each sequence: no forward consumes its last token."""
         return (-(-(lengths_S - 1) // self.multiple) * self.multiple).tolist()
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recipes.model import memory, parallel
 from recipes.model.model import transformer_config
 from routing_replay.errors import ConfigError
 from routing_replay.megatron import attach
+from routing_replay.megatron.placement import place_experts
 from routing_replay.megatron.router_shift import RouterShift
 from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
 from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
 from routing_replay.objectives import Denominators, LossInputs, Objective
 from routing_replay.objectives.logprobs import TokenScores, logprobs_at, token_logprobs
+from routing_replay.routes.table import RouteTable
 
 # isort: split
 from megatron.core import parallel_state
@@ -32,6 +35,7 @@ from .config import RecipeConfig
 from .inner_layer import inner_logits
 from .microbatches import Microbatch, Sharding
 from .plan import memory_estimate
+from .step_plan import PlannedStep, plan_step
 
 # Log-probs and entropies of this rank's tokens, by the sequences of their microbatch. Ranks before
 # the last pipeline stage have none.
@@ -106,6 +110,10 @@ class Policy:
             replay_config = replace(replay_config, mode="R2")
         self.replay = attach(self.chunks, replay_config)
         self.router_shift = RouterShift(self.replay) if has_router_shift else None
+        self.placed = None
+        if t.plan in ("placement", "both"):
+            self.placed = place_experts(self.chunks, self.optimizer)
+        self.planned: PlannedStep | None = None
         self.reference = None
         if config.needs_reference:
             folder = reference or checkpoint
@@ -194,6 +202,36 @@ class Policy:
         if self.is_last_stage and grad_norm is not None:
             metrics["grad_norm"] = masked_mean(torch.tensor([grad_norm]), torch.ones(1))
         return metrics
+
+    def plan(self, batch: Batch, table: RouteTable) -> PlannedStep:
+        """Plan a step by its routes; collective."""
+        placement = None if self.placed is None else self.placed.placement
+        return plan_step(self.config.training, self.sharding, batch, table, placement)
+
+    def follow(self, planned: PlannedStep | None) -> None:
+        """Take the microbatches of a plan, and bring the experts to their ranks; collective.
+
+        Args:
+            planned: None takes Megatron's natural microbatches; the experts stay.
+        """
+        self.planned, bins = planned, None
+        if planned is not None:
+            data_rank = self.sharding.data_rank
+            bins = tuple(ranks[data_rank] for ranks in planned.packing.bins)
+            if self.placed is not None:
+                self.placed.move(planned.placement)
+        self.sharding = replace(self.sharding, planned=bins)
+
+    def dispatch(self, minibatch: int | None = None) -> np.ndarray | None:
+        """Return what a scope over one minibatch, or all, must send to this rank's experts."""
+        if self.planned is None:
+            return None
+        numbers = None if minibatch is None else [minibatch]
+        return self.planned.dispatch(self.sharding.data_rank, numbers)
+
+    def natural_experts(self) -> contextlib.AbstractContextManager[None]:
+        """Within: every expert on Megatron's own rank, as checkpoints hold them; collective."""
+        return contextlib.nullcontext() if self.placed is None else self.placed.natural()
 
     def remembering_routers(self, num_rows: int) -> contextlib.AbstractContextManager[None]:
         """Open the scope around the old policy's pass that RSPO's router shift compares with."""

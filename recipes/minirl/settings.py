@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal
 
+from routing_replay.balance.step_plan import KINDS
 from routing_replay.config import FLAG_PREFIX, ReplayConfig, setting
 from routing_replay.errors import ConfigError, unknown_name
 from routing_replay.metrics.sinks import SINKS
@@ -154,6 +155,18 @@ class TrainingSettings:
         "auto", "modules of the layers; local is slow on GPUs", ("auto", "te", "local")
     )
     distributed_optimizer: bool = setting(False, "shard the optimizer state over data parallelism")
+    plan: str = setting(
+        "none",
+        "what the known routes of a step (R3) arrange for expert parallelism: packing, sequences "
+        "to microbatches and ranks; placement, experts to ranks; both",
+        KINDS,
+    )
+    placement_horizon: int = setting(
+        10, "steps for which a placement of experts is expected to stay"
+    )
+    placement_move_tokens: int = setting(
+        100, "cost of moving one expert to another rank, in tokens that an expert computes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from recipes.model import parallel
@@ -23,7 +24,7 @@ from recipes.model.collective import on_every_rank
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
-from routing_replay.metrics.typed import Metric, merge, to_floats
+from routing_replay.metrics.typed import Metric, Value, merge, to_floats
 from routing_replay.objectives import Objective
 from routing_replay.routes.table import RouteTable
 
@@ -155,7 +156,17 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         job.first_rank.share(scratch)
         batch, table = open_step(scratch, has_routes=config.rollout_capture != "off")
 
-    # 2. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
+    # 2. Known routes arrange the step: sequences to microbatches, experts to ranks.
+    plan_metrics: dict[str, Value] = {}
+    if config.training.plan != "none":
+        assert table is not None
+        with clock("plan"):
+            planned = policy.plan(batch, table)
+        with clock("move experts"):
+            policy.follow(planned)
+        plan_metrics = planned.metrics
+
+    # 3. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
     with clock("old log-probs"):
         old = averaged(policy, batch, score_old(policy, batch, table))
         metrics = policy.reduce(policy.discrepancy(batch, old.scores))
@@ -173,24 +184,25 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         with clock("reference log-probs"):
             reference = policy.score_reference(batch)
 
-    # 3. Rewards become advantages.
+    # 4. Rewards become advantages.
     batch, shaping = with_advantages(policy, batch, old.scores, reference)
     metrics |= policy.reduce(shaping)
 
-    # 4. N updates, each on its own minibatch, with the same routes.
+    # 5. N updates, each on its own minibatch, with the same routes.
     updates = update_policy(job, clock, step, batch, old, reference, live)
     metrics |= policy.reduce(updates)
+    policy.follow(None)
 
-    # 5. New weights for the servers.
+    # 6. New weights for the servers.
     with clock("weights"):
         job.publish(step)
 
-    # 6. Now and then an evaluation; metrics; now and then a checkpoint.
+    # 7. Now and then an evaluation; metrics; now and then a checkpoint.
     if is_due(step, config.run.evaluate_every, config.run.steps):
         with clock("evaluation"):
             values |= job.evaluate(step)
     if job.journal:
-        job.journal.write(step, values | to_floats(metrics) | clock.times())
+        job.journal.write(step, values | plan_metrics | to_floats(metrics) | clock.times())
     consumed = progress.prompts_consumed + int(batch.num_prompts)
     return finish_step(job, checkpoints.Progress(step=step, prompts_consumed=consumed), scratch)
 
@@ -224,7 +236,7 @@ def update_policy(
                 fixed = FixedScores(
                     old=scores, reference=reference, chosen=chosen, has_mu=layer < 0
                 )
-                with replaying(policy, old.table):
+                with replaying(policy, old.table, policy.dispatch(number)):
                     metrics = merge(
                         metrics,
                         policy.update(batch, old.token_rows_ST, fixed, job.objective, number),
@@ -295,7 +307,10 @@ def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass
         case "R3":
             assert table is not None
             token_rows_ST = batch.token_rows(table)
-            with policy.replay.replaying(table), policy.remembering_routers(table.num_rows):
+            with (
+                policy.replay.replaying(table, dispatch=policy.dispatch()),
+                policy.remembering_routers(table.num_rows),
+            ):
                 scores = policy.score(batch, token_rows_ST)
             return OldPass(scores=scores, table=table, token_rows_ST=token_rows_ST)
         case "R2":
@@ -363,10 +378,12 @@ def inner_layer(config: RecipeConfig, step: int) -> int:
 
 
 def replaying(
-    policy: Policy, table: RouteTable | None
+    policy: Policy, table: RouteTable | None, dispatch: np.ndarray | None = None
 ) -> contextlib.AbstractContextManager[object]:
     """Open the scope of an update."""
-    return policy.replay.replaying(table) if table is not None else contextlib.nullcontext()
+    if table is None:
+        return contextlib.nullcontext()
+    return policy.replay.replaying(table, dispatch=dispatch)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

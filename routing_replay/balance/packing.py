@@ -38,6 +38,32 @@ class Packing:
         """Return the sequences of a rank's microbatches."""
         return list(self.bins[minibatch][data_rank])
 
+    def dispatch(
+        self, counts_SLE: np.ndarray, group: int, minibatches: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Return how many tokens with routes a group of experts gets.
+
+        Args:
+            counts_SLE: Of the step's table.
+            group: Number of the group: data-parallel rank // `layout.ranks_per_group`.
+            minibatches: Whose microbatches, in this order; all if None.
+
+        Returns:
+            int64 [M, L, E], by the model's own expert ids.
+
+        Raises:
+            ConfigError: Groups that share sequences by position: only an estimate is known.
+        """
+        if not self.layout.has_whole_sequences:
+            raise ConfigError(
+                "groups of experts share sequences by position: their exact counts are not known",
+                expected="expert * expert_tensor of at least tensor * context ranks",
+                got=self.layout,
+            )
+        numbers = range(self.num_minibatches) if minibatches is None else minibatches
+        cells = [cell for minibatch in numbers for cell in self.cells(minibatch, group)]
+        return np.stack([counts_SLE[sequences].sum(0, dtype=np.int64) for sequences in cells])
+
     def cells(self, minibatch: int, group: int = -1) -> list[list[int]]:
         """Return the sequences of every cell of a minibatch, microbatch by microbatch.
 

@@ -98,24 +98,8 @@ class StepPlan:
     counts_SLE: np.ndarray
 
     def dispatch(self, group: int, minibatches: Sequence[int] | None = None) -> np.ndarray:
-        """Return how many replayed tokens a group of experts must get.
-
-        Args:
-            group: Number of the group: data-parallel rank // `layout.ranks_per_group`.
-            minibatches: Whose microbatches, in this order; all if None.
-
-        Returns:
-            int64 [M, L, E], by the model's own expert ids.
-        """
-        if minibatches is None:
-            minibatches = range(self.packing.num_minibatches)
-        return np.stack(
-            [
-                self.counts_SLE[sequences].sum(0, dtype=np.int64)
-                for minibatch in minibatches
-                for sequences in self.packing.cells(minibatch, group)
-            ]
-        )
+        """Return `packing.dispatch` of the step's counts: what `replaying(dispatch=)` compares."""
+        return self.packing.dispatch(self.counts_SLE, group, minibatches)
 
 
 def plan(

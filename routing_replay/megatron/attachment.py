@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from .. import kernels
 from ..config import ReplayConfig
-from ..errors import ReplayError
+from ..errors import ConfigError, ReplayError
 from ..routes.shape import MoEShape
 from . import patch_expert_bias as expert_bias
 from . import patch_routing, preflight
 from .captured import ChunkBuffers, buffers_of, is_graph_capturing
+from .dispatch import DispatchCheck
 from .passes import ForwardPass, LivePass, ReplayingPass
 from .ranks import RankGrid
 from .routers import (
@@ -65,6 +67,7 @@ class Attachment:
             )
         model_config = _config_of(model_chunks, entries)
         preflight.require(model_config, config)
+        self._model_config, self._model_chunks = model_config, model_chunks
         self.shape: MoEShape = describe_model(entries, model_config, model_chunks)
         self.grid = RankGrid.of_megatron()
         self.device = next(model_chunks[0].parameters()).device
@@ -106,6 +109,8 @@ class Attachment:
                 fix="Use replaying(table, record_live=True) to do both in one pass",
             )
         self.step = step
+        if step.dispatch is not None:
+            step.dispatch.install()
         for seam in self._seams:
             if not self._has_kernel:
                 seam.unfuse()
@@ -122,9 +127,31 @@ class Attachment:
         for buffers in self._buffers:
             buffers.reset()
         if self.step is not None:
+            if self.step.dispatch is not None:
+                self.step.dispatch.remove()
             self.step.close()
         self.step = None
         self._tracker.forget()
+
+    def dispatch_check(self, expected_MLE: np.ndarray) -> DispatchCheck:
+        """Return what compares the dispatched tokens of a scope with its plan.
+
+        Raises:
+            ConfigError: A configuration under which experts get tokens that nobody counts.
+        """
+        padding = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
+        is_padded = any(getattr(self._model_config, name, False) for name in padding)
+        shape = (len(self.shape.layers), self.shape.num_experts)
+        if self._has_captured or is_padded or expected_MLE.shape[1:] != shape:
+            raise ConfigError(
+                "the dispatched tokens cannot be compared with this plan",
+                expected=f"counts [microbatches, {shape[0]}, {shape[1]}], routers that no CUDA "
+                "graph captures, experts whose tokens are not padded",
+                got=f"counts {expected_MLE.shape}, captured_routers={self._has_captured}, "
+                f"padded={is_padded}",
+                fix="Replay without dispatch=",
+            )
+        return DispatchCheck(expected_MLE, self.shape.layers, self._model_chunks, self._tracker)
 
     def leave_forward(self) -> None:
         """The announced microbatch is over, with an exception or without."""
@@ -232,6 +259,9 @@ class Attachment:
     def _show(
         self, seam: RouterSeam, live: LiveTopK, ids_TK: torch.Tensor, forward_pass: ForwardPass
     ) -> None:
+        dispatch = None if self.step is None else self.step.dispatch
+        if dispatch is not None and forward_pass.is_counted:
+            dispatch.see_live(seam.layer, ids_TK, forward_pass)
         if self.watcher is not None and len(forward_pass.rows_T):
             call = RouterCall(seam=seam, live=live, ids_TK=ids_TK.long(), forward_pass=forward_pass)
             self.watcher.see(call)

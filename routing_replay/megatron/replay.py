@@ -25,6 +25,7 @@ from ..metrics.typed import Metric, all_reduce
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 from .attachment import Attachment, this_rank
+from .dispatch import DispatchCheck
 from .receipt import Receipt
 from .recording import Recording
 from .routers import shape_of_configuration
@@ -85,6 +86,7 @@ class Replay:
         self._attachment = attachment
         self._agreement: LayerAgreement | None = None
         self._replace_rate: ReplaceRate | None = None
+        self._dispatch: DispatchCheck | None = None
 
     def __enter__(self) -> Replay:
         return self
@@ -133,6 +135,7 @@ class Replay:
         layers: Iterable[int] | None = None,
         weight_version: int | None = None,
         has_weights: bool = True,
+        dispatch: np.ndarray | None = None,
     ) -> Iterator[Recording | None]:
         """Within: the table's routes (R3: the rollout's; R2: recorded ones).
 
@@ -145,6 +148,10 @@ class Replay:
             weight_version: Of the trained weights, for `soft_decay`; None: the table's newest.
             has_weights: False takes the router's own combine weights, whatever `config.weights`
                 says.
+            dispatch: int64 [M, L, E], how many tokens with routes this rank's group of experts gets
+                in each microbatch of the scope (`StepPlan.dispatch`). The end of the scope compares
+                it with what the experts got, collectively over the group; a difference is an error
+                there on a CPU. On a GPU nothing waits: `metrics()` or the next scope raises it.
 
         Raises:
             ConfigError: `layers` names a layer without a router, or `record_live` with captured
@@ -163,6 +170,9 @@ class Replay:
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
         soft = SoftRule.of(self.config, table, weight_version)
         step = self._new_step(table.num_rows, table, recorded, only_layers, soft)
+        if dispatch is not None and self._attachment is not None:
+            self._require_whole_replay(soft, only_layers)
+            step.dispatch = self._attachment.dispatch_check(np.asarray(dispatch))
         step.weights = self._attachment.weights if self._attachment and has_weights else None
         with self._open(step):
             yield recorded
@@ -255,6 +265,7 @@ class Replay:
                 expected="a scope that ended: replay.replaying(table) or replay.recording(lengths)",
                 fix="Open it around the schedule; without it replay.microbatch() does nothing",
             )
+        self._settle()
         is_nccl = dist.is_initialized() and dist.get_backend(group) == "nccl"
         device = self._attachment.device if is_nccl else "cpu"
         metrics = all_reduce(self.receipt.metrics(), group, device)
@@ -282,14 +293,35 @@ class Replay:
     @contextlib.contextmanager
     def _open(self, step: Step) -> Iterator[None]:
         assert self._attachment is not None, "a disabled handle opens no step"
+        self._settle()
         self._attachment.open(step)
         try:
             yield
             self.receipt = step.finish()
+            self._dispatch = step.dispatch
+            if self._attachment.device.type == "cpu":
+                self._settle()
             self._agreement = step.sampling.agreement if step.sampling else None
             self._replace_rate = step.replace_rate
         finally:
             self._attachment.close()
+
+    def _settle(self) -> None:
+        """Raise what the last scope's comparison with its plan found."""
+        dispatch, self._dispatch = self._dispatch, None
+        if dispatch is not None:
+            dispatch.settle(this_rank())
+
+    def _require_whole_replay(
+        self, soft: SoftRule | None, only_layers: frozenset[int] | None
+    ) -> None:
+        """Raise ConfigError where not every row of the table is dispatched as it says."""
+        if soft is not None or only_layers is not None:
+            raise ConfigError(
+                "a plan counts every row of the table in every layer",
+                expected="dispatch= without soft replay and without layers=",
+                fix="Replay without dispatch=",
+            )
 
     @contextlib.contextmanager
     def _leaving_microbatch(self) -> Iterator[None]:
@@ -410,6 +442,7 @@ class DisabledReplay(Replay):
         layers: Iterable[int] | None = None,
         weight_version: int | None = None,
         has_weights: bool = True,
+        dispatch: np.ndarray | None = None,
     ) -> Iterator[Recording | None]:
         """Do nothing; yield a recording without routes if one is asked for."""
         if not record_live:

@@ -64,7 +64,8 @@ class RouterSeam:
         def after_router(router: TopKRouter, arguments: Any, routed: Routed) -> Routed:
             return weigh(self, routed[0]), routed[1]
 
-        self._weights_hook = self.router.register_forward_hook(after_router)
+        # First of all hooks: a placement of experts reorders the columns behind it.
+        self._weights_hook = self.router.register_forward_hook(after_router, prepend=True)
 
     @property
     def is_fused(self) -> bool:

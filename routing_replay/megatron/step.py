@@ -11,6 +11,7 @@ import torch
 from ..errors import ReplayError
 from ..metrics.agreement import LayerAgreement
 from ..routes.table import RouteTable
+from .dispatch import DispatchCheck
 from .layout import as_mask, as_rows
 from .observer import AgreementSample
 from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass, ReplayingPass
@@ -62,6 +63,7 @@ class Step:
         weights: How the table's combine weights are replayed; None: the router's own are taken.
         soft: Which replayed experts stay; None: all.
         replace_rate: Counts those that do not; given with `soft`.
+        dispatch: Compares what the experts get with a plan; None: nothing is compared.
     """
 
     chunks: Sequence[ChunkRouters]
@@ -75,6 +77,7 @@ class Step:
     weights: WeightReplay | None = None
     soft: SoftRule | None = None
     replace_rate: ReplaceRate | None = None
+    dispatch: DispatchCheck | None = None
     passes: list[ForwardPass] = field(default_factory=list)
     microbatch: Microbatch | None = None
 
@@ -147,6 +150,8 @@ class Step:
         receipt = Receipt.of(self.counted_passes())
         self._require_whole_microbatches()
         receipt.check(self.rank)
+        if self.dispatch is not None:
+            self.dispatch.finish(sum(p.chunk == 0 for p in self.counted_passes()))
         if self.recording is not None:
             self.recording.complete(self.passes)
         return receipt

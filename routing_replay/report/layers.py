@@ -12,6 +12,7 @@ from .markup import cards, folded, number, table
 from .run import Run
 
 PREFIX = "routing_replay/"
+SHOWN_RANKS = 8  # expert-parallel ranks with a heat map of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,25 @@ LAYER_MAPS = (
         title="Largest load of one expert",
         caption="Share of the layer's selections that its busiest expert takes.",
     ),
+    LayerMap(
+        metric="ep_peak_over_mean",
+        title="Busiest expert-parallel rank, as planned",
+        caption="Its tokens over the mean rank's, summed over the microbatches; 1 is balanced.",
+    ),
+    LayerMap(
+        metric="ep_peak_over_mean_natural",
+        title="Busiest expert-parallel rank, in natural order",
+        caption="The same without the plan: experts and sequences where Megatron puts them.",
+    ),
+    *(
+        LayerMap(
+            metric=f"ep_load_rank_{rank}{suffix}",
+            title=f"Load of expert-parallel rank {rank}, {words}",
+            caption="Its tokens over the mean rank's, over the whole step.",
+        )
+        for rank in range(SHOWN_RANKS)
+        for suffix, words in (("", "as planned"), ("_natural", "in natural order"))
+    ),
 )
 COLUMNS = {
     "overlap": "overlap@K",
@@ -106,6 +126,8 @@ COLUMNS = {
     "first_difference": "first difference here",
     "dead_experts": "experts without a token",
     "max_load": "largest load",
+    "ep_peak_over_mean": "busiest rank / mean, planned",
+    "ep_peak_over_mean_natural": "busiest rank / mean, natural",
 }
 
 
