@@ -24,6 +24,14 @@ LAYOUTS = {
     "packed_dp2": {"microbatch_tokens": 16},
     "packed_ep2": {"expert_parallel": 2, "microbatch_tokens": 16},
     "packed_cp2": {"context_parallel": 2, "microbatch_tokens": 24},
+    # Experts and sequences change their rank; every scope compares what the experts get.
+    "planned_ep2": {"expert_parallel": 2, "plan": "both", "placement_move_tokens": 0},
+    "planned_packed_ep2": {
+        "expert_parallel": 2,
+        "microbatch_tokens": 16,
+        "plan": "both",
+        "placement_move_tokens": 0,
+    },
 }
 # In the long matrix only.
 LONG = ("packed_tp2", "packed_ep2")
@@ -130,6 +138,9 @@ def take_step(policy, folder):
 
     batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)
     table = table if policy.config.replay.mode == "R3" else None
+    if policy.config.training.plan != "none":
+        policy.follow(policy.plan(batch, table))
+        assert policy.placed.num_moved > 0
     old = score_old(policy, batch, table)
     live = policy.score(batch, batch.token_rows(None))
     metrics = policy.reduce(policy.discrepancy(batch, old.scores))
@@ -142,7 +153,7 @@ def take_step(policy, folder):
         updates = merge(updates, policy.live_ratios(batch, live, number))
         chosen = choose(policy, batch, old.table, old.scores, number, (0, 1, number))
         fixed = FixedScores(old=old.scores, reference=reference, chosen=chosen)
-        with replaying(policy, old.table):
+        with replaying(policy, old.table, policy.dispatch(number)):
             objective = policy.config.make_objective()
             updates = merge(
                 updates, policy.update(batch, old.token_rows_ST, fixed, objective, number)
