@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
-TIMED = ["counts", "logprobs", "metrics", "payload", "replay", "tables"]
+TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "replay", "tables"]
 
 
 @pytest.mark.parametrize("name", TIMED + KERNELS)
