@@ -134,9 +134,7 @@ def build(case, folder):
     settings = TrainingSettings(
         learning_rate=1e-2, clip_grad=0.0, distributed_optimizer=case.is_sharded
     )
-    config = transformer_config(
-        folder, case.layout, dtype=case.dtype, variable_seq_lengths=True, **case.options
-    )
+    config = transformer_config(folder, case.layout, dtype=case.dtype, **case.options)
     if case.is_te:
         config.layer_spec = "te"
     config.finalize_model_grads_func = finalize_model_grads

@@ -11,6 +11,7 @@ import routing_replay as rr
 from routing_replay.balance import Budget, CostModel, Placement, PlanLayout, PlanOptions, Prediction
 from routing_replay.balance.loads import StepLoads
 from routing_replay.balance.placement import swapped
+from routing_replay.balance.prediction import lower_bound_L
 from routing_replay.errors import ConfigError, DataError, TableError
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
@@ -108,6 +109,16 @@ def test_both_is_nearer_to_balance_than_each_alone_and_never_below_the_bound():
     assert peaks["both"] < peaks["placement"] < peaks["none"] and peaks["packing"] < peaks["none"]
     # Experts 0..7 are hot and natural order keeps them on two of four ranks: about 2.
     assert peaks["none"] > 1.8 and peaks["both"] < 1.1
+
+
+def test_the_lower_bound_knows_that_a_rank_holds_several_experts():
+    # One layer, two ranks of two experts: the heaviest, 5 of 10, shares its rank with a lightest.
+    ids_TLK = np.array([[[0]]] * 5 + [[[1]]] * 2 + [[[2]]] * 2 + [[[3]]], np.uint8)
+    table = RouteTable.from_routes([Routes(expert_ids_TLK=ids_TLK, layers=(0,), num_experts=4)])
+    loads = StepLoads.of(table, [11])
+    assert lower_bound_L(loads, 2).tolist() == [(5 + 1) / 5]
+    assert lower_bound_L(loads, 1).tolist() == [1]
+    assert lower_bound_L(loads, 4).tolist() == [2]  # 5 of a mean of 2.5
 
 
 def test_a_plan_is_the_same_for_the_same_counts():

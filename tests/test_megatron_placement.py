@@ -23,7 +23,7 @@ SHAPE = {"layers": 4, "hidden": 64, "head_dim": 16, "dense_layers": (1,)}
 # With top-2 a token's sum has two terms, whose order does not matter. With top-4 it rounds
 # otherwise after a move; 11 updates of 1e-2 carry that on. Updates of other experts would move
 # weights by 1e-2 each.
-ROUNDING = {"logits": 1e-3, "exported": 1e-3, "states": 1e-3, "replayed": 1e-3, "loaded": 1e-3}
+ROUNDING = dict.fromkeys(("logits", "exported", "states", "replayed", "loaded"), 3e-5)
 
 
 @functools.cache

@@ -106,9 +106,12 @@ def _features(
 def lower_bound_L(loads: StepLoads, num_ranks: int) -> np.ndarray:
     """Return a load that no packing and no placement can go below, over the mean; [L].
 
-    The busiest rank has at least the mean, and at least its heaviest expert.
+    The busiest rank has at least the mean, and at least what the rank of the heaviest expert has:
+    that expert and as many of the lightest ones as share a rank with it.
     """
-    total_LE = loads.by_expert(np.arange(len(loads.lengths_S)))
+    total_LE = np.sort(loads.by_expert(np.arange(len(loads.lengths_S))), axis=1)
     mean_L = np.maximum(total_LE.sum(1) / num_ranks, 1e-30)
-    bound_L: np.ndarray = np.maximum(1.0, total_LE.max(1, initial=0) / mean_L)
+    num_local = loads.num_experts // num_ranks
+    heaviest_L = total_LE[:, -1] + total_LE[:, : num_local - 1].sum(1)
+    bound_L: np.ndarray = np.maximum(1.0, heaviest_L / mean_L)
     return bound_L

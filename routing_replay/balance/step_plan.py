@@ -224,7 +224,9 @@ def _placed(
     count = min(len(parts), MOST_PARTS)
     parts_MLE = np.stack([part.sum(0) for part in np.array_split(loads_PLE, count)])
     least_gain = 2 * options.move_s / (options.horizon * max(options.cost.expert_s, 1e-30))
-    return swapped(parts_MLE.swapaxes(0, 1), start, least_gain)
+    # The sum first: the swaps of several parts at once end in worse places from far away.
+    rough = swapped(parts_MLE.sum(0)[:, None], start, least_gain)
+    return swapped(parts_MLE.swapaxes(0, 1), rough, least_gain)
 
 
 def _sequences_of(ranks: tuple[tuple[tuple[int, ...], ...], ...]) -> list[tuple[int, ...]]:
