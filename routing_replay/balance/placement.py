@@ -10,6 +10,8 @@ from ..errors import ConfigError
 
 # Swaps of one layer: far more than any start needed (64 experts of 128 were the most).
 MAX_SWAPS = 512
+# Ranks of a layer that are searched for a swap before it ends.
+MAX_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,35 +91,38 @@ def swapped(loads_LME: np.ndarray, start: Placement, least_gain: float = 0.0) ->
     # A gain below the rounding of float32 sums could swap two experts for ever.
     noise_L = 1e-6 * loads_LME.sum((1, 2))
     saved_L, most_saved_L = np.zeros(len(experts_LE)), np.zeros(len(experts_LE))
-    active = np.arange(len(experts_LE))
+    active, attempt_L = np.arange(len(experts_LE)), np.zeros(len(experts_LE), np.int64)
     for _ in range(MAX_SWAPS):
         by_slot_LME = np.take_along_axis(loads_LME[active], experts_LE[active, None], axis=2)
-        gain_L, first_L, second_L = _best_swaps(by_slot_LME, start.num_ranks)
+        gain_L, slots_L2 = _best_swaps(by_slot_LME, start.num_ranks, attempt_L[active])
         gains_L = gain_L > noise_L[active]
-        active, first_L, second_L = active[gains_L], first_L[gains_L], second_L[gains_L]
+        swapped_L, slots_L2 = active[gains_L], slots_L2[gains_L]
+        experts_LE[swapped_L[:, None], slots_L2] = experts_LE[swapped_L[:, None], slots_L2[:, ::-1]]
+        # A swap may pay only together with the next one: the best of all prefixes is kept.
+        saved_L[swapped_L] += gain_L[gains_L] - least_gain
+        is_better_L = saved_L > most_saved_L
+        best_LE[is_better_L] = experts_LE[is_better_L]
+        most_saved_L = np.maximum(saved_L, most_saved_L)
+        # Where the busiest rank has no swap that gains, the next busiest one may have.
+        attempt_L[active] = np.where(gains_L, 0, attempt_L[active] + 1)
+        active = active[attempt_L[active] < min(MAX_ATTEMPTS, start.num_ranks)]
         if not len(active):
             break
-        slots_L2 = np.stack([first_L, second_L], axis=1)
-        experts_LE[active[:, None], slots_L2] = experts_LE[active[:, None], slots_L2[:, ::-1]]
-        # A swap may pay only together with the next one: the best of all prefixes is kept.
-        saved_L[active] += gain_L[gains_L] - least_gain
-        is_better_L = saved_L > most_saved_L
-        best_LE[is_better_L], most_saved_L = (
-            experts_LE[is_better_L],
-            np.maximum(saved_L, most_saved_L),
-        )
     return Placement(experts_LE=best_LE, num_ranks=start.num_ranks)
 
 
 def _best_swaps(
-    by_slot_LME: np.ndarray, num_ranks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gain of each layer's best swap and its two slots; [L] each."""
+    by_slot_LME: np.ndarray, num_ranks: int, attempt_L: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gain of each layer's best swap [L] and its two slots [L, 2].
+
+    One of the slots is of the rank that is busiest most, or of the next one in later attempts.
+    """
     num_layers, num_microbatches, num_experts = by_slot_LME.shape
     num_local = num_experts // num_ranks
     loads_LMR = by_slot_LME.reshape(*by_slot_LME.shape[:2], num_ranks, num_local).sum(3)
     layer_L = np.arange(num_layers)
-    busiest_L = _busiest(loads_LMR)
+    busiest_L = _busiest(loads_LMR)[layer_L, attempt_L]
     others_LMR = loads_LMR.copy()
     others_LMR[layer_L, :, busiest_L] = -np.inf
     elsewhere_LMR = _max_of_others(others_LMR)
@@ -135,15 +140,15 @@ def _best_swaps(
     after_LNE[layer_L[:, None], :, own_slots_LN] = np.inf  # no swap within the rank
     best_L = after_LNE.reshape(num_layers, -1).argmin(1)
     gain_L = loads_LMR.max(2).sum(1) - after_LNE.reshape(num_layers, -1)[layer_L, best_L]
-    return gain_L, own_slots_LN[layer_L, best_L // num_experts], best_L % num_experts
+    own_slot_L = own_slots_LN[layer_L, best_L // num_experts]
+    return gain_L, np.stack([own_slot_L, best_L % num_experts], axis=1)
 
 
 def _busiest(loads_LMR: np.ndarray) -> np.ndarray:
-    """The rank of each layer that holds up the others most; [L]."""
+    """The ranks of each layer, first the one that holds up the others most; [L, R]."""
     excess_LMR = loads_LMR - loads_LMR.mean(2, keepdims=True)
     is_peak_LMR = loads_LMR == loads_LMR.max(2, keepdims=True)
-    busiest_L: np.ndarray = np.where(is_peak_LMR, excess_LMR, 0).sum(1).argmax(1)
-    return busiest_L
+    return np.argsort(-np.where(is_peak_LMR, excess_LMR, 0).sum(1), axis=1, kind="stable")
 
 
 def _max_of_others(loads_LMR: np.ndarray) -> np.ndarray:
