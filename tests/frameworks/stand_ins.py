@@ -17,7 +17,7 @@ import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +52,11 @@ class _Name(type):
 
     def __getattr__(cls, name: str) -> Any:
         return _stand_in(name)
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], FunctionType) and not named:
+            return args[0]  # as a decorator
+        return super().__call__()
 
 
 def _stand_in(name: str) -> Any:

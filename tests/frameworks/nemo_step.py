@@ -1,0 +1,201 @@
+"""NeMo-RL's own replay and ours, in its own code, on one model and one batch.
+
+    torchrun ... nemo_step.py OPTIONS.json
+
+Batching, packing, context slices, passes, loss and log-probs are NeMo-RL's. Not its own: the model
+(`recipes.model`) and the worker class, whose module needs a Megatron that is not released. Each
+rank writes what it saw to FOLDER/rank{r}.pt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import stand_ins
+import torch
+
+OPTIONS = json.loads(Path(sys.argv[1]).read_text())
+LENGTHS = (17, 30, 9, 23, 12, 40)
+LAYERS, EXPERTS, TOP_K = 4, 8, 2
+TOKENS = 64  # of a microbatch
+MISSING_TOKEN = 5  # of the first sequence: no route of it arrived
+
+stand_ins.prepare()
+sys.path.insert(0, OPTIONS["checkout"])
+
+# isort: split
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from rollouts import NamedPasses, dispatch_maps, distinct_tokens, random_routes  # noqa: E402
+
+from recipes.model.model import build_model, transformer_config  # noqa: E402
+from recipes.model.parallel import ParallelLayout, initialize  # noqa: E402
+from recipes.model.weights import load_hf  # noqa: E402
+
+# isort: split
+import nemo_rl.models.megatron.data as data_module  # noqa: E402
+import nemo_rl.models.megatron.train as train_module  # noqa: E402
+from nemo_rl.algorithms.loss.loss_functions import NLLLossFn  # noqa: E402
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict  # noqa: E402
+from nemo_rl.models.megatron import router_replay  # noqa: E402
+
+from routing_replay.adapters import nemo_rl as adapter  # noqa: E402
+
+
+def configuration(is_packed: bool) -> dict[str, Any]:
+    layout = OPTIONS["layout"]
+    tensor, context = layout.get("tensor", 1), layout.get("context", 1)
+    algorithm = "modified_first_fit_decreasing"
+    return {
+        "sequence_packing": {
+            "enabled": is_packed,
+            "train_mb_tokens": TOKENS,
+            "logprob_mb_tokens": TOKENS,
+            "algorithm": algorithm,
+        },
+        "dynamic_batching": {"enabled": False},
+        "make_sequence_length_divisible_by": 2 * tensor * context,
+        "megatron_cfg": {
+            "tensor_model_parallel_size": tensor,
+            "context_parallel_size": context,
+            "pipeline_model_parallel_size": layout.get("pipeline", 1),
+            "sequence_parallel": tensor > 1,
+            "expert_model_parallel_size": 1,
+            "fp8_cfg": None,
+        },
+        "logprob_chunk_size": None,
+    }
+
+
+def batch(config: dict[str, Any], routes: list[torch.Tensor]) -> Any:
+    size, longest = len(LENGTHS), max(LENGTHS)
+    ids = torch.zeros(size, longest, dtype=torch.int64)
+    mask = torch.zeros(size, longest)
+    routed = torch.full((size, longest, LAYERS, TOP_K), -1, dtype=torch.int8)
+    for row, (tokens, experts) in enumerate(zip(distinct_tokens(LENGTHS), routes, strict=True)):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        routed[row, : len(experts)] = experts
+    routed[0, MISSING_TOKEN] = -1
+    data = BatchedDataDict(
+        {
+            "input_ids": ids,
+            "input_lengths": torch.tensor(LENGTHS),
+            "token_mask": mask,
+            "sample_mask": torch.ones(size),
+            "routed_experts": routed,
+        }
+    )
+    if not config["sequence_packing"]["enabled"]:
+        return data
+    packing = {
+        "max_tokens_per_microbatch": TOKENS,
+        "input_key": "input_ids",
+        "input_lengths_key": "input_lengths",
+        "algorithm": config["sequence_packing"]["algorithm"],
+        "sequence_length_pad_multiple": config["make_sequence_length_divisible_by"],
+    }
+    shards, _ = data.shard_by_batch_size(1, batch_size=None, sequence_packing_args=packing)
+    return shards[0]
+
+
+class NoTimer:
+    def __call__(self, **arguments: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def run(worker: ModuleType, model: torch.nn.Module, config: Any, data: Any, kind: str) -> Any:
+    """One pass: "logprobs" (old policy), "reference" or "train"."""
+    packed = config["sequence_packing"]["enabled"]
+    iterator, number, size, _, padded = worker.get_microbatch_iterator(
+        data, config, 2, straggler_timer=NoTimer()
+    )
+    assert packed or size == 2
+    is_train = kind == "train"
+    if is_train:
+        post = train_module.LossPostProcessor(NLLLossFn(), config, num_microbatches=number)
+    else:
+        post = train_module.LogprobsPostProcessor(cfg=config)
+    return train_module.megatron_forward_backward(
+        model=model,
+        data_iterator=iterator,
+        seq_length=padded,
+        mbs=size,
+        num_microbatches=number,
+        post_processing_fn=post,
+        forward_only=not is_train,
+        straggler_timer=NoTimer(),
+        global_valid_seqs=torch.tensor(float(len(LENGTHS))),
+        global_valid_toks=torch.tensor(float(sum(LENGTHS) - len(LENGTHS))),
+        use_router_replay=kind != "reference",
+        router_replay_train=is_train,
+    )
+
+
+def passes(
+    label: str, worker: ModuleType, model: torch.nn.Module, named: NamedPasses, routes: Any
+) -> dict[str, Any]:
+    """Log-probs, reference log-probs, metrics, gradients and seconds, packed and padded."""
+    results = {}
+    for layout, is_packed in (("packed", True), ("padded", False)):
+        config = configuration(is_packed)
+        data = batch(config, routes)
+        for kind in ("reference", "logprobs", "train"):
+            if label == "own" and kind == "train" and not OPTIONS["own_trains"]:
+                continue
+            model.zero_grad()
+            named.begin(f"{label} {layout} {kind}")
+            started = time.perf_counter()
+            found = run(worker, model, config, data, kind)
+            results[f"{layout} {kind}"] = {
+                "outputs": [x.get("logprobs", x) for x in found or []],
+                "seconds": time.perf_counter() - started,
+                "gradient": [
+                    None if p.grad is None else p.grad.clone() for p in model.parameters()
+                ],
+            }
+    return results
+
+
+def main() -> None:
+    layout = ParallelLayout(**OPTIONS["layout"], expert_tensor=1)
+    initialize(layout, seed=1)
+    config = transformer_config(
+        OPTIONS["checkpoint"],
+        layout,
+        spec="local",
+        variable_seq_lengths=True,
+        moe_enable_routing_replay=True,
+    )
+    (model,) = build_model(config, layout)
+    load_hf([model], OPTIONS["checkpoint"])
+    routes = random_routes(LENGTHS, LAYERS, EXPERTS, TOP_K)
+    named = NamedPasses([model], dispatch_maps(routes, EXPERTS))
+    # The name by which the worker's module, which cannot be imported here, calls the iterator.
+    worker = ModuleType("nemo_rl.models.policy.workers.megatron_policy_worker")
+    worker.get_microbatch_iterator = data_module.get_microbatch_iterator
+    router_replay._install_missing_route_fallback_patch()
+    own = passes("own", worker, model, named, routes)
+    adapter.patch_worker(worker)
+    adapter.patch_train(train_module)
+    ours = passes("ours", worker, model, named, routes)
+    named.begin("")
+    result = {
+        "own": own,
+        "ours": ours,
+        "seen": named.seen,
+        "is_last": mpu.is_pipeline_last_stage(),
+        "metrics": adapter._worker().job.metrics,
+    }
+    torch.save(result, f"{OPTIONS['folder']}/rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""NeMo-RL's own replay and ours, in NeMo-RL's own batching, passes, loss and log-probs.
+
+It is on no package index: ROUTING_REPLAY_NEMO_RL names a checkout.
+"""
+
+import functools
+import sys
+
+import pytest
+from checkouts import ROOT, checkout_of, run
+
+sys.path.insert(0, str(ROOT / "tests"))
+from tiny_models import write_tiny_qwen3_moe  # noqa: E402
+
+# (layer, token)s that were fed: 131 tokens, 6 of them the last ones; one has no route.
+ROUTED = 4 * (131 - 6)
+WITHOUT_ROUTE = 4
+LAYOUTS = ({}, {"pipeline": 2}, {"context": 2}, {"tensor": 2})
+
+
+@pytest.fixture(scope="session")
+def passes(tmp_path_factory):
+    """Runs all passes of a layout; the same layout is run once."""
+    checkpoint = write_tiny_qwen3_moe(tmp_path_factory.mktemp("checkpoint"), vocab=256)
+
+    @functools.cache
+    def once(**layout):
+        options = {
+            "checkout": checkout_of("nemo_rl"),
+            "checkpoint": str(checkpoint),
+            "layout": layout,
+            "own_trains": True,
+        }
+        num_ranks = max([1, *layout.values()])
+        folder = tmp_path_factory.mktemp("run")
+        ranks, output = run("nemo_step.py", folder, num_ranks, options, ROUTING_REPLAY_MODE="R3")
+        assert ranks, output[-3000:]
+        return ranks
+
+    return once
+
+
+def counts(ranks, name, field):
+    return sum(rank["seen"][name][field] for rank in ranks if name in rank["seen"])
+
+
+@pytest.mark.parametrize("batch", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout) or "alone")
+def test_the_log_probs_and_gradients_are_those_of_its_own_replay(passes, layout, batch):
+    for rank in passes(**layout):
+        own, ours = rank["own"], rank["ours"]
+        pairs = zip(
+            own[f"{batch} logprobs"]["outputs"], ours[f"{batch} logprobs"]["outputs"], strict=True
+        )
+        assert all(float((a - b).abs().max()) < 1e-5 for a, b in pairs)
+        gradients = zip(
+            own[f"{batch} train"]["gradient"], ours[f"{batch} train"]["gradient"], strict=True
+        )
+        for a, b in gradients:
+            assert (a is None) == (b is None)
+            assert a is None or float((a - b).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("batch", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout) or "alone")
+def test_every_router_dispatched_its_rows_and_the_reference_stayed_live(passes, layout, batch):
+    ranks = passes(**layout)
+    for kind in ("logprobs", "train"):
+        name = f"ours {batch} {kind}"
+        assert counts(ranks, name, "rows") == ROUTED
+        assert counts(ranks, name, "wrong") <= WITHOUT_ROUTE
+    assert counts(ranks, f"ours {batch} reference", "wrong") > ROUTED / 2
+
+
+def test_metrics_arrive_among_those_of_the_last_microbatch(passes):
+    (rank,) = passes()
+    outputs = rank["ours"]["packed train"]["outputs"]
+    named = [name for name in outputs[-1] if name.startswith("routing_replay/")]
+    assert "routing_replay/coverage" in named and "routing_replay/overlap_layer_3" in named
+    assert not any(name.startswith("routing_replay/") for out in outputs[:-1] for name in out)
