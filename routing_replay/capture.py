@@ -55,7 +55,7 @@ class CaptureSettings:
 
     @property
     def has_weights(self) -> bool:
-        return self.level == "weights"
+        return self.level in ("weights", "logits")
 
     @property
     def hooks_routers(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from sglang_checks import assert_ids_follow, assert_true, tokens_of
+from sglang_checks import assert_ids_follow, assert_true, softmax, tokens_of
 from sglang_servers import MODEL, random_prompt, request
 
 from routing_replay.rollout import Conversation, completion_of, probe
@@ -52,8 +52,19 @@ def test_a_prefix_hit_returns_the_rows_that_computed_the_prefix(server, referenc
     )
 
 
+def test_weights_are_the_softmax_over_the_selected_experts(server, references):
+    asked = request(random_prompt(6), capture="weights")
+    (completion,) = server.client.generate([asked])
+    routes = completion.routes
+    logits_TLE, _, _ = references[0](tokens_of(asked, completion), routes=routes)
+    selected_TLK = np.take_along_axis(logits_TLE, routes.expert_ids_TLK.astype(np.int64), -1)
+    np.testing.assert_allclose(routes.combine_weights_TLK, softmax(selected_TLK), atol=1e-3)
+    np.testing.assert_allclose(routes.combine_weights_TLK.sum(-1), 1, atol=1e-6)
+    assert routes.gate_probs_TLK is None and routes.router_logits is None
+
+
 def test_requests_of_all_levels_share_a_batch_and_each_gets_its_own_rows(server, references):
-    levels = ["gates", "off", "stock", "ids", "logits", "off", "gates", "stock"]
+    levels = ["gates", "off", "stock", "ids", "logits", "off", "weights", "stock"]
     asked = [
         request(random_prompt(10 + n, length=15 + 3 * n), capture=level, num_new=8 + n)
         for n, level in enumerate(levels)
@@ -66,6 +77,8 @@ def test_requests_of_all_levels_share_a_batch_and_each_gets_its_own_rows(server,
         has_gates = completion.routes.gate_probs_TLK is not None
         assert has_gates == (one.capture in ("gates", "logits"))
         assert (completion.routes.router_logits is not None) == (one.capture == "logits")
+        has_weights = completion.routes.combine_weights_TLK is not None
+        assert has_weights == (one.capture in ("weights", "logits"))
 
 
 def test_samples_of_one_prompt_each_keep_their_own_rows(server, references):

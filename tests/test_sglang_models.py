@@ -64,6 +64,12 @@ def test_glm4_moe_on_two_processes_without_overlap(tmp_path):
         assert routes.covered_T.all()
         assert_gates(routes, logits_TLE, 1 / (1 + np.exp(-logits_TLE)))
         assert_chosen(routes, reference.chosen)
+        # Renormalised; SGLang scales the layer's sum by 1.5, which the weights must hold.
+        scores_TLE = 1 / (1 + np.exp(-logits_TLE))
+        ids_TLK = routes.expert_ids_TLK.astype(np.int64)
+        selected_TLK = np.take_along_axis(scores_TLE, ids_TLK, -1)
+        expected_TLK = 1.5 * selected_TLK / selected_TLK.sum(-1, keepdims=True)
+        np.testing.assert_allclose(routes.combine_weights_TLK, expected_TLK, atol=2e-3)
 
 
 def assert_chosen(routes, chosen_LTK):

@@ -49,7 +49,8 @@ def check_objective(config: RecipeConfig) -> None:
 def check_replay(config: RecipeConfig) -> None:
     """Raise ConfigError for a replay that needs more than the servers capture."""
     may_replay = config.replay.mode in ("R3", "auto")
-    if may_replay and config.replay.replays_weights and config.telemetry.capture != "weights":
+    has_weights = config.telemetry.capture in ("weights", "logits")
+    if may_replay and config.replay.replays_weights and not has_weights:
         raise ConfigError(
             "the servers are not asked for the weights that are replayed",
             expected="--routing-replay-capture weights",

@@ -10,7 +10,7 @@ from .config import RecipeConfig
 GIGA = 1e9
 TERA = 1e12
 # Bytes of a slot beside its id, by capture level; the logits of a sample are left out.
-VALUE_BYTES = {"ids": 0, "weights": 4, "gates": 2, "logits": 2}
+VALUE_BYTES = {"ids": 0, "weights": 4, "gates": 2, "logits": 6}
 # A backward pass costs two forwards; full recomputation adds one more forward.
 FORWARDS_PER_UPDATE = {"none": 3.0, "moe": 4.0, "full": 4.0}
 

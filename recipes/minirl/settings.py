@@ -209,7 +209,7 @@ class TelemetrySettings:
     capture: str = setting(
         "gates",
         "what the rollout engine returns per token and layer: expert ids; ids and combine weights; "
-        "ids and gate probabilities; these and the full router logits of a sample of tokens",
+        "ids and gate probabilities; all of these and the full router logits of a sample of tokens",
         ("ids", "weights", "gates", "logits"),
     )
     sinks: tuple[str, ...] = setting(
