@@ -170,3 +170,12 @@ def test_a_router_that_passes_the_post_processing_by_has_no_weights(capturer):
     capturer.weights = CombineWeights(capturer.device_cache.buffer, TOP_K)
     capturer.capture(0, IDS_TK)
     assert capturer.weights.step_TLK[:3, 0].isnan().all()
+
+
+def test_it_is_created_although_sglang_has_put_it_behind_the_stock_name(monkeypatch):
+    """SGLang's hooks replace a class in every module that holds it, ours among them."""
+    from routing_replay.sglang import capturer as module
+
+    monkeypatch.setattr(module.RoutedExpertsCapturer, "create", staticmethod(lambda **named: None))
+    monkeypatch.setattr(module, "RoutedExpertsCapturer", module.Capturer)
+    assert module.Capturer.create(model_config=None) is None

@@ -143,7 +143,8 @@ class Capturer(RoutedExpertsCapturer):
         Raises:
             ServerError: As `check_routers`, and as the constructor.
         """
-        capturer = RoutedExpertsCapturer.create(**named)
+        # By the class: SGLang has put this one behind the stock class's name in every module.
+        capturer = super(Capturer, Capturer).create(**named)
         # SGLang 0.5.23 passes the model; of the older versions some do not.
         if capturer is not None and "model" in named:
             check_routers(named["model"], capturer.settings, capturer.architecture)
