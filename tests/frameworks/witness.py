@@ -50,8 +50,9 @@ class Witness:
 
     def _see_tokens(self, chunk, args, kwargs) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids.is_nested:  # a later pipeline stage: verl does not pack what it does not embed
-            ids = ids.values()[None]
+        if not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
+            # The frameworks do not pack what a stage does not embed.
+            ids = ids.values()[None] if ids.is_nested else ids[ids > 0][None]
         # Megatron's order is sequence-major; sequence parallelism cuts it.
         tokens = ids.t().flatten()
         if chunk_config(chunk).sequence_parallel:
