@@ -137,30 +137,28 @@ class RoutingReplayEngine(MegatronEngineWithLMHead):
 
 def require_replayable(engine: Any, model: Any) -> None:
     """Raise PreflightError for settings of an actor under which replay would be wrong."""
-    actor = "actor_rollout_ref.actor.megatron"
-    if engine.router_replay.mode != "disabled":
-        raise PreflightError(
+    actor, hf_config = "actor_rollout_ref.actor.megatron", model.hf_config
+    for is_wrong, what, expected in (
+        (
+            engine.router_replay.mode != "disabled",
             "verl's own router replay is on: routes would be replayed twice",
-            expected=f"{actor}.router_replay.mode=disabled",
-            got=engine.router_replay.mode,
-            fix="Leave rollout.enable_rollout_routing_replay on: it brings the routes (R3)",
-        )
-    if engine.dynamic_context_parallel:
-        raise PreflightError(
+            f"{actor}.router_replay.mode=disabled; enable_rollout_routing_replay brings the routes",
+        ),
+        (
+            engine.dynamic_context_parallel,
             "dynamic context parallelism moves sequences between data-parallel ranks",
-            expected=f"{actor}.dynamic_context_parallel=False",
-            fix="Use a fixed context_parallel_size",
-        )
-    hf_config = model.hf_config
-    if hasattr(hf_config, "vision_config"):
-        raise PreflightError(
+            f"{actor}.dynamic_context_parallel=False",
+        ),
+        (
+            hasattr(hf_config, "vision_config"),
             "a vision-language model packs its tokens inside the model",
-            expected="a language model",
-            got=hf_config.model_type,
-        )
-    if getattr(hf_config, "num_experts_per_tok", 2) == 1:
-        raise PreflightError(
+            "a language model",
+        ),
+        (
+            getattr(hf_config, "num_experts_per_tok", 2) == 1,
             "verl fills missing routes with zeros, which is expert 0 to a top-1 model",
-            expected="top-k of 2 or more",
-            got=1,
-        )
+            "a model with top-k of 2 or more",
+        ),
+    ):
+        if is_wrong:
+            raise PreflightError(what, expected=expected)

@@ -322,4 +322,5 @@ def _refused(**settings: Any) -> None:
     from routing_replay.adapters.verl_engine import require_replayable
 
     fields = {"router_replay": SimpleNamespace(mode="disabled"), "dynamic_context_parallel": False}
-    require_replayable(SimpleNamespace(**(fields | settings)), None)
+    model = SimpleNamespace(hf_config=SimpleNamespace())
+    require_replayable(SimpleNamespace(**(fields | settings)), model)
