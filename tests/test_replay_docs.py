@@ -9,7 +9,7 @@ FAILURES = (DOCS / "failures.md").read_text()
 PAGES = FAILURES + (DOCS / "replay.md").read_text() + (DOCS / "gpu.md").read_text()
 DEFINED = {
     name
-    for path in TESTS.glob("*.py")
+    for path in [*TESTS.glob("*.py"), *TESTS.glob("frameworks/*.py")]
     for name in re.findall(r"^ *(?:def|class) (\w+)", path.read_text(), re.MULTILINE)
 }
 

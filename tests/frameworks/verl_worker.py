@@ -48,6 +48,7 @@ from verl.workers.engine import EngineRegistry  # noqa: E402
 from verl.workers.engine.megatron import MegatronEngineWithLMHead  # noqa: E402
 from verl.workers.engine_workers import TrainingWorker  # noqa: E402
 
+from recipes.model.local_modules import AllGatherAttention  # noqa: E402
 from recipes.model.model import _use_local_modules  # noqa: E402
 from recipes.model.parallel import ParallelLayout  # noqa: E402
 
@@ -56,11 +57,20 @@ EngineRegistry.register("language_model", "megatron", device="cpu")(
 )
 
 
+class CausalAttention(AllGatherAttention):
+    """Without verl's mask of a padded batch: padding at the end cannot reach what is before it."""
+
+    def forward(self, query, key, value, attention_mask, *args, **named):
+        return super().forward(query, key, value, None, *args, **named)
+
+
 def _layers(config: Any, vp_stage: int | None = None) -> Any:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
     _use_local_modules(block)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = CausalAttention
     return block
 
 
