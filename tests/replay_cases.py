@@ -66,12 +66,15 @@ class Case:
     padding_mask: bool = False
     is_contiguous: bool = False  # slices of context parallelism; zigzag otherwise
     has_mtp: bool = False  # one multi-token-prediction layer
+    is_latent: bool = False  # multi-head latent attention, as DeepSeek-V3's
     pattern: str = ""  # of a HybridModel's layers; a GPTModel otherwise
 
     def runs_on(self, version: str) -> bool:
         """Whether stock megatron-core of this version can run it."""
         if self.recompute == "full" and self.pattern:
             return version >= "0.18"  # before, hybrid models did not recompute, whatever was set
+        if self.is_latent:
+            return version >= "0.19"
         if self.pattern and self.layout.virtual_pipeline > 1:
             return version >= "0.17"
         if self.recompute == "full" and self.has_mtp:
@@ -101,6 +104,7 @@ class Case:
         parts += ["padding_mask"] if self.padding_mask else []
         parts += ["contiguous"] if self.is_contiguous else []
         parts += ["mtp"] if self.has_mtp else []
+        parts += ["latent"] if self.is_latent else []
         parts += ["hybrid"] if self.pattern else []
         return "-".join(parts)
 
@@ -132,6 +136,8 @@ def _single() -> list[Case]:
         Case(has_mtp=True),
         Case(has_mtp=True, is_packed=True),
         Case(has_mtp=True, recompute="full", dense=(0,)),
+        Case(is_latent=True, router="groups", recompute="full"),
+        Case(is_latent=True, router="groups", is_packed=True, recompute="moe"),
         Case(pattern="*E*-*E"),
         Case(pattern="*E*-*E", recompute="full", is_packed=True),
     ]
@@ -175,6 +181,9 @@ def _pairs() -> list[Case]:
         Case(layout=layouts["cp"], pattern="*E*-*E", is_contiguous=True),
         Case(layout=layouts["tp"], pattern="*E*-*E"),
         Case(layout=layouts["ep"], pattern="*E*-*E", is_packed=True),
+        Case(layout=layouts["etp1"], is_latent=True, router="groups", recompute="full"),
+        Case(layout=layouts["cp"], is_latent=True, router="groups", is_packed=True),
+        Case(layout=layouts["pp"], is_latent=True, router="groups", is_packed=True),
         Case(layout=ParallelLayout()),  # data parallelism
         Case(layout=ParallelLayout(), is_packed=True, recompute="full"),
     ]

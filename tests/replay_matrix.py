@@ -184,9 +184,28 @@ class Job:
 
 def _config(case, **more):
     from recipes.model.model import transformer_config
+
+    overrides = {"moe_router_topk": TOP_K, **ROUTERS[case.router]}
+    overrides |= {"mtp_num_layers": 1} if case.has_mtp else {}
+    if case.pattern:
+        overrides |= {"is_hybrid_model": True, "moe_layer_freq": 1, "qk_layernorm": False}
+    return transformer_config(
+        _latent_hf_config(case) if case.is_latent else _hf_config(case),
+        case.layout,
+        spec="local",  # on a GPU too: the matrix needs no Transformer Engine
+        recompute=case.recompute,
+        dispatcher=case.dispatcher,
+        variable_seq_lengths=case.is_ragged,
+        moe_router_bias_update_rate=0.0,
+        init_method=torch.nn.init.normal_,  # wide, so that experts differ and margins are large
+        **(overrides | more),
+    )
+
+
+def _hf_config(case):
     from recipes.model.tiny import tiny_config
 
-    hf = tiny_config(
+    return tiny_config(
         layers=len(case.pattern.replace("|", "")) or case.num_layers,
         hidden=HIDDEN,
         experts=EXPERTS,
@@ -199,20 +218,32 @@ def _config(case, **more):
         mlp_only_layers=list(case.dense),
         max_position_embeddings=256,
     )
-    overrides = {"moe_router_topk": TOP_K, **ROUTERS[case.router]}
-    overrides |= {"mtp_num_layers": 1} if case.has_mtp else {}
-    if case.pattern:
-        overrides |= {"is_hybrid_model": True, "moe_layer_freq": 1, "qk_layernorm": False}
-    return transformer_config(
-        hf,
-        case.layout,
-        spec="local",  # on a GPU too: the matrix needs no Transformer Engine
-        recompute=case.recompute,
-        dispatcher=case.dispatcher,
-        variable_seq_lengths=case.is_ragged,
-        moe_router_bias_update_rate=0.0,
-        init_method=torch.nn.init.normal_,  # wide, so that experts differ and margins are large
-        **(overrides | more),
+
+
+def _latent_hf_config(case):
+    from transformers import DeepseekV3Config
+
+    return DeepseekV3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=case.num_layers,
+        first_k_dense_replace=len(case.dense),
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=1,
+        num_experts_per_tok=TOP_K,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
 
 

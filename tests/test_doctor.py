@@ -152,6 +152,5 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
 
 
 def test_a_server_that_does_not_answer_is_an_error_that_names_it():
-    pytest.importorskip("httpx")
     (error,) = errors(doctor.check_server("http://127.0.0.1:9"))
     assert "http://127.0.0.1:9" in error

@@ -41,7 +41,7 @@ LAW = CORE | EDGES
 # What an edge may load besides the core's libraries.
 EDGE_LIBRARIES = {
     "kernels": {"triton"},
-    "rollout": {"httpx"},
+    "rollout": {"aiohttp"},
     "sglang": {"sglang", "packaging"},
     "megatron": {"megatron", "packaging"},
     "adapters": {"megatron", "tensordict", "verl"},
@@ -122,7 +122,7 @@ def test_the_law_can_be_broken(where, module):
 
 
 LOADED = "import sys; import {}; print(*[m for m in {} if m in sys.modules])"
-ENGINES = ["megatron", "sglang", "transformers", "httpx", "yaml"]
+ENGINES = ["megatron", "sglang", "transformers", "aiohttp", "yaml"]
 
 
 def loaded_by(module):
@@ -152,7 +152,7 @@ except AttributeError as error:
 
 
 def test_the_client_loads_no_engine():
-    assert set(loaded_by("routing_replay.rollout.client")) <= {"httpx"}
+    assert set(loaded_by("routing_replay.rollout.client")) <= {"aiohttp"}
 
 
 def test_the_subprocess_would_see_a_loaded_library():

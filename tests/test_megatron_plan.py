@@ -1,5 +1,6 @@
 """recipes.minirl --dry-run: every preset has a plan that fits; a contradiction is an error."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 
 from recipes.minirl import models, plan
 from recipes.minirl.command_line import parse_command, preset_names
-from recipes.model import flops, memory, meta
+from recipes.model import flops, fp8, memory, meta
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout
 from recipes.model.tiny import tiny_config
@@ -16,7 +17,7 @@ from routing_replay.errors import CheckpointError, ConfigError
 
 MODE = ["--routing-replay-mode", "R3"]
 H100_PRESETS = [name for name in preset_names() if name.endswith("xh100")]
-GPU_PRESETS = [*H100_PRESETS, "qwen3_30b_a3b_8xb200"]
+GPU_PRESETS = [*H100_PRESETS, "qwen3_30b_a3b_8xb200", "deepseek_v3_288xh200"]
 
 
 def plan_of(name, *flags):
@@ -45,8 +46,8 @@ def test_every_preset_has_a_plan(name, plans):
 
 @pytest.mark.parametrize("name", GPU_PRESETS)
 def test_a_preset_for_gpus_leaves_memory_free_and_says_that_it_has_not_run(name, plans):
-    # 80 GB are 74.5 GiB, 180 GB are 167.6 GiB; 8 % of them are not usable.
-    capacity = 167.6 if "b200" in name else 74.5
+    # 80 GB are 74.5 GiB, 141 and 180 GB are 131.3 and 167.6; 8 % of them are not usable.
+    capacity = {"h100": 74.5, "h200": 131.3, "b200": 167.6}[name[-4:]]
     assert total_gib(plans[name]) < 0.92 * capacity
     assert "Has not been run" in " ".join(
         (plan.ARCHITECTURES.parent / f"{name}.yaml").read_text().replace("#", "").split()
@@ -100,10 +101,20 @@ def test_a_model_without_a_config_names_those_that_need_none():
         plan_of("qwen3_30b_a3b_24xh100", "--model", "elsewhere/Qwen3-14B")
 
 
-def test_a_model_with_latent_attention_is_refused_as_by_the_trainer(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    with pytest.raises(CheckpointError, match="deepseek_v3"):
-        plan_of("qwen3_30b_a3b_24xh100", "--model", str(tmp_path))
+def test_the_deepseek_plan_counts_671_billion_parameters_and_serves_them_in_fp8(plans):
+    text = plans["deepseek_v3_288xh200"]
+    # 256 ranks with 1 of 256 experts in each of 58 layers: 58 x 3 x 7168 x 2048.
+    assert f"(experts {58 * 3 * 7168 * 2048})" in text
+    # 671.03e9 parameters without the prediction layer: one byte each, the vocabulary's 2 x 129280
+    # x 7168 two: 672.9 GB. A server's 8 GPUs hold 78.3 GiB each.
+    assert "672.9 GB x (1 write + 4 reads)" in text
+    assert "weights 78.3 GiB" in text
+
+
+def test_the_cache_of_latent_attention_holds_one_latent_per_token_on_every_gpu(plans):
+    # 141e9 x 0.85 bytes less 84.1e9 of weights, over 61 layers x (512 + 64) x 2 bytes.
+    tokens = int(re.search(r"its cache holds (\d+) tokens", plans["deepseek_v3_288xh200"]).group(1))
+    assert tokens == pytest.approx((141e9 * 0.85 - 672.88e9 / 8) / (61 * 576 * 2), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +152,7 @@ def test_a_trainer_that_contradicts_itself_is_refused(flags, message):
         ("--tp 8 --dp 2", "more GPUs than it has; expected .* at most 8 .*; got 8 \\* 1 \\* 2"),
         ("--tp two", "server argument cannot be read; got .*two"),
         ("--tp 0", "--tp is out of range"),
-        ("--tp 4 --quantization fp8", "cannot load the weights.*fp8-grid"),
+        ("--tp 4 --quantization fp8", "cannot load the weights.*rollout_weights: fp8"),
         ("--tp 4 --enable-dp-attention", "other tokens' routes"),
         ("--tp 1 --mem-fraction-static 0.7", "cannot hold the weights.*Raise --tp"),
     ],
@@ -151,6 +162,45 @@ def test_a_server_that_contradicts_itself_is_refused(arguments, message):
     rollout = replace(command.config.rollout, server_arguments=tuple(arguments.split()))
     with pytest.raises(ConfigError, match=message):
         plan.plan_text(replace(command.config, rollout=rollout))
+
+
+@pytest.fixture
+def fp8_model(tmp_path):
+    config = json.loads((plan.ARCHITECTURES / "Qwen3-30B-A3B" / "config.json").read_text())
+    text = json.dumps(config | {fp8.CONFIG_KEY: fp8.CONFIG})
+    (tmp_path / "config.json").write_text(text)
+    return tmp_path
+
+
+def fp8_plan(arguments, *flags):
+    flags = ["--rollout-weights", "fp8", *flags, "--dry-run"]
+    config = parse_command(["--preset", "qwen3_30b_a3b_24xh100", *MODE, *flags]).config
+    rollout = replace(config.rollout, server_arguments=tuple(arguments.split()))
+    return plan.plan_text(replace(config, rollout=rollout))
+
+
+def test_fp8_servers_start_from_a_quantized_checkpoint_with_half_of_the_weights(fp8_model):
+    text = fp8_plan("--tp 4 --ep 4 --quantization fp8", "--rollout-model", str(fp8_model))
+    assert f"--model-path {fp8_model}" in text
+    # 30.5e9 bytes and once more the vocabulary's 2 x 151936 x 2048, on 4 GPUs; 14.2 GiB in bf16.
+    assert "weights 7.3 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_model", "message"),
+    [
+        ("--tp 4 --ep 4", False, "not in block FP8.*recipes.model.fp8 SOURCE TARGET"),
+        # 768 / 4 = 192 rows are a block and a half.
+        ("--tp 4", True, "inside of an FP8 block; expected a multiple of 128.*768 / 4.*--ep"),
+        ("--tp 4 --ep 4 --quantization awq", True, "cannot load the weights"),
+    ],
+)
+def test_fp8_servers_that_contradict_themselves_are_refused(
+    fp8_model, arguments, has_model, message
+):
+    flags = ["--rollout-model", str(fp8_model)] if has_model else []
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        fp8_plan(arguments, *flags)
 
 
 def test_a_disk_that_is_too_slow_for_the_client_is_a_warning():

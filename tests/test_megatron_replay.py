@@ -17,6 +17,7 @@ IN_MAKE_TEST = {
         "pre_softmax_scaled-padded",
         "padded-ragged",
         "padded-mtp",
+        "recompute_full-groups-padded-latent",
         "padded-hybrid",
     ],
     2: [
@@ -30,6 +31,8 @@ IN_MAKE_TEST = {
         "cp2-recompute_full-padded-contiguous",
         "pp2-padded-mtp",
         "recompute_full-packed",
+        "tp2-ep2-etp1-recompute_full-groups-padded-latent",
+        "cp2-groups-packed-latent",
     ],
 }
 

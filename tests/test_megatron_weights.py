@@ -14,7 +14,15 @@ import torch
 from megatron_batches import hf_loss
 from megatron_worlds import run_world
 from safetensors.torch import load_file, save_file
-from tiny_models import hf_logits, tiny_glm4_moe, tiny_qwen3_moe
+from tiny_models import (
+    hf_logits,
+    tiny_deepseek_v3,
+    tiny_glm4_moe,
+    tiny_qwen3_moe,
+    write_tiny_deepseek_v2,
+)
+
+from recipes.model import fp8
 
 # Two float32 forwards that sum in different orders: the largest error over all layouts was 2.5e-6
 # at logits up to 3.7. A wrong layer, shard or order of heads is off by the size of a logit.
@@ -39,7 +47,8 @@ QWEN_LAYOUTS = [
     "full-recompute",
     "moe-recompute",
 ]
-ALL = [("qwen", name) for name in QWEN_LAYOUTS] + [("glm", "one"), ("glm", "tp2-ep2")]
+LATENT = [("deepseek", name) for name in ("one", "tp2-ep2", "tp2-cp2")] + [("deepseek2", "tp2")]
+ALL = [("qwen", name) for name in QWEN_LAYOUTS] + [("glm", "one"), ("glm", "tp2-ep2")] + LATENT
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,8 @@ def world(tmp_path_factory):
     folders = {
         "qwen": tiny_qwen3_moe(dense_layers=(1,), vocab=VOCAB),
         "glm": tiny_glm4_moe(),
+        "deepseek": tiny_deepseek_v3(),
+        "deepseek2": write_tiny_deepseek_v2(out / "deepseek2-checkpoint"),
         "tied": tiny_qwen3_moe(layers=2, tie_embeddings=True, vocab=VOCAB, norm_topk=False),
     }
     reference = {family: _reference(folder) for family, folder in folders.items()}
@@ -124,6 +135,21 @@ def test_bfloat16_parameters_are_saved_in_the_dtype_asked_for(world):
         assert json.loads((out / name / "config.json").read_text())["dtype"] == said
 
 
+def test_weights_go_out_in_block_fp8_and_come_back_rounded(world):
+    out = world[3]
+    source, quantized = (load_file(out / name / "model.safetensors") for name in ("bf16", "fp8"))
+    projections = {name for name in source if name.endswith("_proj.weight")}
+    assert quantized.keys() == source.keys() | {name + "_scale_inv" for name in projections}
+    back = load_file(out / "bf16-of-fp8" / "model.safetensors")
+    for name, weight in source.items():
+        expected = weight
+        if name in projections:
+            expected = fp8.dequantize(*fp8.quantize(weight)).bfloat16()
+        assert torch.equal(back[name], expected), name
+    configs = [json.loads((out / n / "config.json").read_text()) for n in ("fp8", "bf16-of-fp8")]
+    assert ["quantization_config" in config for config in configs] == [True, False]
+
+
 def test_a_saved_checkpoint_has_shards_index_config_and_tokenizer(world):
     folder = world[3] / "qwen-tp2"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -138,7 +164,10 @@ def test_a_saved_checkpoint_has_shards_index_config_and_tokenizer(world):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("architecture", r"architecture is not supported; expected glm4_moe or qwen3_moe; got"),
+        (
+            "architecture",
+            r"architecture is not supported; expected deepseek_v2 or deepseek_v3 or glm4_moe or",
+        ),
         ("missing", r"lacks tensors of the model.*model\.layers\.2\.mlp\.experts\.5\.up_proj"),
         (
             "extra",

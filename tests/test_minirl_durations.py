@@ -22,7 +22,7 @@ def test_the_legs_follow_from_the_rates():
     assert legs == pytest.approx(
         {
             "rollout": 45.0,  # 100 responses x 900 tokens / (2 GPUs x 1000 tokens/s)
-            "routes": 0.2304,  # 100,000 tokens x 384 slots x (1 + 2) bytes, written and read once
+            "routes": 0.0768,  # 100,000 tokens x 384 slots x 1 byte, written and read once
             "score": 2.5,  # 100,000 tokens x 1e10 FLOP / (4 GPUs x 1e14 FLOP/s)
             "update": 10.0,  # four forwards of it
             "weights": 120.0,  # 60 GB written and read once at 1 GB/s

@@ -9,7 +9,7 @@ import torch
 
 from recipes.minirl import __main__ as launcher
 from recipes.minirl import commands
-from recipes.minirl.checks import require_gpu, require_ready, why_no_cuda
+from recipes.minirl.checks import require_gpu, require_own_devices, require_ready, why_no_cuda
 from recipes.minirl.command_line import parse, parse_command
 from routing_replay.errors import ConfigError
 
@@ -88,6 +88,12 @@ def test_a_preset_for_gpus_does_not_train_on_a_cpu_in_silence():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what torch says without a GPU")
 def test_the_reason_for_no_gpu_is_torchs_own():
     assert re.search(r"(CUDA|NVIDIA).*\(torch \d", why_no_cuda() or "")
+
+
+def test_block_fp8_rollouts_are_not_launched_on_a_cpu():
+    config = parse(["--rollout-weights", "fp8"])
+    with pytest.raises(ConfigError, match="block FP8 rollouts need GPUs.*fp8-grid"):
+        require_own_devices(config, has_cuda=False)
 
 
 def test_a_resolved_configuration_with_its_ranks_is_accepted():

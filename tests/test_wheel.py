@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_package_its_types_its_assets_and_the_license(wheel)
 def test_the_environment_has_no_engine_and_not_this_source_tree(python, tmp_path):
     code = (
         "import importlib.util as u, routing_replay;"
-        "print([n for n in ('megatron', 'sglang', 'transformers', 'httpx') if u.find_spec(n)]);"
+        "print([n for n in ('megatron', 'sglang', 'transformers', 'aiohttp') if u.find_spec(n)]);"
         "print(routing_replay.__file__)"
     )
     engines, path = run_alone(python, tmp_path, "-c", code).splitlines()

@@ -40,6 +40,17 @@ GLM_LAYOUTS = {
     "one": (ParallelLayout(), {}),
     "tp2-ep2": (ParallelLayout(tensor=2, expert=2, expert_tensor=1), {}),
 }
+LATENT_LAYOUTS = {
+    "one": (ParallelLayout(), {}),
+    "tp2-ep2": (ParallelLayout(tensor=2, expert=2, expert_tensor=1), {}),
+    "tp2-cp2": (ParallelLayout(tensor=2, context=2), {}),
+}
+LAYOUTS = {
+    "qwen": QWEN_LAYOUTS,
+    "glm": GLM_LAYOUTS,
+    "deepseek": LATENT_LAYOUTS,
+    "deepseek2": {"tp2": (ParallelLayout(tensor=2), {})},
+}
 # The saved model is one SGD step away from the loaded one; large enough to change every logit.
 LEARNING_RATE = 0.5
 
@@ -48,7 +59,7 @@ def run(rank, folders, reference_path, out):
     """Everything in one world; a dict of results, of which rank 0's are complete."""
     reference = torch.load(reference_path)
     results = {}
-    for family, layouts in (("qwen", QWEN_LAYOUTS), ("glm", GLM_LAYOUTS)):
+    for family, layouts in LAYOUTS.items():
         for name, (layout, options) in layouts.items():
             results[family, name] = _check(
                 folders[family], layout, options, reference[family], f"{out}/{family}-{name}"
@@ -116,6 +127,9 @@ def _check_bf16(folder, out):
         load_hf(chunks, folder)
         save_hf(chunks, f"{out}/bf16", source=folder)
         save_hf(chunks, f"{out}/bf16-as-fp32", source=folder, dtype=torch.float32)
+        save_hf(chunks, f"{out}/fp8", source=folder, is_fp8=True)
+        load_hf(chunks, f"{out}/fp8")
+        save_hf(chunks, f"{out}/bf16-of-fp8", source=f"{out}/fp8")
         return {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
 
 

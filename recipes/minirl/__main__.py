@@ -25,7 +25,7 @@ from . import checks, commands, journal, slurm
 from .command_line import parse_command
 from .commands import thread_environment, trainer_arguments, visible_devices
 from .config import RecipeConfig
-from .inputs import load_inputs
+from .inputs import load_inputs, server_folder
 
 POLL_S = 0.25
 # How long the other side of a broken connection gets to report its own error.
@@ -66,9 +66,8 @@ def run(config: RecipeConfig) -> None:
     require_one_node(config)
     checks.require_own_devices(config, torch.cuda.is_available())
     config, run_dir = prepare(config)
-    base = load_inputs(config).base
     with contextlib.ExitStack() as stack:
-        servers = [] if config.rollout.rollout_url else [start_server(config, run_dir, base)]
+        servers = [] if config.rollout.rollout_url else [start_server(config, run_dir)]
         for server in servers:
             stack.enter_context(server)
         urls = config.rollout.rollout_url or [server.url for server in servers]
@@ -153,7 +152,7 @@ def make_tiny_model(config: RecipeConfig, run_dir: Path) -> None:
         )
 
 
-def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
+def start_server(config: RecipeConfig, run_dir: Path) -> Server:
     """Start one SGLang server with our plugin, on a free port."""
     print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
     rollout = config.rollout
@@ -171,7 +170,7 @@ def start_server(config: RecipeConfig, run_dir: Path, base: Path) -> Server:
         environment=thread_environment(config, 1) | visible_devices(rollout.rollout_gpus),
         ready_timeout_s=rollout.ready_timeout_s,
     )
-    server = launch(base, options)
+    server = launch(server_folder(config), options)
     print(f"SGLang serves at {server.url}, log {server.log_path}", flush=True)
     return server
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from routing_replay import objectives
 from routing_replay.errors import ConfigError
 
@@ -224,8 +226,16 @@ def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
     presets bound the server's cache.
 
     Raises:
-        ConfigError: A server would be launched on a machine with GPUs that are not divided.
+        ConfigError: A server would be launched on a machine with GPUs that are not divided, or
+            without any for FP8.
     """
+    if config.rollout.rollout_weights == "fp8" and not config.rollout.rollout_url and not has_cuda:
+        raise ConfigError(
+            "block FP8 rollouts need GPUs",
+            expected="a CUDA device, or --rollout-url of servers that have one",
+            got="none",
+            fix="Here rollout_weights: fp8-grid gives FP8's rounding of the weights",
+        )
     is_divided = bool(config.rollout.rollout_gpus and config.run.trainer_gpus)
     is_tiny = config.model.model == "tiny"
     if has_cuda and not config.rollout.rollout_url and not is_divided and not is_tiny:

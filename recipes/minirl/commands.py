@@ -10,7 +10,7 @@ from pathlib import Path
 from routing_replay.capture import CaptureSettings
 
 from .config import RecipeConfig
-from .inputs import base_folder
+from .inputs import server_folder
 
 
 def text(config: RecipeConfig, run_dir: Path) -> str:
@@ -28,7 +28,7 @@ def server_command(config: RecipeConfig) -> list[str]:
     capture = CaptureSettings(level=config.rollout_capture).to_environment()
     command = ["env", *(f"{name}={value}" for name, value in capture.items())]
     command += [config.rollout.rollout_python or "python", "-m", "sglang.launch_server"]
-    command += ["--model-path", str(base_folder(config)), "--host", "0.0.0.0"]
+    command += ["--model-path", str(server_folder(config)), "--host", "0.0.0.0"]
     command += ["--port", "30000", "--dtype", config.rollout.rollout_dtype]
     if config.rollout_capture != "off":
         command.append("--enable-return-routed-experts")

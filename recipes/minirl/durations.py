@@ -9,8 +9,8 @@ from .config import RecipeConfig
 
 GIGA = 1e9
 TERA = 1e12
-# Bytes of a slot beside its id, by capture level; the logits of a sample are left out.
-VALUE_BYTES = {"ids": 0, "weights": 4, "gates": 2, "logits": 6}
+# Bytes of the combine weight that these capture levels keep beside each id.
+WEIGHT_BYTES = {"weights": 4, "logits": 4}
 # A backward pass costs two forwards; full recomputation adds one more forward.
 FORWARDS_PER_UPDATE = {"none": 3.0, "moe": 4.0, "full": 4.0}
 
@@ -101,7 +101,8 @@ def _passes(config: RecipeConfig, cost: ModelCost, name: str, forwards: float, t
 
 
 def _routes(config: RecipeConfig, cost: ModelCost, tokens: int) -> Leg:
-    element = cost.id_bytes + VALUE_BYTES[config.telemetry.capture]
+    # The gates of the compared tokens, which add about a tenth, are left out.
+    element = cost.id_bytes + WEIGHT_BYTES.get(config.telemetry.capture, 0)
     gigabytes = tokens * cost.route_slots * element / GIGA
     speed = config.plan.plan_disk_gb_per_s
     return Leg(

@@ -6,12 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.model import fp8
 from recipes.model.weight_names import require_supported
 from routing_replay.errors import CheckpointError
 
 from .config import RecipeConfig
 from .prompts import Prompt, read_prompts
 from .tiny_model import checkpoint_folder
+
+ROLLOUT_MODEL = "--rollout-model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,11 @@ def base_folder(config: RecipeConfig) -> Path:
     return checkpoint_folder(config) if is_tiny else Path(config.model.model)
 
 
+def server_folder(config: RecipeConfig) -> Path:
+    """Return the folder of the checkpoint that the servers start from."""
+    return Path(config.rollout.rollout_model or base_folder(config))
+
+
 def load_inputs(config: RecipeConfig) -> Inputs:
     """Read the inputs of a configuration; a tiny model must have been prepared.
 
@@ -46,7 +54,8 @@ def load_inputs(config: RecipeConfig) -> Inputs:
     """
     base = base_folder(config)
     reference = Path(config.objective.reference or base)
-    for folder, flag in ((base, "--model"), (reference, "--reference")):
+    rollout = server_folder(config)
+    for folder, flag in ((base, "--model"), (reference, "--reference"), (rollout, ROLLOUT_MODEL)):
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 "there is no checkpoint",
@@ -55,6 +64,9 @@ def load_inputs(config: RecipeConfig) -> Inputs:
                 fix=f"Download the model first and name its folder with {flag}",
             )
         _check_architecture(folder / "config.json")
+    if config.rollout.rollout_weights == "fp8":
+        path = rollout / "config.json"
+        fp8.require_quantized(json.loads(path.read_text()), path)
     heldout = read_prompts(config.data.heldout_prompts or base / "heldout.jsonl")
     return Inputs(
         base=base,

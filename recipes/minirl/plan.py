@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from recipes.model import flops, memory, meta
+from recipes.model import flops, fp8, memory, meta
 from recipes.model.model import ModelConfig, transformer_config
 from recipes.model.parallel import ParallelLayout
-from routing_replay.errors import CheckpointError, ConfigError
+from routing_replay.errors import CheckpointError, ConfigError, reading
 from routing_replay.rollout import ClientOptions
 
 from . import commands, durations, models, server_plan, tiny_model
@@ -53,6 +54,7 @@ def _lines(config: RecipeConfig) -> Iterator[str]:
     model_config = _model_config(config, layout)
     _check_positions(config, model_config)
     server = server_plan.server_layout(config)
+    _check_quantized(config)
     # The cheap checks come first: the model is built only if it fits.
     memory_text = _fitting_memory(config, model_config, layout)
     server_lines = list(_server_lines(config, model_config, server))
@@ -132,6 +134,16 @@ def _folder(config: RecipeConfig) -> Path:
     return ARCHITECTURES / folder.name
 
 
+def _check_quantized(config: RecipeConfig) -> None:
+    """Refuse FP8 weights for servers that start from another format."""
+    if config.rollout.rollout_weights != "fp8":
+        return
+    folder = Path(config.rollout.rollout_model) if config.rollout.rollout_model else _folder(config)
+    path = folder / "config.json"
+    with reading(path, "the config.json of the servers' checkpoint", CheckpointError):
+        fp8.require_quantized(json.loads(path.read_text()), path)
+
+
 def _fitting_memory(config: RecipeConfig, model: ModelConfig, layout: ParallelLayout) -> str:
     estimate, gigabytes = memory_estimate(config, model, layout), config.plan.plan_gpu_gb
     if not gigabytes:
@@ -160,7 +172,7 @@ def _cost(config: RecipeConfig, model: ModelConfig) -> durations.ModelCost:
     num_moe = sum(memory.moe_layers(model, ParallelLayout(), 0))
     return durations.ModelCost(
         forward_flops=flops.forward_flops(model, sum(durations.mean_tokens(config))),
-        checkpoint_bytes=_num_parameters(model) * model.params_dtype.itemsize,
+        checkpoint_bytes=server_plan.weight_bytes(config, model, _num_parameters(model)),
         route_slots=num_moe * model.moe_router_topk,
         id_bytes=1 if model.num_moe_experts <= 256 else 2,
     )

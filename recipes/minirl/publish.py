@@ -1,4 +1,4 @@
-"""New weights for the rollout servers, as they are or rounded to the FP8 grid."""
+"""New weights for the rollout servers: as they are, in block FP8, or rounded to FP8's grid."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from recipes.model.weights import save_hf
+from recipes.model.fp8 import E4M3_MAX
 
+from . import models
 from .policy import Policy
-
-# Largest finite value of float8_e4m3fn.
-E4M3_MAX = 448.0
 
 
 def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
@@ -28,7 +26,14 @@ def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
         The folder.
     """
     rollout = policy.config.rollout
-    save_hf(policy.chunks, folder, source=checkpoint, dtype=getattr(torch, rollout.rollout_dtype))
+    models.save(
+        policy.chunks,
+        folder,
+        checkpoint,
+        policy.config.training,
+        dtype=getattr(torch, rollout.rollout_dtype),
+        is_fp8=rollout.rollout_weights == "fp8",
+    )
     if rollout.rollout_weights == "fp8-grid" and torch.distributed.get_rank() == 0:
         for path in sorted(folder.glob("*.safetensors")):
             _round_file(path)

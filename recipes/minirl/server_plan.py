@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes.model import fp8
 from routing_replay.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,14 +73,14 @@ def server_layout(config: RecipeConfig) -> ServerLayout:
 
 
 def _check_arguments(config: RecipeConfig, sizes: argparse.Namespace) -> None:
-    if sizes.quantization:
+    is_fp8 = config.rollout.rollout_weights == "fp8"
+    if sizes.quantization and not (is_fp8 and sizes.quantization == "fp8"):
         raise ConfigError(
             "a server that quantizes at its start cannot load the weights of a later step: "
-            "SGLang 0.5.23 replaces the experts' parameters by quantized ones without a loader",
+            "SGLang 0.5.23 replaces its parameters by quantized ones without a loader",
             expected="server_arguments without --quantization",
             got=f"--quantization {sizes.quantization}",
-            fix="Use bfloat16 rollouts, or rollout_weights: fp8-grid for FP8's rounding without "
-            "its speed and memory",
+            fix="Set rollout_weights: fp8, with which the servers load block FP8 checkpoints",
         )
     if sizes.enable_dp_attention and config.rollout_capture != "off":
         raise ConfigError(
@@ -104,6 +105,8 @@ def check_server(config: RecipeConfig, model: ModelConfig, server: ServerLayout)
     _require_divides("--ep", expert, "num_experts", model.num_moe_experts)
     width = model.moe_ffn_hidden_size
     _require_divides("--tp / --ep", tensor // expert, "moe_intermediate_size", width)
+    if config.rollout.rollout_weights == "fp8":
+        _check_blocks(model, server)
     if not config.plan.plan_gpu_gb:
         return
     own = [gpu for gpu in config.rollout.rollout_gpus.split(",") if gpu.strip()]
@@ -115,6 +118,33 @@ def check_server(config: RecipeConfig, model: ModelConfig, server: ServerLayout)
             "--plan-gpus-per-node)",
             got=f"{tensor} * {server.pipeline} * {server.data}",
         )
+
+
+def _check_blocks(model: ModelConfig, server: ServerLayout) -> None:
+    """Refuse matrices that a block FP8 server would cut inside of a block, as SGLang does."""
+    tensor = server.tensor
+    widths = {"moe_intermediate_size": (model.moe_ffn_hidden_size, tensor // server.expert)}
+    if model.moe_shared_expert_intermediate_size:
+        widths["shared experts' size"] = (model.moe_shared_expert_intermediate_size, tensor)
+    if isinstance(model.moe_layer_freq, list) and not all(model.moe_layer_freq):
+        widths["intermediate_size"] = (model.ffn_hidden_size, tensor)
+    for name, (width, size) in widths.items():
+        if width % (size * fp8.BLOCK):
+            raise ConfigError(
+                f"the server would split the model's {name} inside of an FP8 block",
+                expected=f"a multiple of {fp8.BLOCK} on each GPU",
+                got=f"{width} / {size}",
+                fix="Lower --tp, or raise --ep, which splits experts by their number",
+            )
+
+
+def weight_bytes(config: RecipeConfig, model: ModelConfig, num_parameters: int) -> int:
+    """Return the bytes of the weights as the servers have them."""
+    if config.rollout.rollout_weights != "fp8":
+        return num_parameters * BF16_BYTES
+    # One byte each, and a scale per block, which is nothing; the vocabulary keeps two.
+    vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return num_parameters + vocabulary
 
 
 def cache_tokens(
@@ -131,10 +161,9 @@ def cache_tokens(
     Raises:
         ConfigError: Not even one longest sequence fits beside the weights.
     """
-    weights = num_parameters * BF16_BYTES / (server.tensor * server.pipeline)
-    # With fewer key-value heads than ranks each rank keeps a whole head.
-    groups = max(1, model.num_query_groups // server.tensor)
-    per_token = 2 * model.num_layers / server.pipeline * groups * model.kv_channels * BF16_BYTES
+    total = weight_bytes(config, model, num_parameters)
+    weights = total / (server.tensor * server.pipeline)
+    per_token = model.num_layers / server.pipeline * _cached_values(model, server) * BF16_BYTES
     room = config.plan.plan_gpu_gb * 1e9 * server.mem_fraction - weights
     tokens = int(room // per_token)
     longest = config.plan.plan_prompt_tokens + config.rollout.max_new_tokens
@@ -147,6 +176,15 @@ def cache_tokens(
             fix="Raise --tp in server_arguments, or lower --dp for it",
         )
     return weights / GIB, tokens
+
+
+def _cached_values(model: ModelConfig, server: ServerLayout) -> int:
+    """Return how many values a GPU caches for a token and layer."""
+    if model.multi_latent_attention:
+        # Every tensor rank keeps the latent, which all heads share.
+        return int(model.kv_lora_rank + model.qk_pos_emb_head_dim)
+    # With fewer key-value heads than ranks each rank keeps a whole head.
+    return 2 * max(1, model.num_query_groups // server.tensor) * int(model.kv_channels)
 
 
 def _require_divides(flag: str, size: int, name: str, total: int) -> None:

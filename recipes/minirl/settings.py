@@ -97,9 +97,15 @@ class RolloutSettings:
     rollout_dtype: str = setting("bfloat16", "dtype of a launched server")
     rollout_weights: str = setting(
         "checkpoint",
+        "fp8: the servers get block FP8 weights and start from --rollout-model (GPUs only). "
         "fp8-grid: EMULATED FP8, the projection weights that the server receives are rounded to "
         "the e4m3 grid with a scale per row",
-        ("checkpoint", "fp8-grid"),
+        ("checkpoint", "fp8", "fp8-grid"),
+    )
+    rollout_model: str = setting(
+        "",
+        "checkpoint that the servers start from; empty: --model. With rollout_weights fp8 one in "
+        "block FP8, such as python -m recipes.model.fp8 writes",
     )
     rollout_gpus: str = setting("", "CUDA devices of a launched server, as 0,1,2,3")
     rollout_python: str = setting(
@@ -153,6 +159,11 @@ class TrainingSettings:
     )
     layer_spec: Literal["auto", "te", "local"] = setting(
         "auto", "modules of the layers; local is slow on GPUs", ("auto", "te", "local")
+    )
+    weights: Literal["own", "bridge"] = setting(
+        "own",
+        "converter between Hugging Face's weights and Megatron's: own, or Megatron-Bridge's",
+        ("own", "bridge"),
     )
     distributed_optimizer: bool = setting(False, "shard the optimizer state over data parallelism")
     plan: str = setting(

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from routing_replay.errors import CheckpointError
 
+from . import fp8
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Files beside the weights that a saved checkpoint needs to be usable: config, tokenizer, template.
@@ -48,13 +50,15 @@ class CheckpointReader:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._file_of)
+        """Names of all tensors; scales of quantized ones are part of these."""
+        return {name for name in self._file_of if not name.endswith(fp8.SCALE_SUFFIX)}
 
     def read(
         self, name: str, shape: tuple[int, ...], axis: int, start: int, stop: int
     ) -> torch.Tensor:
         """Read rows (axis 0) or columns (axis 1) `start:stop` of a tensor of the given shape.
+
+        What is stored in block FP8 comes back as float32.
 
         Raises:
             CheckpointError: The tensor has another shape, or its file is damaged.
@@ -69,7 +73,24 @@ class CheckpointReader:
                     where=str(self.folder / self._file_of[name]),
                     fix="Use the config.json and the weights of one model",
                 )
-            return view[start:stop] if axis == 0 else view[:, start:stop]
+            part = view[start:stop] if axis == 0 else view[:, start:stop]
+        if part.dtype != torch.float8_e4m3fn:
+            return part
+        scales = self.read_whole(name + fp8.SCALE_SUFFIX)
+        first = (start, 0) if axis == 0 else (0, start)
+        return fp8.dequantize(part, scales, *first)
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Read a tensor as it is stored.
+
+        Raises:
+            CheckpointError: There is none of this name, or its file is damaged.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(f"the checkpoint has no {name}", where=str(self.folder))
+        with self._readable(self._file_of[name]):
+            tensor: torch.Tensor = self._file(self._file_of[name]).get_tensor(name)
+            return tensor
 
     def _list_tensors(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -111,7 +132,7 @@ class CheckpointWriter:
     Args:
         folder: The checkpoint's final folder; an earlier checkpoint there is replaced as a whole.
         source: Folder to copy config and tokenizer files from.
-        config_changes: Keys of config.json to set.
+        config_changes: Keys of config.json to set, or with None to remove.
         max_shard_bytes: A file's size limit (one tensor may exceed it); bounds the memory used.
     """
 
@@ -195,6 +216,9 @@ class CheckpointWriter:
                 shutil.copyfile(path, self.partial / path.name)
         path = self.partial / "config.json"
         config = json.loads(path.read_text()) | self.config_changes
+        for key, value in self.config_changes.items():
+            if value is None:
+                del config[key]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _replace(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import memory
-from .model import ModelConfig
+from .model import LatentModelConfig, ModelConfig
 from .parallel import ParallelLayout
 
 
@@ -20,6 +20,7 @@ def forward_flops(config: ModelConfig, sequence_tokens: int) -> float:
     A multiplication and an addition per active parameter; in attention as many per head channel for
     the scores and again for the weighted sum, over half of the sequence.
     """
-    channels = config.num_attention_heads * config.kv_channels
+    values = config.v_head_dim if isinstance(config, LatentModelConfig) else config.kv_channels
+    channels = config.num_attention_heads * (config.kv_channels + values) / 2
     attention = 2 * 2 * config.num_layers * channels * sequence_tokens / 2
     return float(2 * active_parameters(config) + attention)

@@ -1,4 +1,4 @@
-"""Norm and attention of the local layer spec: what megatron-core has for Transformer Engine only.
+"""Modules of the local layer spec: what megatron-core has for Transformer Engine only.
 
 The stock torch norm refuses sequence parallelism; the stock local attention refuses packed
 sequences and context parallelism. These two accept all three, on any device and any backend.
@@ -20,6 +20,7 @@ from . import cpu  # noqa: F401  (makes Megatron importable)
 # isort: split
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -52,6 +53,28 @@ class RMSNorm(torch.nn.Module):
         )
 
 
+class DuplicatedLinear(torch.nn.Module):
+    """A linear layer without bias that every tensor-parallel rank holds whole.
+
+    Args:
+        sharded: Megatron's column-parallel layer in whose place it stands.
+    """
+
+    def __init__(self, sharded: ColumnParallelLinear):
+        super().__init__()
+        weight: torch.Tensor = sharded.weight
+        shape = (sharded.output_size, weight.shape[1])
+        self.weight = torch.nn.Parameter(
+            torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        )
+        sharded.config.init_method(self.weight)
+        # With sequence parallelism a rank sees a part of the tokens; Megatron adds the gradients.
+        setattr(self.weight, "sequence_parallel", sharded.config.sequence_parallel)  # noqa: B010
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return functional.linear(hidden, self.weight), None
+
+
 class AllGatherAttention(torch.nn.Module):
     """Causal attention that gathers keys and values over the context-parallel group.
 
@@ -65,6 +88,7 @@ class AllGatherAttention(torch.nn.Module):
         attn_mask_type, attention_type: Part of Megatron's interface; the mask is causal.
         attention_dropout: Probability; None takes the config's.
         softmax_scale: None takes 1 / sqrt(head size).
+        k_channels, v_channels: Part of Megatron's interface; the tensors have these head sizes.
         cp_comm_type: Part of Megatron's interface; the communication is always an all-gather.
         pg_collection: Megatron's process groups; its `cp` group is used.
     """
@@ -77,6 +101,8 @@ class AllGatherAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):

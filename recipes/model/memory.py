@@ -13,7 +13,7 @@ import torch
 
 from routing_replay.errors import ConfigError
 
-from .model import ModelConfig
+from .model import LatentModelConfig, ModelConfig
 from .parallel import ParallelLayout
 
 GIB = 1 << 30
@@ -162,12 +162,29 @@ def moe_layers(config: ModelConfig, layout: ParallelLayout, stage: int) -> list[
 
 def _attention(config: ModelConfig, tensor: int) -> int:
     """Parameters of a layer's attention and of its two norms."""
+    if isinstance(config, LatentModelConfig):
+        return _latent_attention(config, tensor)
     hidden, head = config.hidden_size, config.kv_channels
     queries = config.num_attention_heads * head
     qkv = queries + 2 * config.num_query_groups * head
     bias = qkv // tensor if config.add_qkv_bias else 0
     norms = 2 * hidden + (2 * head if config.qk_layernorm else 0)
     return int(hidden * (qkv + queries) // tensor + bias + norms)
+
+
+def _latent_attention(config: LatentModelConfig, tensor: int) -> int:
+    """The same of latent attention; its down projections are whole on every tensor rank."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query_head = config.qk_head_dim + config.qk_pos_emb_head_dim
+    whole = hidden * (config.kv_lora_rank + config.qk_pos_emb_head_dim) + config.kv_lora_rank
+    split = heads * (config.qk_head_dim + config.v_head_dim) * config.kv_lora_rank
+    split += heads * config.v_head_dim * hidden
+    if config.q_lora_rank is None:
+        split += hidden * heads * query_head
+    else:
+        whole += config.q_lora_rank * (hidden + 1)
+        split += config.q_lora_rank * heads * query_head
+    return int(whole + split // tensor + 2 * hidden)
 
 
 def _router_and_shared(config: ModelConfig, tensor: int) -> int:

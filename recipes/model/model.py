@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,20 +22,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 # isort: split
-from .local_modules import AllGatherAttention, RMSNorm
+from .architectures import LATENT, Fields, HFConfig, fields_of
+from .local_modules import AllGatherAttention, DuplicatedLinear, RMSNorm
 from .parallel import ParallelLayout
 from .weight_names import require_supported
 
 Recompute = Literal["none", "full", "block", "moe"]
 Spec = Literal["auto", "local", "te"]
-# transformers' config classes share no type with the fields that are read here.
-HFConfig = Any
-Fields = dict[str, Any]
-
 _RECOMPUTE: dict[str, Fields] = {
     "none": {},
     "full": {
@@ -78,6 +75,11 @@ class ModelConfig(TransformerConfig):
     rotary_percent: float = 1.0
 
 
+@dataclass
+class LatentModelConfig(MLATransformerConfig, ModelConfig):
+    """The ModelConfig of a model with multi-head latent attention (DeepSeek-V2, V3)."""
+
+
 def transformer_config(
     hf_config: HFConfig | str | os.PathLike[str],
     layout: ParallelLayout,
@@ -94,7 +96,7 @@ def transformer_config(
     logits (equal to normalizing the selected probabilities), its absence the softmax before top-k.
 
     Args:
-        hf_config: A checkpoint's folder or its transformers config; see `SUPPORTED`.
+        hf_config: A checkpoint's folder or its transformers config; `architectures.SUPPORTED`.
         layout: Parallel sizes; they must divide heads, groups, experts and layers.
         dtype: Type of parameters and activations: float32 or bfloat16.
         recompute: Activations to recompute: none, every layer ("full"), the first layer of each
@@ -114,12 +116,15 @@ def transformer_config(
     if recompute not in _RECOMPUTE:
         raise unknown_name("recompute", recompute, _RECOMPUTE)
     layer_spec = resolve_spec(spec, has_te=HAVE_TE, has_cuda=torch.cuda.is_available())
-    fields = _common_fields(hf_config) | SUPPORTED[hf_config.model_type](hf_config)
+    fields = fields_of(hf_config)
     _check_divisible(fields, layout)
     fields |= _layout_fields(layout, dtype, fields["vocab_size"]) | _RECOMPUTE[recompute]
     fields |= _fusion_fields(layer_spec)
     fields["moe_token_dispatcher_type"] = dispatcher
-    return ModelConfig(**(fields | overrides))
+    if hf_config.model_type not in LATENT:
+        return ModelConfig(**(fields | overrides))
+    impl = "transformer_engine" if layer_spec == "te" else "local"
+    return LatentModelConfig(**(fields | {"transformer_impl": impl} | overrides))
 
 
 def resolve_spec(spec: Spec, *, has_te: bool, has_cuda: bool) -> str:
@@ -183,6 +188,8 @@ def _build_chunk(config: ModelConfig, vp_stage: int | None) -> GPTModel:
         vp_stage=vp_stage,
         mtp_block_spec=_mtp_spec(config, block, vp_stage),
     ).to(torch.cuda.current_device())
+    if not use_te:
+        _duplicate_down_projections(chunk)
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if chunk.post_process and config.padded_vocab_size > config.vocab_size:
@@ -210,8 +217,23 @@ def _use_local_modules(block: TransformerBlockSubmodules) -> None:
         modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
         attention = modules.self_attention.submodules
         attention.core_attention = AllGatherAttention
-        if attention.q_layernorm is not IdentityOp:
+        if hasattr(attention, "kv_layernorm"):
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        elif attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+
+
+def _duplicate_down_projections(chunk: GPTModel) -> None:
+    """Give every tensor-parallel rank the whole down projections, as Transformer Engine's spec.
+
+    The local spec splits them. The gradient of the keys' rotary part, which all heads share, would
+    then lack the other ranks' heads: the backward of Megatron's gather only splits.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MLASelfAttention):
+            for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+                if hasattr(module, name):
+                    setattr(module, name, DuplicatedLinear(getattr(module, name)))
 
 
 def _hide_padded_logits(
@@ -235,94 +257,6 @@ def _read_hf_config(folder: str | os.PathLike[str]) -> HFConfig:
     # transformers raises KeyError and ValueError for architectures that it does not know.
     with reading(folder, "the checkpoint's config.json", CheckpointError, also=(KeyError,)):
         return AutoConfig.from_pretrained(folder)
-
-
-def _common_fields(hf: HFConfig) -> Fields:
-    rope = getattr(hf, "rope_parameters", None) or {"rope_theta": getattr(hf, "rope_theta", None)}
-    if rope.get("rope_type", "default") != "default":
-        raise _unsupported(hf, "rope_type", "default", rope["rope_type"])
-    if hf.hidden_act != "silu":
-        raise _unsupported(hf, "hidden_act", "silu", hf.hidden_act)
-    return {
-        "architecture": hf.model_type,
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.rms_norm_eps,
-        "activation_func": torch.nn.functional.silu,
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_router_topk": hf.num_experts_per_tok,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        # bfloat16 logits of close experts collide; the selection then depends on top-k's tie rule.
-        "moe_router_dtype": "fp32",
-        "vocab_size": hf.vocab_size,
-        "max_sequence_length": hf.max_position_embeddings,
-        "tie_embeddings": bool(hf.tie_word_embeddings),
-        "rotary_base": rope["rope_theta"],
-        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
-    }
-
-
-def _qwen3_moe_fields(hf: HFConfig) -> Fields:
-    if hf.attention_bias:
-        raise _unsupported(hf, "attention_bias", False, True)
-    if hf.sliding_window is not None:
-        raise _unsupported(hf, "sliding_window", None, hf.sliding_window)
-    return {
-        "num_moe_experts": hf.num_experts,
-        "moe_layer_freq": [
-            int(i not in hf.mlp_only_layers and (i + 1) % hf.decoder_sparse_step == 0)
-            for i in range(hf.num_hidden_layers)
-        ],
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
-        "qk_layernorm": True,
-    }
-
-
-def _glm4_moe_fields(hf: HFConfig) -> Fields:
-    if not hf.norm_topk_prob:
-        raise _unsupported(hf, "norm_topk_prob", True, False)
-    # Hugging Face ranks groups by their best 2 experts, Megatron by their best k / group_topk.
-    if hf.n_group > 1 and hf.num_experts_per_tok != 2 * hf.topk_group:
-        raise _unsupported(
-            hf, "topk_group", "num_experts_per_tok / 2 (or n_group 1)", hf.topk_group
-        )
-    return {
-        "num_moe_experts": hf.n_routed_experts,
-        "moe_layer_freq": [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)],
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        # The bias is the checkpoint's; balancing by updates of it belongs to pretraining.
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
-        "moe_router_num_groups": hf.n_group if hf.n_group > 1 else None,
-        "moe_router_group_topk": hf.topk_group if hf.n_group > 1 else None,
-        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
-        "qk_layernorm": hf.use_qk_norm,
-        "add_qkv_bias": hf.attention_bias,
-    }
-
-
-SUPPORTED: dict[str, Callable[[HFConfig], Fields]] = {
-    "qwen3_moe": _qwen3_moe_fields,
-    "glm4_moe": _glm4_moe_fields,
-}
-
-
-def _unsupported(hf: HFConfig, name: str, expected: object, got: object) -> CheckpointError:
-    return CheckpointError(
-        f"{name} of this {hf.model_type} checkpoint is not supported", expected=expected, got=got
-    )
 
 
 def _check_divisible(fields: Fields, layout: ParallelLayout) -> None:

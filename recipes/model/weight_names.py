@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routing_replay.errors import CheckpointError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .model import ModelConfig
 
 # Values of `model_type` in config.json whose names are known here.
-MODEL_TYPES = ("glm4_moe", "qwen3_moe")
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,10 @@ class ShardPosition:
 # module with a parameter for each.
 _TE_NAMES = [
     (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
+    (
+        r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$",
+        r"self_attention.\1_layernorm.weight",
+    ),
     (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
     (
         r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$",
@@ -87,6 +91,20 @@ _WHOLE = {
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.router.weight": "mlp.gate.weight",
     "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
+}
+
+# Of latent attention, where they differ.
+_WHOLE_LATENT = {
+    "self_attention.q_layernorm.weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+}
+
+_LATENT_HEADS = {
+    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+    "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
 }
 
 _MLP = re.compile(
@@ -122,7 +140,9 @@ def is_expert(name: str) -> bool:
 def is_whole(name: str) -> bool:
     """Return whether every tensor-parallel rank holds the whole of this Megatron parameter."""
     local = _local_spec_name(name)
-    return local == "decoder.final_layernorm.weight" or _in_layer(local)[1] in _WHOLE
+    in_layer = _in_layer(local)[1]
+    is_of_layer = in_layer in _WHOLE or in_layer in _WHOLE_LATENT
+    return local == "decoder.final_layernorm.weight" or is_of_layer
 
 
 def pieces(name: str, config: ModelConfig, position: ShardPosition) -> list[Piece]:
@@ -161,13 +181,19 @@ def _layer_pieces(
     local: str, layer: int, config: ModelConfig, position: ShardPosition
 ) -> list[Piece]:
     prefix = f"model.layers.{layer}."
+    if config.multi_latent_attention and local in _WHOLE_LATENT:
+        return [_whole(prefix + _WHOLE_LATENT[local], _latent_shape(local, config))]
+    if config.multi_latent_attention and local in _LATENT_HEADS:
+        rank, size = position.tensor_rank, position.tensor_size
+        shape = _latent_shape(local, config)
+        return [_split(prefix + _LATENT_HEADS[local], shape, 0, rank, size)]
     if local in _WHOLE:
         return [_whole(prefix + _WHOLE[local], _whole_shape(local, config))]
     if local in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
         return _qkv(prefix + "self_attn.", local.rpartition(".")[2], config, position)
     if local == "self_attention.linear_proj.weight":
-        width = config.num_attention_heads * config.kv_channels
-        shape = (config.hidden_size, width)
+        head = config.v_head_dim if config.multi_latent_attention else config.kv_channels
+        shape = (config.hidden_size, config.num_attention_heads * head)
         rank, size = position.tensor_rank, position.tensor_size
         return [_split(prefix + "self_attn.o_proj.weight", shape, 1, rank, size)]
     match = _MLP.match(local)
@@ -249,6 +275,23 @@ def _whole_shape(local: str, config: ModelConfig) -> tuple[int, ...]:
     if local.startswith("self_attention."):
         return (config.kv_channels,)
     return (config.hidden_size,)
+
+
+def _latent_shape(local: str, config: Any) -> tuple[int, ...]:
+    """The shape of a tensor of latent attention; `config` is a LatentModelConfig."""
+    query, key_value = config.q_lora_rank, config.kv_lora_rank
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    query_head = config.qk_head_dim + config.qk_pos_emb_head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "q_layernorm": (query,),
+        "kv_layernorm": (key_value,),
+        "linear_q_down_proj": (query, hidden),
+        "linear_kv_down_proj": (key_value + config.qk_pos_emb_head_dim, hidden),
+        "linear_q_proj": (heads * query_head, hidden),
+        "linear_q_up_proj": (heads * query_head, query),
+        "linear_kv_up_proj": (heads * (config.qk_head_dim + config.v_head_dim), key_value),
+    }
+    return shapes[local.split(".")[1]]
 
 
 def _local_spec_name(name: str) -> str:

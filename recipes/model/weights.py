@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from routing_replay.errors import CheckpointError
 
-from . import cpu, weight_plan  # noqa: F401  (cpu makes Megatron importable)
+from . import cpu, fp8, weight_plan  # noqa: F401  (cpu makes Megatron importable)
 
 # isort: split
 from megatron.core.transformer.moe.router import TopKRouter
@@ -40,7 +40,7 @@ def load_hf(model_chunks: list[torch.nn.Module], hf_dir: str | os.PathLike[str])
     Raises:
         CheckpointError: Missing, extra, misshapen or unreadable tensors, by name.
     """
-    _widen_routing_biases(model_chunks)
+    widen_routing_biases(model_chunks)
     parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
     plan = weight_plan.gather_plan(parameters)
     config = weight_plan.unwrap(model_chunks[0]).config
@@ -55,8 +55,8 @@ def load_hf(model_chunks: list[torch.nn.Module], hf_dir: str | os.PathLike[str])
     on_every_rank(read)
 
 
-def _widen_routing_biases(model_chunks: list[torch.nn.Module]) -> None:
-    # Megatron does it at a router's first forward: after the values were rounded.
+def widen_routing_biases(model_chunks: list[torch.nn.Module]) -> None:
+    """Make routing biases float32. Megatron does it at a router's first forward: too late here."""
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
@@ -81,7 +81,7 @@ def named_hf_tensors(
     plan = weight_plan.gather_plan(parameters)
     for name in sorted(plan, key=natural_order):
         tensor = weight_plan.gather_tensor(plan[name], parameters)
-        if tensor is not None and dtype is not None and _is_weight(name):
+        if tensor is not None and dtype is not None and is_weight(name):
             tensor = tensor.to(dtype)
         yield name, tensor
 
@@ -92,7 +92,9 @@ def save_hf(
     *,
     source: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
+    is_fp8: bool = False,
     max_shard_bytes: int = 4 << 30,
+    tensors: Iterator[tuple[str, torch.Tensor | None]] | None = None,
 ) -> None:
     """Write the model as a Hugging Face checkpoint, whole or not at all; collective.
 
@@ -104,29 +106,38 @@ def save_hf(
         hf_dir: Folder of the new checkpoint.
         source: Folder of the checkpoint that config and tokenizer files are copied from.
         dtype: Of the saved weights; None keeps the parameters'.
+        is_fp8: Whether the projections are saved in block FP8 (see `fp8`).
         max_shard_bytes: Size limit of a file, and of rank 0's additional memory.
+        tensors: What is saved, in this dtype; None takes `named_hf_tensors` of the chunks.
 
     Raises:
         CheckpointError: The files cannot be written (on every rank).
     """
     config = weight_plan.unwrap(model_chunks[0]).config
     saved = str(dtype or config.params_dtype).removeprefix("torch.")
+    # The source may be quantized, whatever is saved.
+    changes = {"dtype": saved, fp8.CONFIG_KEY: fp8.CONFIG if is_fp8 else None}
     writer = CheckpointWriter(
         hf_dir,
         source=source,
-        config_changes={"dtype": saved, **_LOST_PARTS.get(config.architecture, {})},
+        config_changes=changes | _LOST_PARTS.get(config.architecture, {}),
         max_shard_bytes=max_shard_bytes,
     )
     error = _attempt(writer.start)
-    for name, tensor in named_hf_tensors(model_chunks, dtype):
+    for name, tensor in tensors or named_hf_tensors(model_chunks, dtype):
         # After a failure the other ranks still send what was planned: receive it all.
         if error is None and tensor is not None:
-            error = _attempt(functools.partial(writer.add, name, tensor))
+            error = _attempt(functools.partial(_add, writer, name, tensor, is_fp8))
     if error is None:
         error = _attempt(writer.finish)
     if error is not None:
         writer.abandon()
     on_every_rank(lambda: _raise_unwritten(error, hf_dir))
+
+
+def _add(writer: CheckpointWriter, name: str, tensor: torch.Tensor, is_fp8: bool) -> None:
+    for pair in fp8.quantized(name, tensor) if is_fp8 else [(name, tensor)]:
+        writer.add(*pair)
 
 
 def _raise_unwritten(error: Exception | None, folder: str | os.PathLike[str]) -> None:
@@ -140,7 +151,7 @@ def _raise_unwritten(error: Exception | None, folder: str | os.PathLike[str]) ->
 
 
 # Multi-token prediction layers are not built, so a saved checkpoint has none.
-_LOST_PARTS = {"glm4_moe": {"num_nextn_predict_layers": 0}}
+_LOST_PARTS = {name: {"num_nextn_predict_layers": 0} for name in ("glm4_moe", "deepseek_v3")}
 
 
 def _is_ignored(name: str, config: ModelConfig) -> bool:
@@ -153,8 +164,8 @@ def _is_ignored(name: str, config: ModelConfig) -> bool:
     )
 
 
-def _is_weight(name: str) -> bool:
-    # Routing biases stay float32: in bfloat16 the selection would change.
+def is_weight(name: str) -> bool:
+    """Return whether a tensor takes the dtype asked for: in bfloat16 a bias would select others."""
     return not name.endswith("e_score_correction_bias")
 
 

@@ -1,6 +1,6 @@
 """Talk to SGLang servers: sample with routes, check a server, load new weights.
 
-Needs httpx, not SGLang. Importing this package loads neither; the first use of a name loads what
+Needs aiohttp, not SGLang. Importing this package loads neither; the first use of a name loads what
 it needs. Its names:
 
 - `RolloutClient`, `ClientOptions`: send batches of requests to one or several servers.

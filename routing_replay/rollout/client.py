@@ -1,15 +1,18 @@
-"""Rollouts over HTTP from one or many SGLang servers; needs httpx, not SGLang."""
+"""Rollouts over HTTP from one or many SGLang servers; needs aiohttp, not SGLang."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import json
+import resource
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 
-from ..errors import ServerError
+from ..errors import RoutingReplayError, ServerError
 from ..routes.shape import MoEShape
 from .requests import Completion, GenerateRequest, completion_of
 
@@ -17,6 +20,8 @@ from .requests import Completion, GenerateRequest, completion_of
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 # An idle or busy server answers this in milliseconds; a gateway may not know it at all.
 INFO_TIMEOUT_S = 5.0
+# File descriptors that are left to the rest of the process.
+RESERVED_DESCRIPTORS = 256
 T = TypeVar("T")
 # One limit on the requests in flight for each server.
 Limits = Mapping[str, asyncio.Semaphore]
@@ -30,10 +35,13 @@ class ClientOptions:
         request_timeout_s: For one generation, from its dispatch to its answer.
         control_timeout_s: For one control call: health, abort, weight update.
         connect_timeout_s: For the connection alone: a dead machine should not cost a generation.
-        num_retries: Further tries of a request that met a dead, full or hanging server.
+        num_retries: Further tries of a request that met a dead, full or hanging server, or whose
+            answer was damaged.
         retry_wait_s: Before the first retry; doubled for each further one.
         max_in_flight: Requests at a time at each data-parallel replica of a server (`--dp-size`,
             which the server reports). The server queues what it cannot run.
+        max_faults: Failures in a row after which a server gets no requests while another one can
+            take them. The next batch asks it whether it is healthy again.
     """
 
     request_timeout_s: float = 1800.0
@@ -42,6 +50,7 @@ class ClientOptions:
     num_retries: int = 3
     retry_wait_s: float = 0.5
     max_in_flight: int = 512
+    max_faults: int = 3
 
 
 class RolloutClient:
@@ -70,6 +79,7 @@ class RolloutClient:
         self.options = options or ClientOptions()
         self._load = dict.fromkeys(self.urls, 0)
         self._num_replicas: dict[str, int] = {}
+        self._faults = dict.fromkeys(self.urls, 0)  # in a row
         self._weight_version: int | None = None  # that `update_weights` loaded last
 
     def generate(
@@ -90,9 +100,9 @@ class RolloutClient:
         Raises:
             ServerError: A request failed on every try; an answer from older weights than
                 `update_weights` last loaded counts as a failure.
-            PayloadError, RoutesError: An answer carries no or wrong routes.
+            PayloadError, RoutesError: On every try the answer carried no or wrong routes.
         """
-        return asyncio.run(self._generate(requests, on_completion))
+        return _run(self.agenerate(requests, on_completion))
 
     def update_weights(self, path: str, weight_version: int, flush_cache: bool = True) -> None:
         """Load a checkpoint from a disk that all servers see, and check the version afterwards.
@@ -111,7 +121,7 @@ class RolloutClient:
             "weight_version": str(weight_version),
             "flush_cache": flush_cache,
         }
-        asyncio.run(self._at_all("POST", "/update_weights_from_disk", body))
+        _run(self._at_all("POST", "/update_weights_from_disk", body))
         for url, version in self.weight_versions().items():
             if version != str(weight_version):
                 raise ServerError(
@@ -125,12 +135,12 @@ class RolloutClient:
 
     def weight_versions(self) -> dict[str, str]:
         """Return the weight version that each server reports."""
-        answers = asyncio.run(self._at_all("GET", "/model_info"))
+        answers = _run(self._at_all("GET", "/model_info"))
         return {url: str(answer.get("weight_version")) for url, answer in answers.items()}
 
     def health(self) -> dict[str, str]:
         """Return "ok", or what is wrong, for each server; never raise."""
-        return asyncio.run(self._health())
+        return _run(self._health())
 
     def pause(self, mode: str = "in_place") -> None:
         """Stop sampling.
@@ -139,32 +149,42 @@ class RolloutClient:
             mode: "in_place" keeps running requests where they are; "retract" takes their slots
                 away (their rows so far stay true); "abort" ends them with what they have.
         """
-        asyncio.run(self._at_all("POST", "/pause_generation", {"mode": mode}))
+        _run(self._at_all("POST", "/pause_generation", {"mode": mode}))
 
     def resume(self) -> None:
         """Continue sampling after `pause`."""
-        asyncio.run(self._at_all("POST", "/continue_generation", {}))
+        _run(self._at_all("POST", "/continue_generation", {}))
 
     def abort(self) -> None:
         """End all requests; each answers with the tokens and routes that it has."""
-        asyncio.run(self._at_all("POST", "/abort_request", {"abort_all": True}))
+        _run(self._at_all("POST", "/abort_request", {"abort_all": True}))
 
     def flush_cache(self) -> None:
         """Drop all cached prefixes."""
-        asyncio.run(self._at_all("POST", "/flush_cache", {}))
+        _run(self._at_all("POST", "/flush_cache", {}))
 
-    async def _generate(
+    @property
+    def faults(self) -> dict[str, int]:
+        """Failures of each server since it last answered well."""
+        return dict(self._faults)
+
+    async def agenerate(
         self,
         requests: Sequence[GenerateRequest],
-        on_completion: Callable[[int, Completion], None] | None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        async def one(http: httpx.AsyncClient, number: int, request: GenerateRequest) -> Completion:
+        """Sample as `generate` does, inside a running event loop."""
+
+        async def one(
+            http: aiohttp.ClientSession, number: int, request: GenerateRequest
+        ) -> Completion:
             completion = await self._with_retries(http, limits, request)
             if on_completion is not None:
                 on_completion(number, completion)
             return completion
 
         async with self._http(self.options.request_timeout_s) as http:
+            await self._look_after_faulty(http)
             limits = await self._limits(http)
             tasks = [asyncio.ensure_future(one(http, n, r)) for n, r in enumerate(requests)]
             try:
@@ -174,7 +194,7 @@ class RolloutClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _limits(self, http: httpx.AsyncClient) -> Limits:
+    async def _limits(self, http: aiohttp.ClientSession) -> Limits:
         """Return each server's limit; a server that does not tell its replicas counts as one."""
 
         async def ask(url: str) -> None:
@@ -193,29 +213,30 @@ class RolloutClient:
         }
 
     async def _with_retries(
-        self, http: httpx.AsyncClient, limits: Limits, request: GenerateRequest
+        self, http: aiohttp.ClientSession, limits: Limits, request: GenerateRequest
     ) -> Completion:
         failures: list[ServerError] = []
         weight_version = self._weight_version
         for attempt in range(self.options.num_retries + 1):
             if attempt:
                 await asyncio.sleep(self.options.retry_wait_s * 2 ** (attempt - 1))
-            tried = [failure.where for failure in failures]
-            url = min(self.urls, key=lambda u: (tried.count(u), self._load[u]))
+            url = self._choose([failure.where for failure in failures])
             self._load[url] += len(request.input_ids)
             try:
                 async with limits[url]:
-                    answer = await _call(http, "POST", url, "/generate", request.to_json())
-                # Base64, checksum and validation of a long rollout block for milliseconds.
-                completion = await asyncio.to_thread(
-                    completion_of, answer, request, url, self.model
-                )
+                    reply = await _send(http, "POST", url, "/generate", request.to_json())
+                # JSON, base64, checksum and validation of a long rollout block for milliseconds.
+                completion = await asyncio.to_thread(_completion, reply, request, url, self.model)
                 _check_weights(completion, weight_version)
+                self._faults[url] = 0
                 return completion
             except _TransientError as error:
+                self._faults[url] += 1
                 failures.append(error)
             finally:
                 self._load[url] -= len(request.input_ids)
+        if isinstance(failures[-1].__cause__, RoutingReplayError):  # a damaged answer
+            raise failures[-1].__cause__
         raise ServerError(
             f"a request failed {len(failures)} times",
             got=failures[-1].got,
@@ -223,8 +244,32 @@ class RolloutClient:
             fix="See the servers' logs; a server that hangs answers neither health() nor us",
         )
 
+    def _choose(self, tried: Sequence[object]) -> str:
+        """Return a server that was not tried yet, works, and has little to do."""
+        most = self.options.max_faults
+        return min(
+            self.urls, key=lambda u: (tried.count(u), self._faults[u] >= most, self._load[u])
+        )
+
+    async def _look_after_faulty(self, http: aiohttp.ClientSession) -> None:
+        """Take servers back that answer again, with the weights that were loaded last."""
+
+        async def ask(url: str) -> None:
+            try:
+                await asyncio.wait_for(_call(http, "GET", url, "/health"), INFO_TIMEOUT_S)
+                answer = await asyncio.wait_for(
+                    _call(http, "GET", url, "/model_info"), INFO_TIMEOUT_S
+                )
+            except (TimeoutError, ServerError):
+                return
+            if self._weight_version in (None, _number(answer.get("weight_version"))):
+                self._faults[url] = 0
+
+        most = self.options.max_faults
+        await _all(ask(url) for url in self.urls if self._faults[url] >= most)
+
     async def _health(self) -> dict[str, str]:
-        async def one(http: httpx.AsyncClient, url: str) -> str:
+        async def one(http: aiohttp.ClientSession, url: str) -> str:
             try:
                 await _call(http, "GET", url, "/health_generate")
             except ServerError as error:
@@ -241,11 +286,19 @@ class RolloutClient:
             calls = (_call(http, method, url, route, body) for url in self.urls)
             return dict(zip(self.urls, await _all(calls), strict=True))
 
-    def _http(self, timeout_s: float) -> httpx.AsyncClient:
-        timeout = httpx.Timeout(timeout_s, connect=self.options.connect_timeout_s, pool=None)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        # Servers are named by address: a proxy of the environment is for other traffic.
-        return httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+    def _http(self, timeout_s: float) -> aiohttp.ClientSession:
+        # A server sends nothing before the answer is complete, so the time to the first byte is
+        # that of the request. Waiting for a free connection does not count.
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self.options.connect_timeout_s, sock_read=timeout_s
+        )
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = 0 if most == resource.RLIM_INFINITY else max(1, most - RESERVED_DESCRIPTORS)
+        # Servers are named by address: a proxy of the environment is for other traffic, and the
+        # session reads none.
+        return aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=limit, limit_per_host=0)
+        )
 
 
 class _TransientError(ServerError):
@@ -264,36 +317,78 @@ def _check_weights(completion: Completion, weight_version: int | None) -> None:
         )
 
 
+def _number(version: object) -> int | None:
+    return int(str(version)) if str(version).isdigit() else None
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, in a thread of its own where this one has an event loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*calls))
 
 
 async def _call(
-    http: httpx.AsyncClient,
+    http: aiohttp.ClientSession,
     method: str,
     url: str,
     route: str,
     body: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
+    return _answer(await _send(http, method, url, route, body), url, route)
+
+
+async def _send(
+    http: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    route: str,
+    body: Mapping[str, Any] | None = None,
+) -> tuple[int, bytes]:
+    """Return status and content of the answer."""
     try:
-        response = await http.request(method, url + route, json=body)
-    except httpx.HTTPError as error:
+        async with http.request(method, url + route, json=body) as response:
+            return response.status, await response.read()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
         got = f"{type(error).__name__} {error}".strip()
         raise _TransientError("the server cannot be reached", got=got, where=url) from error
-    if response.status_code in RETRIED:
-        got = f"status {response.status_code}: {response.text[:300]}"
+
+
+def _answer(reply: tuple[int, bytes], url: str, route: str) -> dict[str, Any]:
+    status, content = reply
+    text = content[:500].decode(errors="replace")
+    if status in RETRIED:
+        got = f"status {status}: {text[:300]}"
         raise _TransientError(f"the server failed in {route}", got=got, where=url)
     try:
-        answer = response.json() if response.content else {}
+        answer = json.loads(content) if content else {}
     except ValueError:
-        answer = {"message": response.text}
+        answer = {"message": text}
     has_failed = isinstance(answer, dict) and answer.get("success") is False
-    if response.status_code != 200 or has_failed:
+    if status != 200 or has_failed:
         message = answer.get("message") or answer.get("error") or answer
         raise ServerError(
             f"the server refused {route}",
-            got=f"status {response.status_code}: {str(message)[:500]}",
+            got=f"status {status}: {str(message)[:500]}",
             where=url,
             fix="See the server's log",
         )
     return answer
+
+
+def _completion(
+    reply: tuple[int, bytes], request: GenerateRequest, url: str, model: MoEShape | None
+) -> Completion:
+    """Return a checked answer. A damaged one may come back whole from another try."""
+    answer = _answer(reply, url, "/generate")
+    try:
+        return completion_of(answer, request, url, model)
+    except RoutingReplayError as error:
+        raise _TransientError("the answer is damaged", got=error, where=url) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client as http_client
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import numpy as np
 
 from ..capture import OURS
@@ -62,13 +65,33 @@ def probe(
         ServerError: What is missing, where, and what to do.
     """
     url = url.rstrip("/")
-    # Servers are named by address: a proxy of the environment is for other traffic.
-    with httpx.Client(timeout=timeout_s, trust_env=False) as http:
+    http = _Http(url, timeout_s)
 
-        def ask(start: int) -> Completion:
-            return _ask(http, url, capture, start, model)
+    def ask(start: int) -> Completion:
+        return _ask(http, capture, start, model)
 
-        return _report(ask, capture, url)
+    return _report(ask, capture, url)
+
+
+class _Http:
+    """One server, with the standard library: a probe sends two or three requests."""
+
+    def __init__(self, url: str, timeout_s: float):
+        self.url = url
+        self._timeout_s = timeout_s
+        # Servers are named by address: a proxy of the environment is for other traffic.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def send(self, route: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+        """Return status and text of the answer; OSError without one."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + route, data, headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                return response.status, response.read().decode(errors="replace")
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(errors="replace")
 
 
 def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeReport:
@@ -115,55 +138,53 @@ def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeRe
     return ProbeReport(url=url, checks=tuple(checks), routes=routes)
 
 
-def _ask(
-    http: httpx.Client, url: str, capture: str, start: int, model: MoEShape | None
-) -> Completion:
+def _ask(http: _Http, capture: str, start: int, model: MoEShape | None) -> Completion:
     sampling = {"temperature": 0.0, "max_new_tokens": NUM_NEW, "ignore_eos": True}
     request = GenerateRequest(input_ids=PROMPT, sampling=sampling, capture=capture, start=start)
-    answer = _post(http, url, request.to_json())
+    answer, url = _post(http, request.to_json()), http.url
     meta_info = answer.get("meta_info") if isinstance(answer, dict) else None
     if isinstance(meta_info, dict) and capture != "off":
-        _check_field(http, url, meta_info, capture)
+        _check_field(http, meta_info, capture)
     try:
         return completion_of(answer, request, url, model)
     except PayloadError as error:
         raise ServerError(str(error), where=url, fix=error.fix) from error
 
 
-def _post(http: httpx.Client, url: str, body: dict[str, Any]) -> Any:
+def _post(http: _Http, body: dict[str, Any]) -> Any:
     try:
-        response = http.post(f"{url}/generate", json=body)
-    except httpx.HTTPError as error:
+        status, text = http.send("/generate", body)
+    except (OSError, http_client.HTTPException) as error:
         raise ServerError(
             "the server does not answer",
             got=f"{type(error).__name__} {error}".strip(),
-            where=url,
+            where=http.url,
             fix="Is it running, is the address right, does it hang? See its log",
         ) from error
-    if response.status_code != 200:
+    if status != 200:
         raise ServerError(
             "the server refuses a request for routes",
-            got=f"status {response.status_code}: {response.text[:300]}",
-            where=f"{url}/generate",
+            got=f"status {status}: {text[:300]}",
+            where=f"{http.url}/generate",
             fix="A gateway that knows no /generate, or no return_routed_experts: ask the SGLang "
             "server behind it",
         )
     try:
-        return response.json()
+        return json.loads(text)
     except ValueError as error:
         raise ServerError(
             "the answer is not JSON",
-            got=response.text[:100],
-            where=url,
+            got=text[:100],
+            where=http.url,
             fix="Ask the server itself",
         ) from error
 
 
-def _check_field(http: httpx.Client, url: str, meta_info: dict[str, Any], capture: str) -> None:
+def _check_field(http: _Http, meta_info: dict[str, Any], capture: str) -> None:
     """Name who lost the routes: the server's start, the plugin, or a gateway."""
-    text = meta_info.get(FIELD)
+    text, url = meta_info.get(FIELD), http.url
     if text is None:
-        flag = _server_flag(http, url, "enable_return_routed_experts")
+        flag = _server_flag(http, "enable_return_routed_experts")
         raise ServerError(
             "no routes come back",
             expected=f"meta_info.{FIELD}",
@@ -185,10 +206,10 @@ def _check_field(http: httpx.Client, url: str, meta_info: dict[str, Any], captur
         )
 
 
-def _server_flag(http: httpx.Client, url: str, name: str) -> Any:
+def _server_flag(http: _Http, name: str) -> Any:
     try:
-        return http.get(f"{url}/server_info").json().get(name)
-    except (httpx.HTTPError, ValueError, AttributeError):
+        return json.loads(http.send("/server_info")[1]).get(name)
+    except (OSError, http_client.HTTPException, ValueError, AttributeError):
         return None
 
 
