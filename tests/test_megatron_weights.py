@@ -267,10 +267,3 @@ def _broken_checkpoints(source, out):
     index = {"weight_map": {name: files[name > "model.layers.2"] for name in tensors}}
     (folders["shard"] / "model.safetensors.index.json").write_text(json.dumps(index))
     return folders
-
-
-def test_the_names_of_every_supported_architecture_are_known():
-    from recipes.model import cpu  # noqa: F401  isort: skip
-    from recipes.model import model, weight_names
-
-    assert sorted(model.SUPPORTED) == list(weight_names.MODEL_TYPES)

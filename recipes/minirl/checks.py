@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from routing_replay import objectives
 from routing_replay.errors import ConfigError
 

@@ -172,7 +172,7 @@ def _build_chunk(config: ModelConfig, vp_stage: int | None) -> GPTModel:
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if not use_te:
-        _use_local_modules(block)
+        _use_local_modules(block, config)
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = GPTModel(
         config=config,
@@ -210,15 +210,17 @@ def _mtp_spec(config: ModelConfig, block: TransformerBlockSubmodules, vp_stage: 
     return spec
 
 
-def _use_local_modules(block: TransformerBlockSubmodules) -> None:
+def _use_local_modules(block: TransformerBlockSubmodules, config: ModelConfig) -> None:
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         modules = layer.submodules
         modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
         attention = modules.self_attention.submodules
         attention.core_attention = AllGatherAttention
-        if hasattr(attention, "kv_layernorm"):
-            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        if isinstance(config, LatentModelConfig):
+            has_query_latent = config.q_lora_rank is not None
+            attention.q_layernorm = RMSNorm if has_query_latent else IdentityOp
+            attention.kv_layernorm = RMSNorm
         elif attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
 

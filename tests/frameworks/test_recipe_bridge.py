@@ -1,12 +1,16 @@
 """recipes.model.bridge: Megatron-Bridge's converter and ours move the same weights."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("megatron.bridge.package_info", reason="megatron-bridge is not installed")
+try:
+    importlib.metadata.version("megatron-bridge")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("megatron-bridge is not installed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from megatron_worlds import megatron, run_world  # noqa: E402
