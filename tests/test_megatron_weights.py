@@ -19,7 +19,6 @@ from tiny_models import (
     tiny_deepseek_v3,
     tiny_glm4_moe,
     tiny_qwen3_moe,
-    write_tiny_deepseek_v2,
 )
 
 from recipes.model import fp8
@@ -47,7 +46,7 @@ QWEN_LAYOUTS = [
     "full-recompute",
     "moe-recompute",
 ]
-LATENT = [("deepseek", name) for name in ("one", "tp2-ep2", "tp2-cp2")] + [("deepseek2", "tp2")]
+LATENT = [("deepseek", name) for name in ("one", "tp2-ep2", "tp2-cp2")]
 ALL = [("qwen", name) for name in QWEN_LAYOUTS] + [("glm", "one"), ("glm", "tp2-ep2")] + LATENT
 
 
@@ -58,7 +57,6 @@ def world(tmp_path_factory):
         "qwen": tiny_qwen3_moe(dense_layers=(1,), vocab=VOCAB),
         "glm": tiny_glm4_moe(),
         "deepseek": tiny_deepseek_v3(),
-        "deepseek2": write_tiny_deepseek_v2(out / "deepseek2-checkpoint"),
         "tied": tiny_qwen3_moe(layers=2, tie_embeddings=True, vocab=VOCAB, norm_topk=False),
     }
     reference = {family: _reference(folder) for family, folder in folders.items()}
@@ -166,7 +164,7 @@ def test_a_saved_checkpoint_has_shards_index_config_and_tokenizer(world):
     [
         (
             "architecture",
-            r"architecture is not supported; expected deepseek_v2 or deepseek_v3 or glm4_moe or",
+            r"architecture is not supported; expected deepseek_v3 or glm4_moe or qwen3_moe",
         ),
         ("missing", r"lacks tensors of the model.*model\.layers\.2\.mlp\.experts\.5\.up_proj"),
         (

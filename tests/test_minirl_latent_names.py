@@ -28,7 +28,6 @@ SECOND_OF_TWO = ShardPosition(tensor_rank=1, tensor_size=2)
         # 4 heads of 24 + 16 query channels; of 24 key and 20 value channels.
         ("linear_q_up_proj.weight", "q_b_proj", (160, 48), (80, 160)),
         ("linear_kv_up_proj.weight", "kv_b_proj", (176, 32), (88, 176)),
-        ("linear_q_proj.weight", "q_proj", (160, 64), (80, 160)),
         # Whole on every rank: the latents, and the keys' rotary part that all heads share.
         ("linear_q_down_proj.weight", "q_a_proj", (48, 64), (0, 48)),
         ("linear_kv_down_proj.weight", "kv_a_proj_with_mqa", (48, 64), (0, 48)),

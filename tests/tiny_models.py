@@ -91,68 +91,42 @@ def write_tiny_glm4_moe(
     return _save(Glm4MoeForCausalLM, config, path, torch.float32, seed)
 
 
-def write_tiny_deepseek_v3(path, *, layers=3, q_lora=48, yarn=True, experts=8, seed=1) -> Path:
+def write_tiny_deepseek_v3(path, *, layers=3, experts=8, seed=1) -> Path:
     """Writes a random DeepSeek-V3 checkpoint: latent attention, the router of GLM-4-MoE."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    if yarn:
-        rope |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-        rope |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32}
+    rope |= {"original_max_position_embeddings": 128, "beta_slow": 1, "mscale": 1.0}
     config = DeepseekV3Config(
-        **_latent_shape(layers, q_lora),
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=20,
         n_routed_experts=experts,
         num_experts_per_tok=4,
         n_group=4,
         topk_group=2,
+        n_shared_experts=1,
         routed_scaling_factor=2.5,
+        first_k_dense_replace=1,
         num_mtp_layers=0,
-        rope_parameters=rope,
+        max_position_embeddings=512,
+        rope_parameters=rope | {"mscale_all_dim": 1.0},
+        tie_word_embeddings=False,
+        initializer_range=0.12,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
     )
     return _save(DeepseekV3ForCausalLM, config, path, torch.float32, seed)
-
-
-def write_tiny_deepseek_v2(path, *, layers=3, seed=1) -> Path:
-    """Writes a random DeepSeek-V2-Lite checkpoint: whole queries, plain softmax router."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
-    config = DeepseekV2Config(
-        **_latent_shape(layers, None),
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        topk_method="greedy",
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    return _save(DeepseekV2ForCausalLM, config, path, torch.float32, seed)
-
-
-def _latent_shape(layers, q_lora):
-    return {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": q_lora,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 24,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 20,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.12,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
 
 
 @functools.cache

@@ -49,7 +49,6 @@ LAYOUTS = {
     "qwen": QWEN_LAYOUTS,
     "glm": GLM_LAYOUTS,
     "deepseek": LATENT_LAYOUTS,
-    "deepseek2": {"tp2": (ParallelLayout(tensor=2), {})},
 }
 # The saved model is one SGD step away from the loaded one; large enough to change every logit.
 LEARNING_RATE = 0.5

@@ -117,22 +117,13 @@ def _deepseek_v3_fields(hf: HFConfig) -> Fields:
     return _sigmoid_fields(hf) | _latent_fields(hf)
 
 
-def _deepseek_v2_fields(hf: HFConfig) -> Fields:
-    # Its groups are ranked by their best expert, Megatron's by the sum of several.
-    if hf.topk_method != "greedy":
-        raise _unsupported(hf, "topk_method", "greedy (DeepSeek-V2-Lite)", hf.topk_method)
-    router = {
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
-    }
-    return _shared_expert_fields(hf) | router | _latent_fields(hf)
-
-
 def _latent_fields(hf: HFConfig) -> Fields:
     """Multi-head latent attention, whose keys and values come from one narrow projection."""
     if hf.attention_bias:
         raise _unsupported(hf, "attention_bias", False, True)
+    if hf.q_lora_rank is None:
+        # Megatron then puts a norm before the queries that DeepSeek-V2-Lite does not have.
+        raise _unsupported(hf, "q_lora_rank", "a number", None)
     rope = hf.rope_parameters
     fields = {
         "multi_latent_attention": True,
@@ -160,11 +151,10 @@ def _latent_fields(hf: HFConfig) -> Fields:
 
 
 # Architectures with latent attention.
-LATENT = ("deepseek_v2", "deepseek_v3")
+LATENT = ("deepseek_v3",)
 SUPPORTED: dict[str, Callable[[HFConfig], Fields]] = {
     "qwen3_moe": _qwen3_moe_fields,
     "glm4_moe": _glm4_moe_fields,
-    "deepseek_v2": _deepseek_v2_fields,
     "deepseek_v3": _deepseek_v3_fields,
 }
 

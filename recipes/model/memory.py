@@ -179,11 +179,8 @@ def _latent_attention(config: LatentModelConfig, tensor: int) -> int:
     whole = hidden * (config.kv_lora_rank + config.qk_pos_emb_head_dim) + config.kv_lora_rank
     split = heads * (config.qk_head_dim + config.v_head_dim) * config.kv_lora_rank
     split += heads * config.v_head_dim * hidden
-    if config.q_lora_rank is None:
-        split += hidden * heads * query_head
-    else:
-        whole += config.q_lora_rank * (hidden + 1)
-        split += config.q_lora_rank * heads * query_head
+    whole += config.q_lora_rank * (hidden + 1)
+    split += config.q_lora_rank * heads * query_head
     return int(whole + split // tensor + 2 * hidden)
 
 

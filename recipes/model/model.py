@@ -77,7 +77,7 @@ class ModelConfig(TransformerConfig):
 
 @dataclass
 class LatentModelConfig(MLATransformerConfig, ModelConfig):
-    """The ModelConfig of a model with multi-head latent attention (DeepSeek-V2, V3)."""
+    """The ModelConfig of a model with multi-head latent attention (DeepSeek-V3)."""
 
 
 def transformer_config(
@@ -217,10 +217,8 @@ def _use_local_modules(block: TransformerBlockSubmodules, config: ModelConfig) -
         modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
         attention = modules.self_attention.submodules
         attention.core_attention = AllGatherAttention
-        if isinstance(config, LatentModelConfig):
-            has_query_latent = config.q_lora_rank is not None
-            attention.q_layernorm = RMSNorm if has_query_latent else IdentityOp
-            attention.kv_layernorm = RMSNorm
+        if config.multi_latent_attention:
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
         elif attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
 
@@ -234,8 +232,7 @@ def _duplicate_down_projections(chunk: GPTModel) -> None:
     for module in chunk.modules():
         if isinstance(module, MLASelfAttention):
             for name in ("linear_q_down_proj", "linear_kv_down_proj"):
-                if hasattr(module, name):
-                    setattr(module, name, DuplicatedLinear(getattr(module, name)))
+                setattr(module, name, DuplicatedLinear(getattr(module, name)))
 
 
 def _hide_padded_logits(

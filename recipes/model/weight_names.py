@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .model import ModelConfig
 
 # Values of `model_type` in config.json whose names are known here.
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "qwen3_moe")
+MODEL_TYPES = ("deepseek_v3", "glm4_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,6 @@ _WHOLE_LATENT = {
 }
 
 _LATENT_HEADS = {
-    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
     "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
     "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
 }
@@ -287,7 +286,6 @@ def _latent_shape(local: str, config: Any) -> tuple[int, ...]:
         "kv_layernorm": (key_value,),
         "linear_q_down_proj": (query, hidden),
         "linear_kv_down_proj": (key_value + config.qk_pos_emb_head_dim, hidden),
-        "linear_q_proj": (heads * query_head, hidden),
         "linear_q_up_proj": (heads * query_head, query),
         "linear_kv_up_proj": (heads * (config.qk_head_dim + config.v_head_dim), key_value),
     }

@@ -116,11 +116,15 @@ def save_hf(
     config = weight_plan.unwrap(model_chunks[0]).config
     saved = str(dtype or config.params_dtype).removeprefix("torch.")
     # The source may be quantized, whatever is saved.
-    changes = {"dtype": saved, fp8.CONFIG_KEY: fp8.CONFIG if is_fp8 else None}
+    changes: dict[str, object] = {
+        "dtype": saved,
+        fp8.CONFIG_KEY: fp8.CONFIG if is_fp8 else None,
+        **_LOST_PARTS.get(config.architecture, {}),
+    }
     writer = CheckpointWriter(
         hf_dir,
         source=source,
-        config_changes=changes | _LOST_PARTS.get(config.architecture, {}),
+        config_changes=changes,
         max_shard_bytes=max_shard_bytes,
     )
     error = _attempt(writer.start)
