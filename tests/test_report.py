@@ -196,6 +196,27 @@ def test_a_gradient_norm_far_above_the_others_is_named_by_its_step(tmp_path):
     ]
 
 
+def test_the_load_of_the_ranks_is_drawn_planned_and_natural_where_a_step_was_planned(tmp_path):
+    plain = write_report([write_run(tmp_path / "plain", [healthy_row(1)])], tmp_path / "p.html")
+    assert "expert-parallel rank" not in plain.read_text()
+    loads = {
+        "ep_peak_over_mean": of_layers(1.02),
+        "ep_peak_over_mean_natural": of_layers(1.3),
+        "ep_load_rank_0": of_layers(1.01),
+        "ep_load_rank_0_natural": of_layers(1.2),
+    }
+    row = healthy_row(1) | {f"routing_replay/{name}": value for name, value in loads.items()}
+    page = write_report([write_run(tmp_path / "run", [row])], tmp_path / "r.html").read_text()
+    for title in (
+        "Busiest expert-parallel rank, as planned",
+        "Busiest expert-parallel rank, in natural order",
+        "Load of expert-parallel rank 0, as planned",
+        "Load of expert-parallel rank 0, in natural order",
+    ):
+        assert title in page
+    assert "Load of expert-parallel rank 1" not in page
+
+
 def test_a_run_without_replay_is_not_blamed_for_it(tmp_path):
     rows = [healthy_row(s) | {"train_infer/kl_k3": 6e-4} for s in range(8)]
     rows = [row | {"train_infer/kl_k3_live": 6e-4} for row in rows]
