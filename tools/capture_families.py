@@ -17,6 +17,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "capture_families.md"
 PREFIX = "sglang.srt.models."
+ROUTERS = ("TopK", "HashTopK")
 # Draft models never write the rows of their target.
 DRAFT_ENDINGS = ("NextN", "MTP", "Eagle", "Eagle3", "DraftModel")
 INTRODUCTION = """\
@@ -68,20 +69,25 @@ def read_module(path: Path) -> Module:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith(PREFIX)]
             module.files += [name.removeprefix(PREFIX) for name in names]
-        elif isinstance(node, ast.Assign) and "EntryClass" in map(ast.unparse, node.targets):
+        elif isinstance(node, ast.Assign) and "EntryClass" in map(_name, node.targets):
             module.entries += [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)]
     return module
 
 
 def _read_class(node: ast.ClassDef) -> Class:
-    names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
-    names |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
-    routers = [
-        inner
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Call) and ast.unparse(inner.func) in ("TopK", "HashTopK")
-    ]
-    return Class(names=names, routers=routers)
+    result = Class()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            result.names.add(inner.id)
+        elif isinstance(inner, ast.Attribute):
+            result.names.add(inner.attr)
+        elif isinstance(inner, ast.Call) and _name(inner.func) in ROUTERS:
+            result.routers.append(inner)
+    return result
+
+
+def _name(node: ast.expr) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def routers_of(modules: dict[str, Module], source: str, name: str) -> Iterator[ast.Call]:
@@ -104,7 +110,7 @@ def routers_of(modules: dict[str, Module], source: str, name: str) -> Iterator[a
 
 def describe(routers: Sequence[ast.Call]) -> tuple[str, str]:
     """Return what a model with these routers reports, and how they select."""
-    selecting = [call for call in routers if ast.unparse(call.func) == "TopK"]
+    selecting = [call for call in routers if _name(call.func) == "TopK"]
     arguments = [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in selecting]
     has_own = any(a.get("custom_routing_function", "None") != "None" for a in arguments)
     traits = ["its own function" if has_own else "", "grouped" if _is_grouped(arguments) else ""]
