@@ -126,10 +126,10 @@ def _distinct(like_LTK, num_experts):
 
 
 def interleaved_chunks(rank, order):
-    """Two chunks by hand as a pipeline runs them: F1 F2, then backwards in an order, recomputed.
+    """Two microbatches by hand as a pipeline runs them: F1 F2, then the backwards in an order.
 
-    Outputs are deallocated and the backward starts as Megatron's schedules do it. Compared with
-    the stock recomputation of stock Megatron that was told the same routes chunk by chunk.
+    Outputs are deallocated and backwards begin as in Megatron's schedules. Every forward and every
+    recomputation must dispatch the rows of its own microbatch.
     """
     from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
     from replay_cases import Case
@@ -149,8 +149,7 @@ def interleaved_chunks(rank, order):
                         output = chunk(
                             batch["tokens"], batch["positions"], None, labels=batch["tokens"]
                         )
-                    # A view of the sum, so that the chunk's output can be deallocated.
-                    outputs.append(output.float() + 0)
+                    outputs.append(output.float() + 0)  # not a view: it is deallocated
                 for number in order:
                     gradient = torch.ones_like(outputs[number])
                     deallocate_output_tensor(outputs[number], True)

@@ -90,6 +90,13 @@ def run_world(function, nproc: int, *args, timeout_s: float = 300) -> list:
                 process.join()
 
 
+def run_kernel_world(function, nproc: int, *args) -> list:
+    """Run `run_world` with Triton's interpreter where there is no GPU, which takes its time."""
+    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    with _environment(**interpreter):
+        return run_world(function, nproc, *args, timeout_s=900)
+
+
 def selected(request, parameter: str) -> list:
     """The values of a parameter over a file's tests that run: one spawned world need do no more.
 

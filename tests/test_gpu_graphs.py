@@ -4,9 +4,8 @@ Without CUDA stand-ins run in place of the graphs (captured_checks.py): a dry ru
 """
 
 import pytest
-from megatron_worlds import run_world
+from megatron_worlds import run_kernel_world, run_world
 from replay_cases import Case
-from test_megatron_kernel_models import run as run_interpreted
 
 CASES = [Case(), Case(router="groups", is_packed=True), Case(router="sigmoid_bias")]
 
@@ -17,7 +16,7 @@ def test_captured_routers_replay_and_record_the_rows_of_every_microbatch(case):
 
 
 def test_captured_routers_replay_with_the_kernel():
-    assert run_interpreted("captured", 1, Case(), True, module="gpu_checks") == [[]]
+    assert run_kernel_world("gpu_checks:captured", 1, Case(), True) == [[]]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["F1F2B1B2", "F1F2B2B1"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from megatron_worlds import run_world
+from megatron_worlds import run_kernel_world
 from replay_cases import Case
 
 from recipes.model.parallel import ParallelLayout
@@ -21,6 +21,7 @@ IN_THE_MODEL = [
     Case(router="pre_softmax_scaled", has_mtp=True),
 ]
 
+RANKS = "megatron_kernel_matrix:run_ranks"
 ON_2_RANKS = [
     Case(layout=TP, router="sigmoid_bias", recompute="full"),
     Case(layout=VPP, is_packed=True),
@@ -42,16 +43,9 @@ ON_4_RANKS = [
 ]
 
 
-def run(entry, num_ranks, *arguments, module="megatron_kernel_matrix"):
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            patch.setenv("TRITON_INTERPRET", "1")
-        return run_world(f"{module}:{entry}", num_ranks, *arguments, timeout_s=900)
-
-
 @pytest.fixture(scope="module")
 def in_models():
-    return run("run", 1, IN_THE_MODEL)[0]
+    return run_kernel_world("megatron_kernel_matrix:run", 1, IN_THE_MODEL)[0]
 
 
 @pytest.mark.timeout(600)
@@ -61,7 +55,8 @@ def test_models_train_with_the_kernel_as_with_the_torch_form(in_models):
 
 @pytest.mark.timeout(600)
 def test_ranks_of_tensor_and_pipeline_parallelism_replay_with_the_kernel_and_in_captured_routers():
-    assert sum(run("run_ranks", 2, ON_2_RANKS, [Case(layout=VPP)]), []) == []
+    captured = [Case(layout=VPP)]
+    assert sum(run_kernel_world(RANKS, 2, ON_2_RANKS, captured), []) == []
 
 
 @pytest.mark.slow
@@ -71,7 +66,7 @@ def test_ranks_of_tensor_and_pipeline_parallelism_replay_with_the_kernel_and_in_
 )
 def test_ranks_of_other_layouts_replay_with_the_kernel(num_ranks, cases):
     captured = [Case(layout=cases[0].layout), Case(layout=cases[-1].layout)]
-    assert sum(run("run_ranks", num_ranks, cases, captured), []) == []
+    assert sum(run_kernel_world(RANKS, num_ranks, cases, captured), []) == []
 
 
 def test_the_kernel_replays_the_named_layers_only_as_the_torch_form_does(in_models):
