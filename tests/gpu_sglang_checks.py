@@ -20,7 +20,7 @@ def capturer_of(device):
     capturer.layers, capturer.architecture = set(), "TinyForCausalLM"
     capturer.num_fused_shared_experts, capturer.topk_size = 0, TOP_K
     capturer.device_cache = BaseDeviceCache(SIZE, NUM_LAYERS, TOP_K, device, "test")
-    capturer.sampler = capturer._router = None
+    capturer.sampler = capturer._router = capturer.weights = None
     return capturer
 
 

@@ -54,7 +54,7 @@ def test_help_says_what_each_part_proves_and_that_no_gpu_has_seen_it(capsys):
 def test_every_command_names_a_file_and_its_arguments():
     for command in (command for commands in gpu.PARTS.values() for command in commands):
         module = command.arguments[1].replace("tools.bench.", "tools/bench/") + ".py"
-        name = command.arguments[5] if command.arguments[1] == "pytest" else module
+        name = command.arguments[7] if command.arguments[1] == "pytest" else module
         assert (gpu.ROOT / name).exists(), command.name
 
 

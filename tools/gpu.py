@@ -83,7 +83,8 @@ class Outcome:
 
 
 def _tests(name: str, *arguments: str, timeout_s: int = 300) -> Command:
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    # Warnings of engines would fill what is kept of the output.
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments)
     return Command(name=name, arguments=command, timeout_s=timeout_s)
 
 

@@ -41,7 +41,7 @@ def model_config(arguments: argparse.Namespace) -> ModelConfig:
         experts=arguments.experts,
         top_k=arguments.top_k,
         vocab=arguments.vocabulary,
-        heads=arguments.hidden // 64,
+        heads=max(2, arguments.hidden // 64),
         expert_size=arguments.expert_width,
         max_position_embeddings=arguments.tokens,
     )
