@@ -1,12 +1,11 @@
-"""Planning: how even the expert-parallel ranks become, what it costs, and what a step gains.
+"""Planning: how even the expert-parallel ranks become, and what a plan costs.
 
-    python -m tools.bench.plan                                   # by computation: no Megatron
+    python -m tools.bench.plan
     python -m tools.bench.plan --routes RUN/last_batch/routes.safetensors
-    torchrun --nproc-per-node 2 -m tools.bench.planned_step      # wall clock of a Megatron step
 
-prints the busiest rank's load over the mean for packing, placement and both, beside natural order,
-sequences sorted by length, first-fit-decreasing and the lower bound; then the seconds of planning
-against the number of sequences, layers and experts.
+computes, without Megatron, and prints the busiest rank's load over the mean for packing, placement
+and both, beside natural order, sequences sorted by length, first-fit-decreasing and the lower
+bound; then the seconds of planning against the number of sequences, layers and experts.
 """
 
 from __future__ import annotations
