@@ -7,6 +7,7 @@ import oracles
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch_ranks import start_ranks
 
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.agreement import (
@@ -218,7 +219,7 @@ def _stage(rank, port, queue):
 
 def test_pipeline_stages_together_report_what_one_process_would(free_port):
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(_stage, args=(free_port, queue), nprocs=2, join=False)
+    context = start_ranks(_stage, (free_port, queue), 2, join=False)
     results = [queue.get() for _ in range(2)]
     while not context.join():
         pass

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch_ranks import start_ranks
 
 from routing_replay.metrics import load
 from routing_replay.metrics.load import expert_load
@@ -60,7 +61,7 @@ def _rank(rank, path, queue):
 
 def test_tables_of_data_parallel_ranks_are_counted_together(tmp_path):
     queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(_rank, args=(tmp_path / "store", queue), nprocs=2, join=False)
+    context = start_ranks(_rank, (tmp_path / "store", queue), 2, join=False)
     values = [queue.get() for _ in range(2)]
     while not context.join():
         pass

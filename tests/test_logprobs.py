@@ -8,7 +8,7 @@ import oracles_objectives as oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch_ranks import start_ranks
 
 from routing_replay.errors import ObjectiveError
 from routing_replay.objectives import logprobs
@@ -240,7 +240,7 @@ def _rank(rank, folder):
 
 def test_a_split_vocabulary_gives_the_values_and_gradients_of_the_whole():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder,), nprocs=2)
+        start_ranks(_rank, (folder,), 2)
         ranks = [torch.load(os.path.join(folder, f"rank{rank}.pt")) for rank in range(2)]
     for number, allowed in enumerate((None, support()[0])):
         logits, targets = example()

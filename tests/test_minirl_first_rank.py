@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch_ranks import start_ranks
 
 from recipes.minirl import node_files
 from recipes.minirl.first_rank import FirstRank
@@ -102,7 +102,7 @@ def of_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
     for node in range(2):
         (folder / f"disk_{node}").mkdir()
-    context = mp.spawn(in_nodes, (free_port(), folder), nprocs=len(NODES), join=False)
+    context = start_ranks(in_nodes, (free_port(), folder), len(NODES), join=False)
     for process in context.processes:
         process.join(60)
     return [

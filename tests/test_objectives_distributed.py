@@ -8,8 +8,8 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracles_objectives import case_on_the_grid, gradient_of, inputs_of
+from torch_ranks import start_ranks
 
 from routing_replay import objectives
 from routing_replay.metrics import typed as metrics
@@ -157,7 +157,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def of_two_ranks():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder,), nprocs=2)
+        start_ranks(_rank, (folder,), 2)
         return [torch.load(os.path.join(folder, f"rank{rank}.pt")) for rank in range(2)]
 
 
