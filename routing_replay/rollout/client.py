@@ -20,6 +20,8 @@ from .requests import Completion, GenerateRequest, completion_of
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 # An idle or busy server answers this in milliseconds; a gateway may not know it at all.
 INFO_TIMEOUT_S = 5.0
+# Less than SGLang's 5 s, so that no request takes a connection that the server is closing.
+KEEP_ALIVE_S = 3.0
 # File descriptors that are left to the rest of the process.
 RESERVED_DESCRIPTORS = 256
 T = TypeVar("T")
@@ -294,11 +296,12 @@ class RolloutClient:
         )
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = 0 if most == resource.RLIM_INFINITY else max(1, most - RESERVED_DESCRIPTORS)
+        connector = aiohttp.TCPConnector(
+            limit=limit, limit_per_host=0, keepalive_timeout=KEEP_ALIVE_S
+        )
         # Servers are named by address: a proxy of the environment is for other traffic, and the
         # session reads none.
-        return aiohttp.ClientSession(
-            timeout=timeout, connector=aiohttp.TCPConnector(limit=limit, limit_per_host=0)
-        )
+        return aiohttp.ClientSession(timeout=timeout, connector=connector)
 
 
 class _TransientError(ServerError):
