@@ -21,6 +21,7 @@ VARIABLES = {
 }
 # What they import on the way to a training step and a CPU does not need.
 MISSING = {
+    "nemo_rl": ("mlflow", "swanlab", "wandb"),
     "slime": ("sglang", "sglang_router", "memray", "deep_ep", "torch_memory_saver"),
     "miles": (
         *("sglang", "sglang_router", "memray", "deep_ep", "torch_memory_saver", "mooncake"),

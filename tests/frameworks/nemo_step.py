@@ -19,6 +19,7 @@ from typing import Any
 
 import stand_ins
 import torch
+from checkouts import MISSING
 
 OPTIONS = json.loads(Path(sys.argv[1]).read_text())
 LENGTHS = (17, 30, 9, 23, 12, 40)
@@ -26,7 +27,7 @@ LAYERS, EXPERTS, TOP_K = 4, 8, 2
 TOKENS = 64  # of a microbatch
 MISSING_TOKEN = 5  # of the first sequence: no route of it arrived
 
-stand_ins.prepare()
+stand_ins.prepare(*MISSING["nemo_rl"])
 sys.path.insert(0, OPTIONS["checkout"])
 
 # isort: split
