@@ -21,7 +21,7 @@ VARIABLES = {
 }
 # What they import on the way to a training step and a CPU does not need.
 MISSING = {
-    "nemo_rl": ("mlflow", "swanlab", "wandb"),
+    "nemo_rl": ("mlflow", "swanlab", "wandb", "matplotlib", "soundfile", "pynvml"),
     "slime": ("sglang", "sglang_router", "memray", "deep_ep", "torch_memory_saver"),
     "miles": (
         *("sglang", "sglang_router", "memray", "deep_ep", "torch_memory_saver", "mooncake"),
@@ -54,6 +54,7 @@ def run(
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "HF_HUB_OFFLINE": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it beside TP and CP
         }
         | variables,
         capture_output=True,

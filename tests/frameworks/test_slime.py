@@ -97,7 +97,7 @@ def test_the_actor_replays_every_row_and_the_reference_stays_stock(train, packag
     # By chance 1 of 28 pairs of 8 experts is the given one.
     same, routed = total(ranks, "ref_log_probs")
     assert routed == ROUTED and same < ROUTED / 4
-    assert "routing_replay: " in output and "mode R3, routes of the rollout" in output
+    assert "mode R3, routes of the rollout" in output
 
 
 @pytest.mark.parametrize("package", ["slime", "miles"])
