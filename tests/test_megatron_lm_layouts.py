@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.skipif(CORE < (0, 19), reason="--spec: called by the loop from 0.19 on"),
 ]
 LAYOUTS = {
+    "cp2": (2, "--context-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "ep2": (2, "--expert-model-parallel-size 2"),
     "dp2-recompute": (
         2,
@@ -24,14 +26,13 @@ LAYOUTS = {
     ),
     "vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "pp4": (4, "--pipeline-model-parallel-size 4"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "cp2": (2, "--context-parallel-size 2"),
 }
 
 
 def job(folder, nproc=1, flags=(), routes="") -> list[dict]:
     folder.mkdir()
-    run_world("megatron_lm_job:run", nproc, nproc, str(folder), [*OWN_SPEC, *flags], routes)
+    flags = [*OWN_SPEC, *flags]
+    run_world("megatron_lm_job:run", nproc, nproc, str(folder), flags, routes, timeout_s=600)
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
 
@@ -64,23 +65,6 @@ def test_losses_and_trained_weights_are_those_of_a_loop_of_our_own(
     assert check_dispatch(witness, samples, routes) == len(samples) * LENGTH * LAYERS
     assert witness["losses"] == own_loop["losses"]
     assert all(map(torch.equal, witness["weights"], own_loop["weights"]))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_dispatches_exactly_the_routes(samples, table, own_loop, layout, tmp_path):
-    path, routes = table
-    nproc, flags = LAYOUTS[layout]
-    ranks = job(tmp_path / "run", nproc, flags.split(), path)
-    batches = ranks[0]["tokens"] if "pipeline" in flags else None
-    rows = sum(check_dispatch(rank, samples, routes, batches) for rank in ranks)
-    assert rows == len(samples) * LENGTH * LAYERS
-    # Megatron draws other initial weights where it shards them.
-    losses = [rank["losses"] for rank in ranks]
-    if layout == "cp2":  # each rank has a part of the tokens
-        assert np.sum(losses, 0).tolist() == pytest.approx(own_loop["losses"], rel=1e-5)
-    if layout == "dp2-recompute":  # a step's microbatches lie on two ranks
-        in_order = np.stack(losses, 1).reshape(-1).tolist()
-        assert in_order == pytest.approx(own_loop["losses"], rel=1e-5)
 
 
 def test_packed_segments_have_routes_of_their_own(samples, tmp_path):
@@ -119,3 +103,20 @@ def test_a_routes_file_of_other_samples_ends_the_first_step(tmp_path):
     path = save(tmp_path / "other.safetensors", random_routes(1), [np.arange(LENGTH)])
     with pytest.raises(RankError, match="no token of the first pass has routes"):
         job(tmp_path / "run", routes=path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_dispatches_exactly_the_routes(samples, table, own_loop, layout, tmp_path):
+    path, routes = table
+    nproc, flags = LAYOUTS[layout]
+    ranks = job(tmp_path / "run", nproc, flags.split(), path)
+    batches = ranks[0]["tokens"] if "pipeline" in flags else None
+    rows = sum(check_dispatch(rank, samples, routes, batches) for rank in ranks)
+    assert rows == len(samples) * LENGTH * LAYERS
+    # Megatron draws other initial weights where it shards them.
+    losses = [rank["losses"] for rank in ranks]
+    if layout == "cp2":  # each rank has a part of the tokens
+        assert np.sum(losses, 0).tolist() == pytest.approx(own_loop["losses"], rel=1e-5)
+    if layout == "dp2-recompute":  # a step's microbatches lie on two ranks
+        in_order = np.stack(losses, 1).reshape(-1).tolist()
+        assert in_order == pytest.approx(own_loop["losses"], rel=1e-5)
