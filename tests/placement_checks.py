@@ -73,10 +73,10 @@ CASES = {
 }
 
 
-def run(rank, folders, out, num_ranks):
-    """The results of every case, natural and moved."""
+def run(rank, folders, out, names):
+    """The differences between natural and moved experts, by case."""
     results = {}
-    for case in CASES[num_ranks]:
+    for case in [case for cases in CASES.values() for case in cases if case.name in names]:
         folder = folders[case.model]
         with te_spec() if case.is_te else contextlib.nullcontext():
             natural = train(case, folder, f"{out}/natural-{case.name}", is_moved=False)

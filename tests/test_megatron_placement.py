@@ -8,13 +8,14 @@ import functools
 import tempfile
 
 import pytest
-from megatron_worlds import run_world
+from megatron_worlds import run_world, selected
 from placement_checks import CASES
 from tiny_models import tiny_glm4_moe, tiny_qwen3_moe
 
-# Four ranks cost a world of their own: only in `make test-matrix`.
+# A case takes some ten seconds: others only in `make test-matrix`.
+SHORT = ("one", "ep2-alltoall", "ep2-sharded", "glm-ep2")
 PARAMETERS = [
-    pytest.param(n, case.name, marks=[pytest.mark.slow] * (n > 2))
+    pytest.param(n, case.name, marks=[pytest.mark.slow] * (case.name not in SHORT))
     for n in CASES
     for case in CASES[n]
 ]
@@ -27,19 +28,27 @@ ROUNDING = dict.fromkeys(("logits", "exported", "states", "replayed", "loaded"),
 
 
 @functools.cache
-def world(num_ranks):
+def world(num_ranks, names):
     folders = {"qwen": str(tiny_qwen3_moe(**SHAPE)), "glm": str(tiny_glm4_moe())}
     with tempfile.TemporaryDirectory() as out:
-        arguments = (num_ranks, folders, out, num_ranks)
+        arguments = (num_ranks, folders, out, names)
         return run_world("placement_checks:run", *arguments, timeout_s=900)
 
 
-def results(num_ranks, name):
-    return [found[name] for found in world(num_ranks)]
+@pytest.fixture
+def results(request):
+    """The results of a case on every rank; a world computes the cases that this run asks for."""
+
+    def of_case(num_ranks, name):
+        asked = selected(request, "name")
+        names = tuple(case.name for case in CASES[num_ranks] if case.name in asked)
+        return [found[name] for found in world(num_ranks, names)]
+
+    return of_case
 
 
 @each_case
-def test_training_goes_on_as_if_no_expert_had_moved(num_ranks, name):
+def test_training_goes_on_as_if_no_expert_had_moved(results, num_ranks, name):
     for found in results(num_ranks, name):
         assert found["num_moved"] == found["num_moved"][:2]
         if num_ranks > 1:
@@ -51,7 +60,7 @@ def test_training_goes_on_as_if_no_expert_had_moved(num_ranks, name):
 
 
 @each_case
-def test_published_weights_and_checkpoints_keep_the_models_own_numbers(num_ranks, name):
+def test_published_weights_and_checkpoints_keep_the_models_own_numbers(results, num_ranks, name):
     found = results(num_ranks, name)[0]
     for part in ("exported", "loaded"):
         assert found[part] <= (ROUNDING[part] if name.startswith("glm") else 0), part
@@ -59,7 +68,7 @@ def test_published_weights_and_checkpoints_keep_the_models_own_numbers(num_ranks
 
 
 @each_case
-def test_replayed_and_recorded_routes_keep_the_models_own_numbers(num_ranks, name):
+def test_replayed_and_recorded_routes_keep_the_models_own_numbers(results, num_ranks, name):
     for found in results(num_ranks, name):
         if "pp2" in name or "cp2" in name:
             assert found["num_replayed"] == 0, "these layouts are not asked"
@@ -70,7 +79,7 @@ def test_replayed_and_recorded_routes_keep_the_models_own_numbers(num_ranks, nam
 
 
 @each_case
-def test_nothing_numbers_experts_that_are_elsewhere(num_ranks, name):
+def test_nothing_numbers_experts_that_are_elsewhere(results, num_ranks, name):
     for found in results(num_ranks, name):
         for call in ("state_dict", "sharded_state_dict"):
             assert "a state dict numbers experts by their slots" in found["guards"][call]
@@ -78,7 +87,7 @@ def test_nothing_numbers_experts_that_are_elsewhere(num_ranks, name):
 
 
 @each_case
-def test_a_move_that_fails_half_way_leaves_nothing_that_runs_or_is_saved(num_ranks, name):
+def test_a_move_that_fails_half_way_leaves_nothing_that_runs_or_is_saved(results, num_ranks, name):
     for found in results(num_ranks, name):
         for message in found["guards"]["interrupted"]:
             assert "a move of experts did not finish" in message
@@ -86,7 +95,7 @@ def test_a_move_that_fails_half_way_leaves_nothing_that_runs_or_is_saved(num_ran
 
 
 @each_case
-def test_what_the_experts_get_is_what_the_plan_says_or_an_error(num_ranks, name):
+def test_what_the_experts_get_is_what_the_plan_says_or_an_error(results, num_ranks, name):
     messages = [found["guards"]["dispatch"] for found in results(num_ranks, name)]
     if "pp2" in name or "cp2" in name:
         return
