@@ -10,5 +10,5 @@ def layer_spec(config, vp_stage=None):
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
-    _use_local_modules(block)
+    _use_local_modules(block, config)
     return block

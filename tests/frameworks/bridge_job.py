@@ -101,7 +101,7 @@ def layers(config: Any, vp_stage: int | None = None) -> Any:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
-    _use_local_modules(block)
+    _use_local_modules(block, config)
     return block
 
 

@@ -52,7 +52,7 @@ def layer_spec(args: Any, config: Any, vp_stage: int | None = None) -> Any:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
-    our_model._use_local_modules(block)
+    our_model._use_local_modules(block, config)
     return block
 
 

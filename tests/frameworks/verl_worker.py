@@ -68,7 +68,7 @@ def _layers(config: Any, vp_stage: int | None = None) -> Any:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
-    _use_local_modules(block)
+    _use_local_modules(block, config)
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
     return block
