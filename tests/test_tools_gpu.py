@@ -29,6 +29,7 @@ def test_a_dry_run_takes_the_small_sizes_and_hides_the_gpu():
     program = "import os, sys; print(sys.argv[1:], os.environ.get('CUDA_VISIBLE_DEVICES'))"
     dry = gpu.run(command("-c", program, "--tokens", "9", quick=("--quick",)), 1, True)
     assert dry.output == "['--quick'] "
+    assert dry.command.endswith("--quick")
     real = gpu.run(command("-c", program, "--tokens", "9", quick=("--quick",)), 1, False)
     assert real.output.startswith("['--tokens', '9']")
 

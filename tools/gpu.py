@@ -143,6 +143,7 @@ def run(command: Command, part: int, is_dry: bool) -> Outcome:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         if command.quick:  # the sizes in PARTS are for a GPU
             arguments = [*arguments[:3], *command.quick]
+    shown = ["python", *arguments[1:]]
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         if command.has_json:
@@ -153,7 +154,7 @@ def run(command: Command, part: int, is_dry: bool) -> Outcome:
         return Outcome(
             name=command.name,
             part=part,
-            command=" ".join(["python", *arguments[1:]]),
+            command=" ".join(shown),
             returncode=returncode,
             seconds=time.monotonic() - started,
             output=output,
