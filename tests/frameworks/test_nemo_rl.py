@@ -7,11 +7,13 @@ import functools
 import sys
 
 import pytest
+import torch
 from checkouts import ROOT, checkout_of, run
 
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny_models import write_tiny_qwen3_moe  # noqa: E402
 
+LENGTHS = (17, 30, 9, 23, 12, 40)
 # (layer, token)s that were fed: 131 tokens, 6 of them the last ones; one has no route.
 ROUTED = 4 * (131 - 6)
 WITHOUT_ROUTE = 4
@@ -44,15 +46,22 @@ def counts(ranks, name, field):
     return sum(rank["seen"][name][field] for rank in ranks if name in rank["seen"])
 
 
+def largest_difference(own, ours, name):
+    """Of the log-probs of real tokens: padding takes other experts, and nobody reads it."""
+    outputs = [torch.cat(passes[name]["outputs"] or [torch.zeros(0, 1)]) for passes in (own, ours)]
+    difference = (outputs[0] - outputs[1]).abs()
+    if name.startswith("padded"):
+        lengths = torch.tensor(LENGTHS)[: len(difference), None]
+        difference = difference * (torch.arange(difference.shape[1]) < lengths)
+    return float(difference.max()) if difference.numel() else 0.0
+
+
 @pytest.mark.parametrize("batch", ["packed", "padded"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout) or "alone")
 def test_the_log_probs_and_gradients_are_those_of_its_own_replay(passes, layout, batch):
     for rank in passes(**layout):
         own, ours = rank["own"], rank["ours"]
-        pairs = zip(
-            own[f"{batch} logprobs"]["outputs"], ours[f"{batch} logprobs"]["outputs"], strict=True
-        )
-        assert all(float((a - b).abs().max()) < 1e-5 for a, b in pairs)
+        assert largest_difference(own, ours, f"{batch} logprobs") < 1e-5
         gradients = zip(
             own[f"{batch} train"]["gradient"], ours[f"{batch} train"]["gradient"], strict=True
         )

@@ -147,13 +147,6 @@ def test_two_ranks_replay_the_same_rows(train, package, layout):
         assert torch.allclose(parts[0], expected[sample][0], atol=2e-5), sample
 
 
-def test_slices_of_the_whole_batch_replay_the_same_rows(train):
-    flags = (*ADAPTER, *R3, "--allgather-cp")
-    ranks, output, _ = train("slime", flags, context=2)
-    assert ranks, output[-3000:]
-    assert total(ranks, "update") == [ROUTED, ROUTED]
-
-
 def test_padded_batches_replay_the_same_rows(train):
     flags = (*ADAPTER, *R3, "--qkv-format", "bshd", "--micro-batch-size", "2")
     ranks, output, _ = train("miles", flags)
