@@ -289,6 +289,10 @@ class Trainer:
         batch = rollout.batch()
         tool = load_tool()
         scorer = tool.Scorer(self.chunks, self.replay, batch, rollout.table, 32, 1.0)
+        old = None
+        if rollout_chunks is not None:
+            replay = Trainer(rollout_chunks).replay
+            old = tool.Scorer(rollout_chunks, replay, batch, rollout.table, 32, 1.0)
         metrics = {}
         counts_T = batch.mask_ST.flatten()
         with torch.no_grad(), self.replay.replaying(rollout.table, record_live=True) as recorded:
@@ -303,23 +307,17 @@ class Trainer:
             "metrics": to_floats(metrics),
             "findings": findings(to_floats(metrics), Path(folder) / f"run {name}"),
             "explanations": {r.layer: r.explanation for r in compared.layers if r.explanation},
-            "attribution": self._attribute(tool, scorer, batch, rollout, rollout_chunks),
-            "bisection": self._bisect(
-                tool, scorer, batch, rollout, Path(folder) / f"batch {name}", rollout_chunks
-            ),
+            "attribution": self._attribute(scorer, rollout, old),
+            "bisection": self._bisect(scorer, rollout, Path(folder) / f"batch {name}", old),
         }
 
-    def _bisect(self, tool, scorer, batch, rollout, folder, rollout_chunks):
+    def _bisect(self, scorer, rollout, folder, old):
         """The arms that tools/score_arms.py scores, and what is made of them."""
         folder.mkdir()
-        columns = dataclasses.asdict(batch)
+        columns = dataclasses.asdict(rollout.batch())
         columns.pop("fingerprint")
         save_file({n: c.contiguous().clone() for n, c in columns.items()}, folder / BATCH_FILE)
         arms, layers = ScoredArms(folder), rollout.table.shape.layers
-        old = scorer
-        if rollout_chunks is not None:
-            replay = Trainer(rollout_chunks).replay
-            old = tool.Scorer(rollout_chunks, replay, batch, rollout.table, 32, 1.0)
 
         def score(name, scorer, replayed, has_gates=False):
             variant = Variant(name=name, replayed=tuple(replayed), has_gates=has_gates)
@@ -330,7 +328,7 @@ class Trainer:
         score("routes", scorer, layers)
         if self.has_weights:
             score("weights", scorer, layers, has_gates=True)
-        if rollout_chunks is not None:
+        if old is not None:
             score("checkpoint", old, layers)
         while (part := halve(layers, lambda part: layers_cost(arms, part))[1]) is not None:
             score(arm_of_layers(part), scorer, [i for i in layers if i not in part])
@@ -340,13 +338,9 @@ class Trainer:
         with torch.no_grad():
             return scorer.run()[0]
 
-    def _attribute(self, tool, scorer, batch, rollout, rollout_chunks):
+    def _attribute(self, scorer, rollout, old):
         layers = rollout.table.shape.layers
         progress = Progress(None, {})
-        old = None
-        if rollout_chunks is not None:
-            trainer = Trainer(rollout_chunks)
-            old = tool.Scorer(rollout_chunks, trainer.replay, batch, rollout.table, 32, 1.0)
 
         def score(variant: Variant):
             return (old if variant.is_rollout_weights else scorer).score(variant)
