@@ -10,9 +10,10 @@ run there, so losses and gradients are compared to float32 rounding; dispatched 
 
 import replay_matrix
 import torch
-from megatron_kernel_matrix import error_of, far_apart
+from megatron_kernel_matrix import far_apart
 from megatron_worlds import megatron
 from replay_cases import Case
+from replay_matrix import error_of
 
 CASES = (Case(), Case(router="groups", is_packed=True))
 

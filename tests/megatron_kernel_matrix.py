@@ -12,6 +12,7 @@ import unittest.mock
 import replay_matrix
 from megatron_worlds import megatron
 from replay_cases import Case
+from replay_matrix import error_of
 
 # Of the largest value of a tensor: 4 layers of wide weights amplify float32 rounding.
 TOLERANCE = 5e-5
@@ -71,11 +72,7 @@ def fused_routers():
     config = ReplayConfig(mode="R3", agreement_every=0, kernel=True)
     with attach(job.chunks, config) as replay:
         table = replay_matrix.random_table(job, replay.shape)
-        oracle = replay_matrix.DispatchedRows(job, table)
-        with replay.replaying(table):
-            job.run(replay, table.rows)
-        oracle.remove()
-        results["replayed"] = oracle.wrong, oracle.calls
+        results["replayed"] = replay_matrix.replayed(job, replay, table)
         results["outside"] = error_of(job.run)
     with attach(job.chunks, dataclasses.replace(config, mode="R2")) as replay:
         with replay.recording(job.batch.lengths) as recorded:  # by the unfused function
@@ -105,14 +102,6 @@ def refusals():
         no_gpu = error_of(lambda: attach(job.chunks, config))
     attach(job.chunks, config).remove()  # nothing was left behind
     return {"unknown router": unknown, "no GPU": no_gpu}
-
-
-def error_of(function):
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def check_case(case: Case) -> list[str]:

@@ -273,6 +273,24 @@ def random_table(job: Job, model) -> RouteTable:
     return table
 
 
+def error_of(function):
+    """Type and message of what a call raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def replayed(job: Job, replay, table: RouteTable) -> tuple[list, int]:
+    """Run a job with a table; return what its routers dispatched otherwise, and their calls."""
+    oracle = DispatchedRows(job, table)
+    with replay.replaying(table):
+        job.run(replay, table.rows)
+    oracle.remove()
+    return oracle.wrong, oracle.calls
+
+
 class DispatchedRows:
     """Oracle of (b): what each router really dispatched, against the table, call by call.
 

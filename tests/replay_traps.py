@@ -6,7 +6,14 @@ from unittest import mock
 import numpy as np
 import torch
 from replay_cases import Case
-from replay_matrix import NUM_MICROBATCHES, DispatchedRows, Job, random_table
+from replay_matrix import (
+    NUM_MICROBATCHES,
+    DispatchedRows,
+    Job,
+    error_of,
+    random_table,
+    replayed,
+)
 
 from routing_replay.config import ReplayConfig
 from routing_replay.megatron import attach
@@ -29,15 +36,6 @@ def provoke(rank, names):
         with megatron(Case().layout):
             found[name] = TRAPS[name]()
     return found
-
-
-def error_of(function):
-    """Type and message of what a call raises."""
-    try:
-        function()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 def routers(job):
@@ -150,11 +148,7 @@ def stock_replay_object():
     found, stock = {}, job.run()
     with attach(job.chunks, R3) as replay:
         table = random_table(job, replay.shape)
-        oracle = DispatchedRows(job, table)
-        with replay.replaying(table):
-            job.run(replay, table.rows)
-        oracle.remove()
-        found["idle"] = oracle.wrong, oracle.calls
+        found["idle"] = replayed(job, replay, table)
         for action in (RouterReplayAction.RECORD, RouterReplayAction.REPLAY_FORWARD):
             RouterReplay.set_global_router_replay_action(action)
 
@@ -189,12 +183,8 @@ def wrapped_model():
         for chunk in job.chunks
     ]
     with attach(job.chunks, R3) as replay:
-        table = random_table(job, replay.shape)
-        oracle = DispatchedRows(job, table)
-        with replay.replaying(table):
-            job.run(replay, table.rows)
-        oracle.remove()
-    return {"layers": replay.shape.layers, "wrong": oracle.wrong, "calls": oracle.calls}
+        wrong, calls = replayed(job, replay, random_table(job, replay.shape))
+    return {"layers": replay.shape.layers, "wrong": wrong, "calls": calls}
 
 
 @trap
@@ -222,11 +212,7 @@ def unset_router_fusion():
     unset = ReplayConfig(mode="R3", agreement_every=0, unset_router_fusion=True)
     with attach(job.chunks, unset) as replay:
         table = random_table(job, replay.shape)
-        oracle = DispatchedRows(job, table)
-        with replay.replaying(table):
-            job.run(replay, table.rows)
-        oracle.remove()
-        found["replayed"] = oracle.wrong, oracle.calls
+        found["replayed"] = replayed(job, replay, table)
         found["outside"] = error_of(job.run)
         batch = next(iter(job.batch.microbatches(table.rows)))
         with replay.replaying(table), replay.microbatch(batch["rows"]):
