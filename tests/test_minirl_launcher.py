@@ -96,10 +96,5 @@ def test_block_fp8_rollouts_are_not_launched_on_a_cpu():
         require_own_devices(config, has_cuda=False)
 
 
-def test_megatron_bridge_does_not_convert_experts_that_have_moved():
-    with pytest.raises(ConfigError, match="Bridge's converter.*got weights: bridge, plan: both"):
-        parse(["--weights", "bridge", "--plan", "both"])
-
-
 def test_a_resolved_configuration_with_its_ranks_is_accepted():
     require_ready(parse(["--nnodes", "2", "--nproc", "2"]), 4, Path("run/config.json"))

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from recipes.model.collective import on_every_rank
 from recipes.model.optimizer_state import State, optimizer_state, restore_optimizer
+from recipes.model.weights import save_hf
 from routing_replay.errors import CheckpointError
 
-from . import models
 from .policy import Policy
 
 PREFIX = "step_"
@@ -112,7 +112,7 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
     final = checkpoint_of_step(run_dir, progress.step)
     partial = final.with_name(f".{final.name}.partial")
     try:
-        models.save(policy.chunks, partial, source, policy.config.training)
+        save_hf(policy.chunks, partial, source=source)
         # The state is loaded into experts that lie where Megatron puts them.
         with policy.natural_experts():
             state = optimizer_state(policy.optimizer)

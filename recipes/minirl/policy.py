@@ -117,7 +117,7 @@ class Policy:
         self.reference = None
         if config.needs_reference:
             folder = reference or checkpoint
-            self.reference = models.frozen(self.model_config, self.layout, folder, t)
+            self.reference = models.frozen(self.model_config, self.layout, folder)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.sharding = Sharding(

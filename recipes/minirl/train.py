@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.model import bridge, parallel
+from recipes.model import parallel
 from recipes.model.collective import on_every_rank
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import Recording
@@ -105,8 +105,6 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
     checks.require_gpu(config, checks.why_no_cuda())
-    if config.training.weights == "bridge":
-        bridge.require_installed()
     parallel.start_distributed()
     require_alike(config.to_mapping())
     inputs = on_every_rank(lambda: load_inputs(config))
