@@ -101,10 +101,15 @@ def test_the_launcher_replays_the_routed_samples_on_two_pipeline_stages(stock, t
     run = Run(tmp_path / "run", 2, flags, path, launcher=True)
     first, last = run.witnesses()
     assert sorted(first["maps"]) == [0, 1] and sorted(last["maps"]) == [2, 3]
-    rows = (4 * STEPS - 1) * LENGTH * 2
+    # The mock data of 0.17 repeat a sample: the one without routes has those of its equal.
+    known = {sample.tobytes() for sample in samples}
+    is_routed = [sample.tobytes() in known for sample in samples_of(first)]
+    assert len(is_routed) == 4 * STEPS and (CORE < (0, 18) or sum(is_routed) == 4 * STEPS - 1)
     for witness in (first, last):
-        assert check_dispatch(witness, samples, routes, first["tokens"]) == rows
-    assert f"the first pass replayed {3 * LENGTH * LAYERS} rows" in run.output
+        rows = check_dispatch(witness, samples, routes, first["tokens"])
+        assert rows == sum(is_routed) * LENGTH * 2
+    num_first = sum(is_routed[:4]) * LENGTH * LAYERS
+    assert f"the first pass replayed {num_first} rows" in run.output
     assert last["losses"] != stock["losses"]
 
 
