@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,7 +62,13 @@ def _policy(folder, layout, settings):
     chunks = models.trained(config, layout, folder, settings)
     optimizer = models.make_optimizer(chunks, settings, dtype)
     recipe = SimpleNamespace(training=settings, run=RunSettings(keep_checkpoints=1))
-    return SimpleNamespace(chunks=chunks, optimizer=optimizer, layout=layout, config=recipe)
+    return SimpleNamespace(
+        chunks=chunks,
+        optimizer=optimizer,
+        layout=layout,
+        config=recipe,
+        natural_experts=contextlib.nullcontext,  # without a plan no expert moves
+    )
 
 
 def _compare(folder, run_dir, settings, layout, batch):
