@@ -76,7 +76,8 @@ def passed(fields, logits_TE, has_kernel):
         record=LiveRecord((0,), EXPERTS),
     )
     attachment = Attachment.__new__(Attachment)
-    attachment.step, attachment.watcher = object(), None
+    attachment.step, attachment.watcher = types.SimpleNamespace(dispatch=None), None
+    attachment._has_captured = False
     attachment._tracker = Tracker(forward_pass)
     entry = RouterEntry(router=router, chunk=0, layer=0, name="router")
     seam = RouterSeam(entry, attachment._select)
