@@ -36,7 +36,7 @@ test-fast: env  ## every test that needs no engine; under a minute
 ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
   --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: env  ## every test that needs no GPU, except the long matrix; under 15 minutes
+test: env  ## every test that needs no GPU, except the long matrix; about 30 minutes
 	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation

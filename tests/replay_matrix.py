@@ -395,7 +395,8 @@ def check_case(case: Case) -> list[str]:
     with attach(job.chunks, dataclasses.replace(r2, mode="R3")) as replay:
         wrong += _random_routes(job, replay)
         wrong += _evaluation_in_the_middle(job, replay, stock)
-    wrong += weights_findings(job)
+    if not wrong:  # its oracle tells microbatches apart by the rows that were replayed
+        wrong += weights_findings(job)
     wrong += differences("removed", stock, job.run())
     return [f"{case.name}: {text}" for text in wrong]
 
