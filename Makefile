@@ -28,7 +28,7 @@ recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, n
 
 # One thread per process: idle threads of torch spin, and the workers share the cores. A file runs in
 # one worker, with its server and its ranks.
-test-fast: env  ## every test that needs no engine; under a minute
+test-fast: env  ## every test that needs no engine; about a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
