@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from routing_replay.adapters import contracts
-from routing_replay.adapters.contracts import Framework, Seam, Switch
+from routing_replay.adapters import contracts, seams
+from routing_replay.adapters.seams import Framework, Seam, Switch
 from routing_replay.cli import frameworks, main
 from routing_replay.errors import ConfigError, PreflightError
 
@@ -48,8 +48,8 @@ def test_seams_that_are_there_make_no_line_and_nothing_is_imported(tmp_path):
         seam("CONSTANT"),
         seam("Worker.method", "first"),
     )
-    assert list(contracts.compare(right, path)) == []
-    assert contracts.is_installed(right, path) and "framework" not in sys.modules
+    assert list(seams.compare(right, path)) == []
+    assert seams.is_installed(right, path) and "framework" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_seams_that_are_there_make_no_line_and_nothing_is_imported(tmp_path):
     ],
 )
 def test_a_seam_that_changed_is_one_line_with_both_texts(tmp_path, wrong, line):
-    assert list(contracts.compare(entry(wrong), checkout(tmp_path))) == [line]
+    assert list(seams.compare(entry(wrong), checkout(tmp_path))) == [line]
 
 
 def test_an_adapter_refuses_another_version_of_its_framework(tmp_path, monkeypatch):
@@ -163,9 +163,9 @@ def test_a_framework_that_is_not_installed_is_an_error_and_the_command_fails(mon
 
 def test_the_megatron_of_this_environment_has_what_its_adapter_needs():
     entry = contracts.framework("megatron-lm")
-    if not contracts.is_installed(entry):
+    if not seams.is_installed(entry):
         pytest.skip("megatron-core is not installed")
-    assert list(contracts.compare(entry)) == []
+    assert list(seams.compare(entry)) == []
 
 
 def test_a_job_without_its_framework_is_refused(capsys):

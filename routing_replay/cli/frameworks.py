@@ -18,7 +18,7 @@ from ..findings import Finding
 from .model import read_settings
 
 if TYPE_CHECKING:
-    from ..adapters.contracts import Framework, Switch
+    from ..adapters.seams import Framework, Switch
 
 FRAMEWORKS = ("megatron-lm", "megatron-bridge", "verl", "slime", "miles", "nemo-rl", "skyrl")
 DATA_FILES = (".json", ".yaml", ".yml")
@@ -57,10 +57,10 @@ def check_framework(name: str, job: str | None = None) -> Iterator[Finding]:
 
 
 def _check_sources(name: str, entry: Framework) -> Iterator[Finding]:
-    from ..adapters import contracts
+    from ..adapters import seams
 
     page = f"docs/adopt/{name.replace('-', '_')}.md"
-    if not contracts.is_installed(entry):
+    if not seams.is_installed(entry):
         yield _error(
             name=name,
             what=f"the package {entry.package} is not on the path",
@@ -68,7 +68,7 @@ def _check_sources(name: str, entry: Framework) -> Iterator[Finding]:
         )
         return
     version = _version(entry.distribution)
-    differences = list(contracts.compare(entry))
+    differences = list(seams.compare(entry))
     for difference in differences:
         yield _error(
             name=f"{name}-seam",
@@ -77,8 +77,8 @@ def _check_sources(name: str, entry: Framework) -> Iterator[Finding]:
             fix=f"Use the tested version ({page})",
         )
     if not differences:
-        seams = f"all {len(entry.seams)} names that the adapter uses are as in {entry.tested}"
-        yield _ok(name=name, what=f"{version}: {seams}" if version else seams)
+        what = f"all {len(entry.seams)} names that the adapter uses are as in {entry.tested}"
+        yield _ok(name=name, what=f"{version}: {what}" if version else what)
 
 
 def _version(distribution: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from routing_replay.adapters import contracts
+from routing_replay.adapters import contracts, seams
 
-INSTALLED = [name for name, f in contracts.FRAMEWORKS.items() if contracts.is_installed(f)]
+INSTALLED = [name for name, f in contracts.FRAMEWORKS.items() if seams.is_installed(f)]
 # Calls that the adapters count on: function, and what it must say.
 VERL = "verl/workers/engine/megatron/transformer_impl.py"
 WORKER = "verl/workers/engine_workers.py"
@@ -38,7 +38,7 @@ CALLS = [
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_frameworks_names_and_signatures_are_as_the_adapter_expects(name):
-    assert list(contracts.compare(contracts.framework(name))) == []
+    assert list(seams.compare(contracts.framework(name))) == []
 
 
 @pytest.mark.parametrize(("path", "function", "call"), CALLS)
