@@ -147,6 +147,71 @@ def test_a_job_that_contradicts_is_told_what_to_change(tmp_path, monkeypatch, sc
     )
 
 
+JOBS = {
+    "verl": """
+        python -m verl.trainer.main_ppo \\
+            actor_rollout_ref.actor.megatron.router_replay.mode=disabled \\
+            actor_rollout_ref.rollout.enable_rollout_routing_replay=True \\
+            +ray_kwargs.ray_init.runtime_env.env_vars.ROUTING_REPLAY_MODE=R3
+    """,
+    "skyrl": """
+        RAY_RUNTIME_ENV_HOOK=routing_replay.adapters.ray.runtime_env_hook ROUTING_REPLAY_MODE=R3 \\
+            python -m skyrl.train.entrypoints.main_base \\
+            generator.inference_engine.enable_return_routed_experts=true \\
+            trainer.policy.megatron_config.moe_enable_routing_replay=true
+    """,
+    "nemo-rl": """
+        RAY_RUNTIME_ENV_HOOK=routing_replay.adapters.ray.runtime_env_hook ROUTING_REPLAY_MODE=R3 \\
+            uv run examples/run_grpo.py ++policy.router_replay.enabled=true
+    """,
+    "slime": """
+        python train.py --use-rollout-routing-replay \\
+            --custom-megatron-init-path routing_replay.adapters.slime.init
+    """,
+    "megatron-lm": """
+        torchrun -m routing_replay.adapters.run pretrain_gpt.py --routing-replay-routes FILE
+    """,
+}
+JOBS["miles"] = JOBS["slime"]
+VERL_R2 = JOBS["verl"].replace("=R3", "=R2").replace("replay=True", "replay=False")
+SLIME_R2 = JOBS["slime"].replace("--use-rollout-routing-replay", "--use-routing-replay")
+OVERLAP = " --overlap-moe-expert-parallel-comm"
+SKYRL_REFERENCE = "trainer.ref.megatron_config.moe_enable_routing_replay"
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "problems"),
+    [
+        *((name, script, []) for name, script in JOBS.items()),
+        ("verl", VERL_R2, []),
+        ("slime", SLIME_R2, []),
+        ("verl", JOBS["verl"].replace("disabled", "R3"), ["the job sets actor_rollout_ref"]),
+        ("verl", JOBS["verl"].replace("replay=True", "replay=False"), ["the job sets actor_roll"]),
+        ("verl", JOBS["verl"] + " VERL_USE_EXTERNAL_PLUGINS=none", ["the job sets VERL_USE"]),
+        ("verl", VERL_R2 + " algorithm.rollout_correction.bypass_mode=True", ["the job sets algo"]),
+        ("skyrl", JOBS["skyrl"] + f" {SKYRL_REFERENCE}=true", [f"the job sets {SKYRL_REFERENCE}"]),
+        ("nemo-rl", JOBS["nemo-rl"].replace("MODE=R3", ""), ["the job does not set ROUTING_REPL"]),
+        ("slime", SLIME_R2 + " --use-rollout-logprobs", ["the job sets --use-rollout-logprobs"]),
+        ("slime", JOBS["slime"] + OVERLAP, [f"the job sets{OVERLAP}"]),
+        ("megatron-lm", JOBS["megatron-lm"] + OVERLAP, [f"the job sets{OVERLAP}"]),
+    ],
+)
+def test_the_command_of_a_page_is_right_and_what_contradicts_it_is_named(
+    tmp_path, monkeypatch, name, script, problems
+):
+    for variable in ("ROUTING_REPLAY_MODE", "RAY_RUNTIME_ENV_HOOK"):
+        monkeypatch.delenv(variable, raising=False)
+    job = tmp_path / "run.sh"
+    job.write_text(script)
+    found = [
+        finding.what
+        for finding in frameworks.check_framework(name, str(job))
+        if finding.is_error and finding.name == f"{name}-switch"
+    ]
+    assert len(found) == len(problems)
+    assert all(what.startswith(problem) for what, problem in zip(found, problems, strict=True))
+
+
 def test_a_variable_of_rays_runtime_environment_counts_as_a_variable(tmp_path):
     job = tmp_path / "run.sh"
     job.write_text("python -m x +ray_kwargs.ray_init.runtime_env.env_vars.ROUTING_REPLAY_MODE=R3\n")

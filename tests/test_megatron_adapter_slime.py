@@ -13,7 +13,7 @@ import torch
 
 from recipes.model import cpu  # noqa: F401  (makes Megatron importable)
 from routing_replay.adapters import contracts, nemo_rl, slime
-from routing_replay.errors import ConfigError
+from routing_replay.errors import ConfigError, ReplayError
 
 ROUTES = [torch.tensor([[[0, 1]], [[2, 3]]]), torch.tensor([[[1, 2]]])]
 TOKENS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
@@ -226,6 +226,16 @@ def test_nemo_rls_reference_passes_stay_stock(worker):
     step = functools.partial(print, use_router_replay=False)
     assert worker.batch_of(SimpleNamespace(forward_step_func=step)) is None
     assert worker.batch_of(SimpleNamespace(forward_step_func=print)) is None
+
+
+def test_a_replaying_pass_of_nemo_rl_without_routes_is_an_error(worker):
+    data = padded_batch()
+    del data["routed_experts"]
+    worker.take_routes(lambda data: data)(padded_batch())
+    worker.take_routes(lambda data: data)(data)
+    step = functools.partial(print, use_router_replay=True)
+    with pytest.raises(ReplayError, match="a batch of the actor has no routes"):
+        worker.batch_of(SimpleNamespace(forward_step_func=step))
 
 
 def test_nemo_rls_own_replay_is_replaced_by_an_announcement(monkeypatch, worker):

@@ -13,6 +13,10 @@ RAY_HOOK = Switch(
     value="routing_replay.adapters.ray.runtime_env_hook",
     cause="Without it no worker process is patched, and the framework's own replay runs",
 )
+MODE = Switch(
+    setting="ROUTING_REPLAY_MODE",
+    cause="Nothing is replayed; every worker reads it: set it in the job's runtime environment",
+)
 INTERLEAVED = Switch(
     setting="--overlap-moe-expert-parallel-comm",
     is_needed=False,
@@ -83,14 +87,31 @@ VERL = Framework(
         }
     ),
     switches=(
+        MODE,
         Switch(
-            setting="ROUTING_REPLAY_MODE",
-            cause="Nothing is replayed; every worker reads it: set it in ray_init.runtime_env",
+            setting="VERL_USE_EXTERNAL_PLUGINS",
+            value="none",
+            is_needed=False,
+            cause="verl loads no plugin: nothing is replayed",
         ),
         Switch(
             setting="actor_rollout_ref.rollout.enable_rollout_routing_replay",
             value="True",
-            cause="The rollout returns no routes (R3)",
+            mode="R3",
+            cause="The rollout returns no routes",
+        ),
+        Switch(
+            setting="algorithm.rollout_correction.bypass_mode",
+            value="True",
+            is_needed=False,
+            mode="R2",
+            cause="The old policy's pass, which R2 records, does not run",
+        ),
+        Switch(
+            setting="actor_rollout_ref.actor.megatron.dynamic_context_parallel",
+            value="True",
+            is_needed=False,
+            cause="Sequences move between data-parallel ranks: the adapter refuses the job",
         ),
         *(
             Switch(
@@ -135,10 +156,22 @@ SKYRL = Framework(
     ),
     switches=(
         RAY_HOOK,
+        MODE,
         Switch(
             setting="trainer.policy.megatron_config.moe_enable_routing_replay",
             value="true",
-            cause="It carries the routes; the adapter takes them over",
+            cause="It carries the routes and marks the policy; the adapter takes them over",
+        ),
+        Switch(
+            setting="generator.inference_engine.enable_return_routed_experts",
+            value="true",
+            cause="SkyRL refuses its replay key without it",
+        ),
+        Switch(
+            setting="trainer.ref.megatron_config.moe_enable_routing_replay",
+            value="true",
+            is_needed=False,
+            cause="The reference would replay the actor's routes",
         ),
     ),
 )
@@ -166,6 +199,7 @@ NEMO_RL = Framework(
     ),
     switches=(
         RAY_HOOK,
+        MODE,
         Switch(
             setting="policy.router_replay.enabled",
             value="true",
@@ -199,8 +233,16 @@ def _slime(package: str, *, tested: str, names: dict[str, tuple[str, ...]]) -> F
             ),
             Switch(
                 setting="--use-rollout-routing-replay",
-                cause="It makes the rollout return routes; the adapter takes them over (R3)",
+                mode="R3",
+                cause="It makes the rollout return routes; the adapter takes them over",
             ),
+            Switch(
+                setting="--use-rollout-logprobs",
+                is_needed=False,
+                mode="R2",
+                cause="The old policy's pass, which R2 records, does not run",
+            ),
+            INTERLEAVED,
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from ..errors import ObjectiveError
 from ..metrics.typed import to_floats
 from ..objectives import Denominators, LossInputs, Objective, get, names
+from .patches import require_parameters
 
 PREFIX = "routing_replay/"
 
@@ -33,9 +36,18 @@ class PaddedResponses:
     mask_BR: torch.Tensor
 
 
-def loss_names() -> list[str]:
-    """Return the objectives that need nothing beyond log-probs, advantages and a mask."""
-    return [name for name in names() if not get(name).needs]
+def register(registry: Any, loss_of: Callable[[str], Callable[..., Any]]) -> None:
+    """Register every objective that needs nothing beyond log-probs, advantages and a mask.
+
+    Args:
+        registry: A framework's module with a decorator `register_policy_loss(name)`.
+        loss_of: Return an objective, given its name, as the framework calls its losses.
+    """
+    decorator = registry.register_policy_loss
+    require_parameters(decorator, ("name",), f"{registry.__name__}.register_policy_loss")
+    for name in names():
+        if not get(name).needs:
+            decorator(PREFIX + name)(loss_of(name))
 
 
 def objective_of(name: str, **parameters: Any) -> Objective:
@@ -47,7 +59,7 @@ def objective_of(name: str, **parameters: Any) -> Objective:
 def padded_loss(
     objective: Objective, responses: PaddedResponses, denominators: Denominators
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the microbatch's share of the step's loss, and its metrics as numbers.
+    """Return the microbatch's share of the step's loss, and its metrics that are finite numbers.
 
     Raises:
         ObjectiveError: The method weighs by m = pi_old / mu, and mu is not there.
@@ -77,4 +89,5 @@ def padded_loss(
         )
     )
     values = to_floats(outputs.metrics)
-    return outputs.loss, {name: v for name, v in values.items() if isinstance(v, float)}
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    return outputs.loss, {name: v for name, v in numbers.items() if math.isfinite(v)}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from ..errors import ReplayError
 from ..metrics.sinks import scalars
 from . import contracts
 from .batch import StepBatch
@@ -54,9 +55,21 @@ class _Worker:
         return get_microbatch_iterator
 
     def batch_of(self, call: ScheduleCall) -> StepBatch | None:
-        """Return the batch unless the pass is a reference's."""
-        is_replayed = getattr(call.forward_step_func, "keywords", {}).get("use_router_replay")
-        return self._batch if is_replayed else None
+        """Return the batch unless the pass is a reference's.
+
+        Raises:
+            ReplayError: A pass that replays got no routes.
+        """
+        if not getattr(call.forward_step_func, "keywords", {}).get("use_router_replay"):
+            return None
+        if self._batch is None:
+            raise ReplayError(
+                "a batch of the actor has no routes: its tokens would route live, unnoticed",
+                expected=f"{ROUTES} in the batch, in mode R2 too: it says which passes replay",
+                got="none",
+                fix="Leave policy.router_replay.enabled on for every rollout",
+            )
+        return self._batch
 
     def announce(self, _: Callable[..., Any]) -> Callable[..., Any]:
         def set_router_replay_forward(model: Any, routed_experts: torch.Tensor) -> None:

@@ -40,12 +40,14 @@ class Switch:
         setting: A flag (`--name`), a dotted key, or an environment variable (capitals).
         value: The value that is needed or wrong; "" stands for any, and for a flag without one.
         is_needed: False: wrong with this value.
+        mode: R2 or R3: of jobs in this mode only; "" for all.
         cause: What happens otherwise.
     """
 
     setting: str
     value: str = ""
     is_needed: bool = True
+    mode: str = ""
     cause: str
 
     def __str__(self) -> str:

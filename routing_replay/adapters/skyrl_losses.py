@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from ..objectives import Denominators
-from .losses import PREFIX, PaddedResponses, loss_names, objective_of, padded_loss
+from . import losses
+from .losses import PaddedResponses, objective_of, padded_loss
 
 
 def register(ppo_utils: Any) -> None:
-    """Register every objective that SkyRL's inputs suffice for.
-
-    Args:
-        ppo_utils: The module `skyrl.backends.skyrl_train.utils.ppo_utils`.
-    """
-    for name in loss_names():
-        ppo_utils.register_policy_loss(PREFIX + name)(PolicyLoss(name))
+    """Register our objectives in the module `skyrl.backends.skyrl_train.utils.ppo_utils`."""
+    losses.register(ppo_utils, PolicyLoss)
 
 
 class PolicyLoss:
@@ -58,5 +53,4 @@ class PolicyLoss:
             mask_BR=torch.ones_like(log_probs) if loss_mask is None else loss_mask > 0,
         )
         over = Denominators(num_sequences=1, num_tokens=1)
-        loss, metrics = padded_loss(objective, responses, over)
-        return loss, {name: v for name, v in metrics.items() if math.isfinite(v)}
+        return padded_loss(objective, responses, over)

@@ -28,6 +28,7 @@ from .batch import StepBatch
 from .job import Job
 from .routes import of_nested
 from .settings import AdapterSettings
+from .verl_preflight import require_replayable
 
 NUMBERS = "routing_replay_numbers"
 ROUTES = "routed_experts"
@@ -133,32 +134,3 @@ class RoutingReplayEngine(MegatronEngineWithLMHead):
             **layout,
         )[0]
         return numbers
-
-
-def require_replayable(engine: Any, model: Any) -> None:
-    """Raise PreflightError for settings of an actor under which replay would be wrong."""
-    actor, hf_config = "actor_rollout_ref.actor.megatron", model.hf_config
-    for is_wrong, what, expected in (
-        (
-            engine.router_replay.mode != "disabled",
-            "verl's own router replay is on: routes would be replayed twice",
-            f"{actor}.router_replay.mode=disabled; enable_rollout_routing_replay brings the routes",
-        ),
-        (
-            engine.dynamic_context_parallel,
-            "dynamic context parallelism moves sequences between data-parallel ranks",
-            f"{actor}.dynamic_context_parallel=False",
-        ),
-        (
-            hasattr(hf_config, "vision_config"),
-            "a vision-language model packs its tokens inside the model",
-            "a language model",
-        ),
-        (
-            getattr(hf_config, "num_experts_per_tok", 2) == 1,
-            "verl fills missing routes with zeros, which is expert 0 to a top-1 model",
-            "a model with top-k of 2 or more",
-        ),
-    ):
-        if is_wrong:
-            raise PreflightError(what, expected=expected)

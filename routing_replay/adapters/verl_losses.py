@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..objectives import Denominators
-from .losses import PREFIX, PaddedResponses, loss_names, objective_of, padded_loss
-from .patches import require_parameters
+from . import losses
+from .losses import PaddedResponses, objective_of, padded_loss
 
 
 def register(core_algos: Any) -> None:
-    """Register every objective that verl's inputs suffice for.
-
-    Args:
-        core_algos: The module `verl.trainer.ppo.core_algos`.
-    """
-    require_parameters(core_algos.register_policy_loss, ("name",), "verl's register_policy_loss")
-    for name in loss_names():
-        core_algos.register_policy_loss(PREFIX + name)(PolicyLoss(name))
+    """Register our objectives in the module `verl.trainer.ppo.core_algos`."""
+    losses.register(core_algos, PolicyLoss)
 
 
 class PolicyLoss:
@@ -75,8 +68,7 @@ class PolicyLoss:
             mask_BR=response_mask,
         )
         loss, metrics = padded_loss(objective, responses, denominators)
-        kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        return loss * step.get("dp_size", 1), kept
+        return loss * step.get("dp_size", 1), metrics
 
 
 def _first(*values: Any) -> Any:

@@ -89,7 +89,9 @@ def _version(distribution: str) -> str:
 
 
 def _check_switches(name: str, entry: Framework, settings: Mapping[str, str]) -> Iterator[Finding]:
-    wrong = [switch for switch in entry.switches if not _is_right(switch, settings)]
+    modes = ("", _mode(settings))
+    switches = [switch for switch in entry.switches if switch.mode in modes]
+    wrong = [switch for switch in switches if not _is_right(switch, settings)]
     for switch in wrong:
         present = settings.get(switch.setting)
         if switch.is_needed and present is None:
@@ -102,6 +104,14 @@ def _check_switches(name: str, entry: Framework, settings: Mapping[str, str]) ->
         yield _error(name=f"{name}-switch", what=what, cause=switch.cause, fix=fix)
     if not wrong:
         yield _ok(name=f"{name}-switches", what="the job's settings are right for replay")
+
+
+def _mode(settings: Mapping[str, str]) -> str:
+    """The job's mode: our variable, or slime's and miles' two flags."""
+    by_flag = "R2" if "--use-routing-replay" in settings else "R3"
+    if "--use-rollout-routing-replay" in settings:
+        by_flag = "R3"
+    return settings.get("ROUTING_REPLAY_MODE", by_flag)
 
 
 def _is_right(switch: Switch, settings: Mapping[str, str]) -> bool:

@@ -1,19 +1,13 @@
-"""Frameworks that no package index has: their checkouts, and runs of a script beside them."""
+"""Frameworks that no package index has: the folders of their checkouts, named by variables."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+import stand_ins
 
-FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent.parent
 VARIABLES = {
     "slime": "ROUTING_REPLAY_SLIME",
     "miles": "ROUTING_REPLAY_MILES",
@@ -38,31 +32,14 @@ def checkout_of(package: str) -> str:
     return os.environ[variable]
 
 
-def run(
-    script: str, folder: Path, num_ranks: int, options: dict[str, Any], **variables: str
-) -> tuple[list[dict[str, Any]], str]:
-    """Run a script of this folder on some ranks; return what each rank saved, and the output."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "options.json"
-    path.write_text(json.dumps(options | {"folder": str(folder)}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(FOLDER / script), str(path)],
-        env=os.environ
-        | {
-            "PYTHONPATH": f"{ROOT}:{FOLDER}",
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it beside TP and CP
-        }
-        | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    output = done.stdout + done.stderr
-    files = [folder / f"rank{rank}.pt" for rank in range(num_ranks)]
-    saved = [torch.load(file, weights_only=False) for file in files if file.exists()]
-    assert done.returncode or len(saved) == num_ranks, output[-3000:]
-    return saved, output
+def named() -> list[str]:
+    """Return the packages whose checkouts are named."""
+    return [package for package, variable in VARIABLES.items() if variable in os.environ]
+
+
+def put_on_path(package: str) -> None:
+    """Let this process import a checkout."""
+    stand_ins.prepare(*MISSING[package])
+    checkout = os.environ[VARIABLES[package]]
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)

@@ -1,45 +1,39 @@
 """NeMo-RL's own replay and ours, in its own code, on one model and one batch.
 
-    torchrun ... nemo_step.py OPTIONS.json
-
 Batching, packing, context slices, passes, loss and log-probs are NeMo-RL's. Not its own: the model
-(`recipes.model`) and the worker class, whose module needs a Megatron that is not released. Each
-rank writes what it saw to FOLDER/rank{r}.pt.
+(`recipes.model`) and the worker class, whose module needs a Megatron that is not released.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
+import os
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import checkouts
 import stand_ins
 import torch
-from checkouts import MISSING
 
-OPTIONS = json.loads(Path(sys.argv[1]).read_text())
 LENGTHS = (17, 30, 9, 23, 12, 40)
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 TOKENS = 64  # of a microbatch
 MISSING_TOKEN = 5  # of the first sequence: no route of it arrived
 
-stand_ins.prepare(*MISSING["nemo_rl"])
-sys.path.insert(0, OPTIONS["checkout"])
+stand_ins.prepare()
 
 # isort: split
-import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from rollouts import NamedPasses, dispatch_maps, distinct_tokens, random_routes  # noqa: E402
 
+from recipes.model import parallel  # noqa: E402
 from recipes.model.model import build_model, transformer_config  # noqa: E402
-from recipes.model.parallel import ParallelLayout, initialize  # noqa: E402
+from recipes.model.parallel import ParallelLayout  # noqa: E402
 from recipes.model.weights import load_hf  # noqa: E402
 
 # isort: split
+checkouts.put_on_path("nemo_rl")
 import nemo_rl.models.megatron.data as data_module  # noqa: E402
 import nemo_rl.models.megatron.train as train_module  # noqa: E402
 from nemo_rl.algorithms.loss.loss_functions import NLLLossFn  # noqa: E402
@@ -49,9 +43,8 @@ from nemo_rl.models.megatron import router_replay  # noqa: E402
 from routing_replay.adapters import nemo_rl as adapter  # noqa: E402
 
 
-def configuration(is_packed: bool) -> dict[str, Any]:
-    layout = OPTIONS["layout"]
-    tensor, context = layout.get("tensor", 1), layout.get("context", 1)
+def configuration(is_packed: bool, layout: ParallelLayout) -> dict[str, Any]:
+    tensor, context = layout.tensor, layout.context
     algorithm = "modified_first_fit_decreasing"
     return {
         "sequence_packing": {
@@ -65,7 +58,7 @@ def configuration(is_packed: bool) -> dict[str, Any]:
         "megatron_cfg": {
             "tensor_model_parallel_size": tensor,
             "context_parallel_size": context,
-            "pipeline_model_parallel_size": layout.get("pipeline", 1),
+            "pipeline_model_parallel_size": layout.pipeline,
             "sequence_parallel": tensor > 1,
             "expert_model_parallel_size": 1,
             "fp8_cfg": None,
@@ -111,7 +104,7 @@ class NoTimer:
         return contextlib.nullcontext()
 
 
-def run(worker: ModuleType, model: torch.nn.Module, config: Any, data: Any, kind: str) -> Any:
+def one_pass(worker: ModuleType, model: torch.nn.Module, config: Any, data: Any, kind: str) -> Any:
     """One pass: "logprobs" (old policy), "reference" or "train"."""
     packed = config["sequence_packing"]["enabled"]
     iterator, number, size, _, padded = worker.get_microbatch_iterator(
@@ -140,22 +133,20 @@ def run(worker: ModuleType, model: torch.nn.Module, config: Any, data: Any, kind
 
 
 def passes(
-    label: str, worker: ModuleType, model: torch.nn.Module, named: NamedPasses, routes: Any
+    worker: ModuleType, model: torch.nn.Module, layout: ParallelLayout, begin: Any, routes: Any
 ) -> dict[str, Any]:
-    """Log-probs, reference log-probs, metrics, gradients and seconds, packed and padded."""
+    """Outputs, gradients and seconds of every pass, packed and padded."""
     results = {}
-    for layout, is_packed in (("packed", True), ("padded", False)):
-        config = configuration(is_packed)
+    for batching, is_packed in (("packed", True), ("padded", False)):
+        config = configuration(is_packed, layout)
         data = batch(config, routes)
         for kind in ("reference", "logprobs", "train"):
-            if label == "own" and kind == "train" and not OPTIONS["own_trains"]:
-                continue
             model.zero_grad()
-            named.begin(f"{label} {layout} {kind}")
+            begin(f"{batching} {kind}")
             started = time.perf_counter()
-            found = run(worker, model, config, data, kind)
-            results[f"{layout} {kind}"] = {
-                "outputs": [x.get("logprobs", x) for x in found or []],
+            outputs = one_pass(worker, model, config, data, kind)
+            results[f"{batching} {kind}"] = {
+                "outputs": [output.get("logprobs", output) for output in outputs or []],
                 "seconds": time.perf_counter() - started,
                 "gradient": [
                     None if p.grad is None else p.grad.clone() for p in model.parameters()
@@ -164,39 +155,52 @@ def passes(
     return results
 
 
-def main() -> None:
-    layout = ParallelLayout(**OPTIONS["layout"], expert_tensor=1)
-    initialize(layout, seed=1)
+def run(rank: int, checkpoint: str, layouts: list[dict[str, int]]) -> list[dict[str, Any]]:
+    """What NeMo-RL's own replay gives in each layout, and then ours."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it beside TP and CP
+    router_replay._install_missing_route_fallback_patch()
+    # The name by which the worker's module, which cannot be imported here, calls the iterator.
+    worker = ModuleType("nemo_rl.models.policy.workers.megatron_policy_worker")
+    worker.get_microbatch_iterator = data_module.get_microbatch_iterator
+    results = []
+    for sizes in layouts:
+        layout = ParallelLayout(**sizes, expert_tensor=1)
+        parallel.initialize(layout, seed=1)
+        results.append(compared(checkpoint, layout, worker))
+        parallel.destroy(keep_world=True)
+    return results
+
+
+def compared(checkpoint: str, layout: ParallelLayout, worker: ModuleType) -> dict[str, Any]:
     config = transformer_config(
-        OPTIONS["checkpoint"],
+        checkpoint,
         layout,
         spec="local",
         variable_seq_lengths=True,
         moe_enable_routing_replay=True,
     )
     (model,) = build_model(config, layout)
-    load_hf([model], OPTIONS["checkpoint"])
+    load_hf([model], checkpoint)
     routes = random_routes(LENGTHS, LAYERS, EXPERTS, TOP_K)
-    named = NamedPasses([model], dispatch_maps(routes, EXPERTS))
-    # The name by which the worker's module, which cannot be imported here, calls the iterator.
-    worker = ModuleType("nemo_rl.models.policy.workers.megatron_policy_worker")
-    worker.get_microbatch_iterator = data_module.get_microbatch_iterator
-    router_replay._install_missing_route_fallback_patch()
-    own = passes("own", worker, model, named, routes)
+    seen = NamedPasses([model], dispatch_maps(routes, EXPERTS))
+    own = passes(worker, model, layout, lambda name: seen.begin(f"own {name}"), routes)
+    with patched(worker) as job:
+        ours = passes(worker, model, layout, lambda name: seen.begin(f"ours {name}"), routes)
+        seen.begin("")
+        metrics = job.metrics
+    is_last = mpu.is_pipeline_last_stage()
+    return {"own": own, "ours": ours, "seen": seen.seen, "is_last": is_last, "metrics": metrics}
+
+
+@contextlib.contextmanager
+def patched(worker: ModuleType) -> Any:
+    """Within: NeMo-RL's functions with our adapter; afterwards its own again."""
+    stock = [(module, dict(vars(module))) for module in (worker, train_module)]
+    adapter._worker.cache_clear()
     adapter.patch_worker(worker)
     adapter.patch_train(train_module)
-    ours = passes("ours", worker, model, named, routes)
-    named.begin("")
-    result = {
-        "own": own,
-        "ours": ours,
-        "seen": named.seen,
-        "is_last": mpu.is_pipeline_last_stage(),
-        "metrics": adapter._worker().job.metrics,
-    }
-    torch.save(result, f"{OPTIONS['folder']}/rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        yield adapter._worker().job
+    finally:
+        for module, names in stock:
+            vars(module).update(names)

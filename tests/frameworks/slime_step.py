@@ -1,28 +1,39 @@
 """One rollout in slime's or miles' trainer on a CPU: their own code, from the parser to the update.
 
-    torchrun ... slime_step.py OPTIONS.json
-
 `train_actor` is theirs: reference and old log-probs, advantages, loss, updates. Not theirs: weight
-backups (the reference is the actor), the weight updater, the profiler. Each rank writes what it saw
-to FOLDER/rank{r}.pt.
+backups (the reference is the actor), the weight updater, the profiler.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-import json
+import io
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import checkouts
 import stand_ins
 import torch
-from checkouts import MISSING
 
-OPTIONS = json.loads(Path(sys.argv[1]).read_text())
-PACKAGE: str = OPTIONS["package"]
+stand_ins.prepare()
+
+# isort: split
+import torch.distributed as dist  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding  # noqa: E402
+from rollouts import NamedPasses, dispatch_maps, distinct_tokens, random_routes  # noqa: E402
+from witness import chunk_config  # noqa: E402
+
+from recipes.model import model as our_model  # noqa: E402
+from recipes.model.weights import load_hf  # noqa: E402
+
 LENGTHS = (17, 30, 9, 23, 12, 40, 15, 33)
 PROMPT, LAYERS, EXPERTS, TOP_K, VOCABULARY = 4, 4, 8, 2, 256
 # What `recipes.model.weights` reads of a configuration, and Megatron's own does not have.
@@ -33,18 +44,53 @@ NAMES_OF_OUR_CONVERTER = {
     "padded_vocab_size": VOCABULARY,
 }
 
-stand_ins.prepare(*MISSING[PACKAGE])
-sys.path.insert(0, OPTIONS["checkout"])
 
-# isort: split
-import torch.distributed as dist  # noqa: E402
-from megatron.core import mpu  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from rollouts import NamedPasses, dispatch_maps, distinct_tokens, random_routes  # noqa: E402
-from witness import chunk_config  # noqa: E402
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job of one rollout.
 
-from recipes.model import model as our_model  # noqa: E402
-from recipes.model.weights import load_hf  # noqa: E402
+    Args:
+        package: slime or miles.
+        checkpoint: Of the model, in Hugging Face's form.
+        flags: Beside those of `arguments`.
+        layout: Sizes of the parallel groups that are not 1.
+        mini_batches: Updates of the rollout.
+        folder: For TensorBoard's files.
+    """
+
+    package: str
+    checkpoint: str
+    flags: tuple[str, ...] = ()
+    layout: tuple[tuple[str, int], ...] = ()
+    mini_batches: int = 2
+    folder: str
+
+    def size(self, group: str) -> int:
+        return dict(self.layout).get(group, 1)
+
+    @property
+    def num_ranks(self) -> int:
+        return functools.reduce(int.__mul__, dict(self.layout).values(), 1)
+
+    def theirs(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self.package}.{name}")
+
+
+def load(package: str) -> None:
+    """Import a package's trainer: once, in the process that the ranks are forked from."""
+    checkouts.put_on_path(package)
+    if package == "miles":
+        _name_what_miles_expects_of_its_megatron()
+    for name in ("utils.arguments", "utils.dp_schedule", "backends.megatron_utils.actor"):
+        importlib.import_module(f"{package}.{name}")
+
+
+def _name_what_miles_expects_of_its_megatron() -> None:
+    """A function of its fork, which the stock wheel keeps elsewhere."""
+    tokenizer = ModuleType("megatron.training.tokenizer.tokenizer")
+    tokenizer._vocab_size_with_padding = vocab_size_with_padding  # type: ignore[attr-defined]
+    sys.modules["megatron.training.tokenizer"] = ModuleType("megatron.training.tokenizer")
+    sys.modules[tokenizer.__name__] = tokenizer
 
 
 def layer_spec(args: Any, config: Any, vp_stage: int | None = None) -> Any:
@@ -56,8 +102,7 @@ def layer_spec(args: Any, config: Any, vp_stage: int | None = None) -> Any:
     return block
 
 
-def arguments() -> list[str]:
-    layout = OPTIONS["layout"]
+def arguments(job: Job) -> list[str]:
     values = {
         "train-backend": "megatron",
         "num-layers": LAYERS,
@@ -78,7 +123,7 @@ def arguments() -> list[str]:
         "normalization": "RMSNorm",
         "norm-epsilon": 1e-6,
         "position-embedding-type": "rope",
-        "rotary-base": OPTIONS["rotary_base"],
+        "rotary-base": 10000,
         "attention-dropout": 0,
         "hidden-dropout": 0,
         "distributed-backend": "gloo",
@@ -86,21 +131,21 @@ def arguments() -> list[str]:
         "make-vocab-size-divisible-by": 1,
         "lr": 1e-3,
         "seed": 7,
-        "tensor-model-parallel-size": layout.get("tensor", 1),
-        "pipeline-model-parallel-size": layout.get("pipeline", 1),
-        "expert-model-parallel-size": layout.get("expert", 1),
-        "context-parallel-size": layout.get("context", 1),
+        "tensor-model-parallel-size": job.size("tensor"),
+        "pipeline-model-parallel-size": job.size("pipeline"),
+        "expert-model-parallel-size": job.size("expert"),
+        "context-parallel-size": job.size("context"),
         "expert-tensor-parallel-size": 1,
         "rollout-batch-size": 4,
         "n-samples-per-prompt": 2,
-        "global-batch-size": OPTIONS["global_batch_size"],
+        "global-batch-size": len(LENGTHS) // job.mini_batches,
         "num-rollout": 2,
-        "hf-checkpoint": OPTIONS["checkpoint"],
-        "load": OPTIONS["checkpoint"],
+        "hf-checkpoint": job.checkpoint,
+        "load": job.checkpoint,
         "advantage-estimator": "grpo",
         "max-tokens-per-gpu": 64,
         "actor-num-nodes": 1,
-        "actor-num-gpus-per-node": os.environ["WORLD_SIZE"],
+        "actor-num-gpus-per-node": job.num_ranks,
         "data-pad-size-multiplier": 8,
         "tb-project-name": "test",
         "tb-experiment-name": "test",
@@ -113,19 +158,15 @@ def arguments() -> list[str]:
     )
     pairs = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     spec = ["--spec", "slime_step", "layer_spec"]
-    sequence = ["--sequence-parallel"] if layout.get("tensor", 1) > 1 else []
-    return [*pairs, *(f"--{name}" for name in switches), *spec, *sequence, *OPTIONS["flags"]]
+    sequence = ["--sequence-parallel"] if job.size("tensor") > 1 else []
+    return [*pairs, *(f"--{name}" for name in switches), *spec, *sequence, *job.flags]
 
 
-def theirs(name: str) -> ModuleType:
-    return importlib.import_module(f"{PACKAGE}.{name}")
-
-
-def use_cpu() -> None:
+def use_cpu(job: Job) -> None:
     """What stands between their code and a CPU."""
-    if PACKAGE == "slime":
-        accelerator = theirs("utils.accelerator")
-        cuda = theirs("utils.accelerator.cuda").CUDAAccelerator
+    if job.package == "slime":
+        accelerator = job.theirs("utils.accelerator")
+        cuda = job.theirs("utils.accelerator.cuda").CUDAAccelerator
         device = {
             "name": "cpu",
             "device_type": "cpu",
@@ -136,25 +177,21 @@ def use_cpu() -> None:
             "supports": lambda self, capability: False,
         }
         accelerator.set_accelerator(type("CPUAccelerator", (cuda,), device)())
+        # It asserts numpy 1, for Megatron's sake; Megatron 0.19 runs with numpy 2.
+        initialize = job.theirs("backends.megatron_utils.initialize")
+        initialize.np = SimpleNamespace(**vars(initialize.np) | {"__version__": "1.26"})
         return
-    # miles' fork of Megatron keeps a function where the stock wheel no longer has it.
-    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-
-    tokenizer = ModuleType("megatron.training.tokenizer.tokenizer")
-    tokenizer._vocab_size_with_padding = vocab_size_with_padding  # type: ignore[attr-defined]
-    sys.modules["megatron.training.tokenizer"] = ModuleType("megatron.training.tokenizer")
-    sys.modules[tokenizer.__name__] = tokenizer
-    theirs("utils.arguments").sglang_validate_args = lambda args: None
-    theirs("utils.dumper_utils")._get_phase_override_configs = lambda *_: {"enable": False}
+    job.theirs("utils.arguments").sglang_validate_args = lambda args: None
+    job.theirs("utils.dumper_utils")._get_phase_override_configs = lambda *_: {"enable": False}
 
 
-def parse() -> Any:
-    sys.argv = ["train.py", *arguments()]
-    args = theirs("utils.arguments").parse_args()
-    args.load = OPTIONS["checkpoint"]
+def parse(job: Job) -> Any:
+    sys.argv = ["train.py", *arguments(job)]
+    args = job.theirs("utils.arguments").parse_args()
+    args.load = job.checkpoint
     args.enable_gloo_process_groups = True
     args.rank, args.local_rank = int(os.environ["RANK"]), 0
-    args.world_size = int(os.environ["WORLD_SIZE"])
+    args.world_size = job.num_ranks
     return args
 
 
@@ -178,7 +215,7 @@ def samples() -> dict[str, Any]:
     }
 
 
-def shard(args: Any, data: dict[str, Any]) -> dict[str, Any]:
+def shard(job: Job, args: Any, data: dict[str, Any]) -> dict[str, Any]:
     """This data-parallel rank's part, scheduled by their own function."""
     config = {
         "dp_size": mpu.get_data_parallel_world_size(),
@@ -186,7 +223,7 @@ def shard(args: Any, data: dict[str, Any]) -> dict[str, Any]:
         "vpp_size": 1,
         "microbatch_group_size_per_vp_stage": 1,
     }
-    partitions, indices, numbers, sizes = theirs("utils.dp_schedule").build_dp_schedule(
+    partitions, indices, numbers, sizes = job.theirs("utils.dp_schedule").build_dp_schedule(
         args,
         config,
         list(LENGTHS),
@@ -208,7 +245,7 @@ def shard(args: Any, data: dict[str, Any]) -> dict[str, Any]:
         rollout["max_seq_lens"] = [longest] * len(rollout["tokens"])
         layout = ["bshd", longest]
     cp_utils = "backends.megatron_utils.cp_utils"
-    cut = theirs(cp_utils if PACKAGE == "slime" else "backends.training_utils.cp_utils")
+    cut = job.theirs(cp_utils if job.package == "slime" else "backends.training_utils.cp_utils")
     parts = zip(
         rollout["rollout_log_probs"],
         rollout["total_lengths"],
@@ -219,9 +256,11 @@ def shard(args: Any, data: dict[str, Any]) -> dict[str, Any]:
     return rollout
 
 
-def actor_of(args: Any, model: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> Any:
+def actor_of(
+    job: Job, args: Any, model: list[torch.nn.Module], optimizer: Any, scheduler: Any
+) -> Any:
     """Their actor without Ray and without weights to publish."""
-    module = theirs("backends.megatron_utils.actor")
+    module = job.theirs("backends.megatron_utils.actor")
     actor_class = module.MegatronTrainRayActor
     actor_class = getattr(actor_class, "__ray_actor_class__", actor_class)
     actor = object.__new__(actor_class)
@@ -247,47 +286,64 @@ def actor_of(args: Any, model: list[torch.nn.Module], optimizer: Any, scheduler:
     return actor
 
 
-def main() -> None:
-    use_cpu()
-    args = parse()
-    dist.init_process_group("gloo")
-    actor_module = theirs("backends.megatron_utils.actor")
-    theirs("backends.megatron_utils.initialize").init(args)
-    if PACKAGE == "miles" and dist.get_rank() == dist.get_world_size() - 1:
-        theirs("utils.tracking_utils.tracking").init_tracking(args, primary=False)
-    model, optimizer, scheduler = theirs("backends.megatron_utils.model").setup_model_and_optimizer(
-        args, "actor"
-    )
+def run(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Train on one rollout; return what this rank saw and printed."""
+    job = Job(**options)
+    load(job.package)
+    other = "miles" if job.package == "slime" else "slime"
+    for name in [name for name in sys.modules if name.partition(".")[0] == other]:
+        del sys.modules[name]  # a process has one of them
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job.num_ranks),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",  # the world is there already
+        "TENSORBOARD_DIR": job.folder,
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it beside TP and CP
+        "SLIME_DESTROY_WORLD_PROCESS_GROUP": "0",
+    }
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = train(job)
+    return result | {"printed": printed.getvalue()}
+
+
+def train(job: Job) -> dict[str, Any]:
+    use_cpu(job)
+    args = parse(job)
+    actor_module = job.theirs("backends.megatron_utils.actor")
+    job.theirs("backends.megatron_utils.initialize").init(args)
+    if job.package == "miles" and dist.get_rank() == dist.get_world_size() - 1:
+        job.theirs("utils.tracking_utils.tracking").init_tracking(args, primary=False)
+    setup = job.theirs("backends.megatron_utils.model").setup_model_and_optimizer
+    model, optimizer, scheduler = setup(args, "actor")
     model[0].role = "actor"
     for chunk in model:
         chunk_config(chunk).__dict__.update(NAMES_OF_OUR_CONVERTER)
-    load_hf(model, OPTIONS["checkpoint"])
+    load_hf(model, job.checkpoint)
     optimizer.reload_model_params()
-    data = samples()
     routes = random_routes(LENGTHS, LAYERS, EXPERTS, TOP_K)
     passes = NamedPasses(model, dispatch_maps(routes, EXPERTS))
     name_passes(actor_module, passes)
-    rollout = shard(args, data)
-    timer = theirs("observability.timer" if PACKAGE == "slime" else "utils.timer").Timer()
+    rollout = shard(job, args, samples())
+    timer = job.theirs("observability.timer" if job.package == "slime" else "utils.timer").Timer()
     timer.start("train_wait")
     timer.seq_lens = list(LENGTHS)
-    extra = {"witness_info": None, "attempt": 0} if PACKAGE == "miles" else {}
-    actor_of(args, model, optimizer, scheduler).train_actor(0, rollout, **extra)
+    extra = {"witness_info": None, "attempt": 0} if job.package == "miles" else {}
+    actor_of(job, args, model, optimizer, scheduler).train_actor(0, rollout, **extra)
     passes.begin("")
-    result = {
+    return {
         "seen": passes.seen,
         "partition": rollout["partition"],
         "log_probs": rollout.get("log_probs"),
         "ref_log_probs": rollout.get("ref_log_probs"),
-        "norm": float(sum(p.double().square().sum() for c in model for p in c.parameters())),
     }
-    torch.save(result, f"{OPTIONS['folder']}/rank{dist.get_rank()}.pt")
-    dist.destroy_process_group()
 
 
-def name_passes(actor_module: ModuleType, passes: NamedPasses) -> None:
+def name_passes(actor_module: ModuleType, passes: Any) -> None:
     """Tell the passes apart by the prefix under which their results are stored."""
-    stock = actor_module.MegatronTrainRayActor.compute_log_prob
+    actor_class = actor_module.MegatronTrainRayActor
+    stock: Callable[..., Any] = actor_class.compute_log_prob
 
     def compute_log_prob(self: Any, *args: Any, **named: Any) -> Any:
         passes.begin((named.get("store_prefix") or "old_") + "log_probs")
@@ -296,8 +352,4 @@ def name_passes(actor_module: ModuleType, passes: NamedPasses) -> None:
         finally:
             passes.begin("update")
 
-    actor_module.MegatronTrainRayActor.compute_log_prob = compute_log_prob
-
-
-if __name__ == "__main__":
-    main()
+    actor_class.compute_log_prob = compute_log_prob

@@ -3,43 +3,35 @@
 It is on no package index: ROUTING_REPLAY_NEMO_RL names a checkout.
 """
 
-import functools
-import sys
-
+import checkouts
 import pytest
 import torch
-from checkouts import ROOT, checkout_of, run
-
-sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import write_tiny_qwen3_moe  # noqa: E402
+from megatron_worlds import run_world
+from tiny_models import write_tiny_qwen3_moe
 
 LENGTHS = (17, 30, 9, 23, 12, 40)
 # (layer, token)s that were fed: 131 tokens, 6 of them the last ones; one has no route.
 ROUTED = 4 * (131 - 6)
 WITHOUT_ROUTE = 4
-LAYOUTS = ({}, {"pipeline": 2}, {"context": 2}, {"tensor": 2})
+LAYOUTS = {
+    "alone": {},
+    "pipeline": {"pipeline": 2},
+    "context": {"context": 2},
+    "tensor": {"tensor": 2},
+}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def passes(tmp_path_factory):
-    """Runs all passes of a layout; the same layout is run once."""
-    checkpoint = write_tiny_qwen3_moe(tmp_path_factory.mktemp("checkpoint"), vocab=256)
-
-    @functools.cache
-    def once(**layout):
-        options = {
-            "checkout": checkout_of("nemo_rl"),
-            "checkpoint": str(checkpoint),
-            "layout": layout,
-            "own_trains": True,
-        }
-        num_ranks = max([1, *layout.values()])
-        folder = tmp_path_factory.mktemp("run")
-        ranks, output = run("nemo_step.py", folder, num_ranks, options, ROUTING_REPLAY_MODE="R3")
-        assert ranks, output[-3000:]
-        return ranks
-
-    return once
+    """Every pass of every layout, by the layout's name: one result of each rank."""
+    checkouts.checkout_of("nemo_rl")
+    checkpoint = str(tmp_path_factory.mktemp("checkpoint"))
+    write_tiny_qwen3_moe(checkpoint, vocab=256)
+    alone, *two = LAYOUTS.items()
+    ranks = run_world("nemo_step:run", 1, checkpoint, [alone[1]])
+    results = {alone[0]: [ranks[0][0]]}
+    ranks = run_world("nemo_step:run", 2, checkpoint, [sizes for _, sizes in two])
+    return results | {name: [rank[i] for rank in ranks] for i, (name, _) in enumerate(two)}
 
 
 def counts(ranks, name, field):
@@ -57,9 +49,9 @@ def largest_difference(own, ours, name):
 
 
 @pytest.mark.parametrize("batch", ["packed", "padded"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout) or "alone")
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_log_probs_and_gradients_are_those_of_its_own_replay(passes, layout, batch):
-    for rank in passes(**layout):
+    for rank in passes[layout]:
         own, ours = rank["own"], rank["ours"]
         assert largest_difference(own, ours, f"{batch} logprobs") < 1e-5
         gradients = zip(
@@ -71,9 +63,9 @@ def test_the_log_probs_and_gradients_are_those_of_its_own_replay(passes, layout,
 
 
 @pytest.mark.parametrize("batch", ["packed", "padded"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout) or "alone")
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_router_dispatched_its_rows_and_the_reference_stayed_live(passes, layout, batch):
-    ranks = passes(**layout)
+    ranks = passes[layout]
     for kind in ("logprobs", "train"):
         name = f"ours {batch} {kind}"
         assert counts(ranks, name, "rows") == ROUTED
@@ -82,7 +74,7 @@ def test_every_router_dispatched_its_rows_and_the_reference_stayed_live(passes, 
 
 
 def test_metrics_arrive_among_those_of_the_last_microbatch(passes):
-    (rank,) = passes()
+    (rank,) = passes["alone"]
     outputs = rank["ours"]["packed train"]["outputs"]
     named = [name for name in outputs[-1] if name.startswith("routing_replay/")]
     assert "routing_replay/coverage" in named and "routing_replay/overlap_layer_3" in named

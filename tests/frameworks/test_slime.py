@@ -1,20 +1,16 @@
 """slime's and miles' own trainer with our replay, from their command line to their update.
 
-They are not on a package index: ROUTING_REPLAY_SLIME and ROUTING_REPLAY_MILES name checkouts. Both
-want numpy < 2.
+They are not on a package index: ROUTING_REPLAY_SLIME and ROUTING_REPLAY_MILES name checkouts.
 """
 
 import functools
-import sys
+import math
 
+import checkouts
 import pytest
 import torch
-
-pytest.importorskip("ray", reason="Ray is not installed: run `make test-frameworks`")
-from checkouts import ROOT, checkout_of, run  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import write_tiny_qwen3_moe  # noqa: E402
+from megatron_worlds import RankError, run_world
+from tiny_models import write_tiny_qwen3_moe
 
 ADAPTER = ("--custom-megatron-init-path", "routing_replay.adapters.slime.init")
 R3 = ("--use-rollout-routing-replay",)
@@ -32,34 +28,26 @@ def checkpoint(tmp_path_factory):
     write_tiny_qwen3_moe(folder, vocab=256)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def train(checkpoint, tmp_path_factory):
-    """Runs a rollout; the same run is run once."""
+    """Trains on a rollout; the same job runs once. Returns the ranks' results and a folder."""
 
     @functools.cache
     def once(package, flags=(), mini_batches=2, **layout):
-        num_ranks = 1
-        for size in layout.values():
-            num_ranks *= size
-        folder = tmp_path_factory.mktemp("run")
-        options = {
+        checkouts.checkout_of(package)
+        folder = str(tmp_path_factory.mktemp("tensorboard"))
+        job = {
             "package": package,
-            "checkout": checkout_of(package),
-            "checkpoint": str(checkpoint),
-            "rotary_base": 10000,
-            "global_batch_size": 8 // mini_batches,
-            "layout": layout,
+            "checkpoint": checkpoint,
             "flags": flags,
+            "layout": tuple(layout.items()),
+            "mini_batches": mini_batches,
+            "folder": folder,
         }
-        variables = {
-            "TENSORBOARD_DIR": str(folder / "tensorboard"),
-            "SLIME_DESTROY_WORLD_PROCESS_GROUP": "0",
-        }
-        ranks, output = run("slime_step.py", folder, num_ranks, options, **variables)
-        return ranks, output, folder
+        return run_world("slime_step:run", math.prod(layout.values()), job), folder
 
     return once
 
@@ -83,38 +71,35 @@ def log_probs(ranks, name="log_probs"):
 def scalars_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(folder)
     events.Reload()
     return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("package", ["slime", "miles"])
 def test_the_actor_replays_every_row_and_the_reference_stays_stock(train, package):
-    ranks, output, folder = train(package, (*ADAPTER, *R3))
-    assert ranks, output[-3000:]
+    ranks, _ = train(package, (*ADAPTER, *R3))
     assert total(ranks, "old_log_probs") == [ROUTED, ROUTED]
     assert total(ranks, "update") == [ROUTED, ROUTED]
     # By chance 1 of 28 pairs of 8 experts is the given one.
     same, routed = total(ranks, "ref_log_probs")
     assert routed == ROUTED and same < ROUTED / 4
-    assert "mode R3, routes of the rollout" in output
+    assert "mode R3, routes of the rollout" in ranks[0]["printed"]
 
 
 @pytest.mark.parametrize("package", ["slime", "miles"])
 def test_the_reference_is_bitwise_the_stock_jobs(train, package):
-    ranks, _, _ = train(package, (*ADAPTER, *R3))
-    stock, output, _ = train(package)
-    assert stock, output[-3000:]
-    for name in ("ref_log_probs",):
-        ours, theirs = log_probs(ranks, name), log_probs(stock, name)
-        assert all(torch.equal(ours[s][0], theirs[s][0]) for s in range(8))
+    ranks, _ = train(package, (*ADAPTER, *R3))
+    stock, _ = train(package)
+    ours, theirs = log_probs(ranks, "ref_log_probs"), log_probs(stock, "ref_log_probs")
+    assert all(torch.equal(ours[s][0], theirs[s][0]) for s in range(8))
     # The actor of the stock job is its reference; with replay it is not.
     assert not torch.equal(log_probs(ranks)[0][0], log_probs(stock)[0][0])
 
 
 @pytest.mark.parametrize("package", ["slime", "miles"])
 def test_metrics_arrive_in_their_logger_at_each_update(train, package):
-    _, _, folder = train(package, (*ADAPTER, *R3))
+    _, folder = train(package, (*ADAPTER, *R3))
     logged = scalars_of(folder)
     assert logged["train/routing_replay/coverage"] and len(logged["train/grad_norm"]) == 2
     assert len(logged["train/routing_replay/overlap_layer_3"]) == 2
@@ -133,9 +118,8 @@ LAYOUTS = (
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(layout))
 @pytest.mark.parametrize("package", ["slime", "miles"])
 def test_two_ranks_replay_the_same_rows(train, package, layout):
-    alone, _, _ = train(package, (*ADAPTER, *R3))
-    ranks, output, _ = train(package, (*ADAPTER, *R3), **layout)
-    assert ranks, output[-3000:]
+    alone, _ = train(package, (*ADAPTER, *R3))
+    ranks, _ = train(package, (*ADAPTER, *R3), **layout)
     for name in ("old_log_probs", "update"):
         same, routed = total(ranks, name)
         assert same == routed == ROUTED
@@ -149,29 +133,25 @@ def test_two_ranks_replay_the_same_rows(train, package, layout):
 
 def test_padded_batches_replay_the_same_rows(train):
     flags = (*ADAPTER, *R3, "--qkv-format", "bshd", "--micro-batch-size", "2")
-    ranks, output, _ = train("miles", flags)
-    assert ranks, output[-3000:]
+    ranks, _ = train("miles", flags)
     assert total(ranks, "update") == [ROUTED, ROUTED]
 
 
 @pytest.mark.parametrize("package", ["slime", "miles"])
 def test_r2_replays_what_the_old_policy_chose(train, package):
-    ranks, output, folder = train(package, (*ADAPTER, *R2))
-    assert ranks, output[-3000:]
-    stock, _, _ = train(package)
+    ranks, folder = train(package, (*ADAPTER, *R2))
+    stock, _ = train(package)
     # The first update starts from the old policy: its own routes are the live ones.
     assert torch.equal(log_probs(ranks)[0][0], log_probs(stock)[0][0])
     assert sum(scalars_of(folder)["train/routing_replay/replayed_rows"]) == ROUTED
-    assert "mode R2, routes of the old policy's pass" in output
+    assert "mode R2, routes of the old policy's pass" in ranks[0]["printed"]
 
 
 def test_r2_without_an_old_pass_ends_with_an_error(train):
-    ranks, output, _ = train("slime", (*ADAPTER, *R2), mini_batches=1)
-    assert not ranks
-    assert "no pass of the old policy was recorded" in output
+    with pytest.raises(RankError, match="no pass of the old policy was recorded"):
+        train("slime", (*ADAPTER, *R2), mini_batches=1)
 
 
 def test_the_adapter_without_their_replay_flag_is_refused(train):
-    ranks, output, _ = train("slime", ADAPTER)
-    assert not ranks
-    assert "the adapter is loaded, and no replay is asked for" in output
+    with pytest.raises(RankError, match="the adapter is loaded, and no replay is asked for"):
+        train("slime", ADAPTER)

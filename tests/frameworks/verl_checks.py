@@ -319,7 +319,7 @@ def _error(call: Any) -> str:
 
 
 def _refused(**settings: Any) -> None:
-    from routing_replay.adapters.verl_engine import require_replayable
+    from routing_replay.adapters.verl_preflight import require_replayable
 
     fields = {"router_replay": SimpleNamespace(mode="disabled"), "dynamic_context_parallel": False}
     model = SimpleNamespace(hf_config=SimpleNamespace())
