@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/ is not installed 
 
 from recipes.serving import ServerOptions, launch
 from routing_replay.rollout import Completion, GenerateRequest, RolloutClient, probe
-from routing_replay.routes.routes import Origin
+from routing_replay.routes.origin import Origin
 
 PROMPT = (11, 42, 7, 99, 23)
 

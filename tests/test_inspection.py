@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from routing_replay.analysis.inspection import expert_loads, inspect_table
-from routing_replay.routes.routes import Origin, Routes
+from routing_replay.routes.origin import Origin
+from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
 

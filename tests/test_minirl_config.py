@@ -82,6 +82,7 @@ def test_the_help_text_explains_every_key():
             "'topk_logprobs' is out of range",
         ),
         (["--top-p", "0.9"], "mask only for requests with a finite top_k; expected --top-k N"),
+        (["--max-uncovered", "2"], "'max_uncovered' is out of range; expected 0..1; got 2.0"),
         (["--top-p", "0"], "'top_p' is out of range; expected above 0, at most 1; got 0.0"),
         (["--top-k", "1"], "'top_k' is out of range; expected 0 (all), or 2 and more; got 1"),
         (["--dynamic-sampling", "-1"], "'dynamic_sampling' is out of range; expected >= 0; got -1"),

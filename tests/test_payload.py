@@ -10,8 +10,9 @@ import pytest
 
 from routing_replay.errors import PayloadError, RoutesError, RoutingReplayError
 from routing_replay.routes import payload
+from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import decode, decode_compact, encode
-from routing_replay.routes.routes import ROW_COLUMNS, Origin, RouterLogits, Routes, compact_dtype
+from routing_replay.routes.routes import ROW_COLUMNS, RouterLogits, Routes, compact_dtype
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.stock import from_wide, to_wide
 
@@ -174,8 +175,8 @@ def test_another_model_version_or_payload_kind_is_refused():
     other = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=2)
     with pytest.raises(PayloadError, match="the server runs another model.*top-2.*got.*top-4"):
         decode(meta(data), num_tokens=9, shape=other)
-    newer = resealed(data[:4] + b"\x05\x00" + data[6:])
-    with pytest.raises(PayloadError, match="of another version; expected 4; got 5"):
+    newer = resealed(data[:4] + b"\x06\x00" + data[6:])
+    with pytest.raises(PayloadError, match="of another version; expected 5; got 6"):
         decode(meta(newer), num_tokens=9, shape=MODEL)
     with pytest.raises(PayloadError, match="SGLang's own payload"):
         decode(meta(stock(random_ids(8))), num_tokens=9, shape=MODEL, accept_stock=False)
@@ -189,7 +190,7 @@ def test_a_payload_of_version_2_is_told_by_its_version():
         "UlJQTAIAAAFAAAAAAAAAAAEAAQACAAQAAQAAAAAAAAAlAAAAAAAAAAFAAAAAAf//////////BcEBAQAAAICQ/D8d"
         "SZIkSZIkSZIkSZIkSZIkSZIkSZIkSZIkA+dIEoU="
     )
-    message = "of another version; expected 4; got 2. Install the same routing_replay"
+    message = "of another version; expected 5; got 2. Install the same routing_replay"
     with pytest.raises(PayloadError, match=message):
         decode({"routed_experts": old}, num_tokens=65)
 

@@ -17,7 +17,7 @@ import pytest
 from test_payload import meta, random_ids, stock
 
 from routing_replay import rollout
-from routing_replay.errors import ConfigError, PayloadError, ServerError
+from routing_replay.errors import ConfigError, PayloadError, RoutesError, ServerError
 from routing_replay.rollout import (
     ClientOptions,
     GenerateRequest,
@@ -25,6 +25,7 @@ from routing_replay.rollout import (
     probe,
     request_fields,
 )
+from routing_replay.routes.origin import Origin, is_covered
 from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
@@ -113,6 +114,32 @@ def test_a_completion_holds_what_the_server_said():
     np.testing.assert_array_equal(completion.mu_logprobs, np.float32([-0.5, -0.25, -1.0]))
     np.testing.assert_array_equal(completion.routes.expert_ids_TLK, random_ids(7))
     assert (completion.finish_reason, completion.url) == ("length", fake.url)
+
+
+def test_a_batch_that_lost_more_rows_than_allowed_is_refused_with_the_causes():
+    def lose_the_prompt(route, body, answer):
+        if route == "/generate":
+            origin_T = np.full(7, Origin.DECODE, np.uint8)
+            origin_T[:2] = Origin.EVICTED
+            routes = Routes(
+                expert_ids_TLK=random_ids(7),
+                layers=MODEL.layers,
+                num_experts=16,
+                covered_T=is_covered(origin_T),
+                origin_T=origin_T,
+            )
+            answer["meta_info"] |= meta(encode(routes))
+        return 200, answer
+
+    with FakeServer(lose_the_prompt) as fake:
+        client = RolloutClient([fake.url], MODEL, ClientOptions(max_uncovered=0.3))
+        (completion,) = client.generate([asked()])
+        assert completion.routes.origin_T[:2].tolist() == [Origin.EVICTED] * 2
+        strict = RolloutClient([fake.url], MODEL, ClientOptions(max_uncovered=0.2))
+        with pytest.raises(
+            RoutesError, match=rf"20.00% of 14 rows; got 28.57%: evicted 4 \[{fake.url}"
+        ):
+            strict.generate([asked(), asked()])
 
 
 def test_answers_keep_the_order_of_the_requests_and_report_as_they_finish():

@@ -7,7 +7,8 @@ import pytest
 
 from routing_replay.errors import RoutesError
 from routing_replay.routes import routes as routes_module
-from routing_replay.routes.routes import Origin, RouterLogits, Routes, concatenate, has_duplicates
+from routing_replay.routes.origin import Origin
+from routing_replay.routes.routes import RouterLogits, Routes, concatenate, has_duplicates
 
 
 def make(ids_TLK, **changes):
@@ -47,7 +48,7 @@ def test_rows_are_taken_in_any_order_with_their_columns(routes):
 def test_rows_of_older_weights_become_uncovered(routes):
     kept = routes.without_versions_before(2)
     assert kept.covered_T.tolist() == [False] * 3 + [True] * 3
-    assert kept.origin_T.tolist()[:3] == [Origin.ABSENT] * 3
+    assert kept.origin_T.tolist()[:3] == [Origin.STALE] * 3
     assert kept.router_logits.rows_N.tolist() == [4]
     assert not kept.expert_ids_TLK[:3].any()
 

@@ -11,8 +11,8 @@ from sglang_checks import assert_ids_follow, assert_true, softmax, tokens_of
 from sglang_servers import MODEL, random_prompt, request
 
 from routing_replay.rollout import Conversation, completion_of, probe
+from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import from_base64
-from routing_replay.routes.routes import Origin
 from routing_replay.routes.spans import Span
 from routing_replay.sglang import versions
 

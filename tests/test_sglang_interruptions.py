@@ -6,7 +6,7 @@ from sglang_checks import assert_ids_follow, assert_true, tokens_of
 from sglang_servers import random_prompt, request, while_running
 
 from routing_replay.rollout import sample_of
-from routing_replay.routes.routes import Origin
+from routing_replay.routes.origin import Origin
 from routing_replay.routes.spans import Span, Trajectory
 from routing_replay.sglang import versions
 

@@ -10,8 +10,8 @@ import torch
 
 from routing_replay.capture import CaptureSettings
 from routing_replay.errors import PayloadError, ServerError
+from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import decode_compact
-from routing_replay.routes.routes import Origin
 from routing_replay.sglang import rows, versions
 from routing_replay.sglang.gates import gate_probs, pack, score_function, unpack
 from routing_replay.sglang.logits import LogitSampler

@@ -8,8 +8,9 @@ import pytest
 from routing_replay.errors import RoutesError
 from routing_replay.rollout import Conversation, GenerateRequest
 from routing_replay.rollout.requests import Completion
+from routing_replay.routes.origin import Origin, is_covered
 from routing_replay.routes.routes import RouterLogits, Routes
-from routing_replay.routes.spans import RowState, Sample, Span, Trajectory, num_known_rows
+from routing_replay.routes.spans import Sample, Span, Trajectory, num_known_rows
 
 LAYERS, NUM_EXPERTS, TOP_K = (1, 2, 3), 64, 2
 
@@ -61,7 +62,7 @@ def assert_true(trajectory: Trajectory) -> None:
     covered_T = trajectory.routes.covered_T
     truth = true_rows(trajectory.tokens_T[:-1].tolist())
     np.testing.assert_array_equal(trajectory.routes.expert_ids_TLK[covered_T], truth[covered_T])
-    np.testing.assert_array_equal(covered_T, trajectory.states_T[:-1] == RowState.COVERED)
+    np.testing.assert_array_equal(covered_T, is_covered(trajectory.routes.origin_T))
     own_T = trajectory.is_own_context_T
     expected = [true_logprob(trajectory.tokens_T[: t + 1].tolist()) for t in np.flatnonzero(own_T)]
     np.testing.assert_allclose(trajectory.mu_logprobs_T[own_T], expected)
@@ -140,11 +141,11 @@ def test_a_resumed_generation_keeps_the_weights_of_each_part():
     assert trajectory.routes.weight_version_T.tolist() == [3, 3, 3, 4, 4]
 
 
-def test_a_row_of_unknown_origin_comes_from_another_request_or_is_counted():
-    covered_T = np.array([True, False, True])
-    first = answer([5, 6], [7, 8], covered_T=covered_T)
+def test_a_row_that_the_engine_lost_comes_from_another_request_or_keeps_its_cause():
+    origin_T = np.array([Origin.PREFILL, Origin.EVICTED, Origin.DECODE], np.uint8)
+    first = answer([5, 6], [7, 8], covered_T=is_covered(origin_T), origin_T=origin_T)
     alone = Trajectory.from_spans(whole(first))
-    assert alone.num_uncovered() == {"unknown_origin": 1}
+    assert alone.num_uncovered() == {"evicted": 1}
     both = Trajectory.from_spans(whole(first), earlier=[answer([5, 6], [50])])
     assert_true(both)
     assert both.routes.covered_T.all()

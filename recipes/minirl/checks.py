@@ -21,6 +21,8 @@ def check_sampling(config: RecipeConfig) -> None:
         raise _out_of_range("temperature", "above 0", temperature)
     if not 0 < r.top_p <= 1:
         raise _out_of_range("top_p", "above 0, at most 1", r.top_p)
+    if not 0 <= r.max_uncovered <= 1:
+        raise _out_of_range("max_uncovered", "0..1", r.max_uncovered)
     if r.top_k < 0 or r.top_k == 1:
         raise _out_of_range("top_k", "0 (all), or 2 and more", r.top_k)
     if r.top_p < 1 and not r.top_k and r.keep_sampling_mask:

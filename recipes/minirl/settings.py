@@ -125,6 +125,11 @@ class RolloutSettings:
         "whole vocabulary and the samples are not from mu",
     )
     request_timeout_s: float = setting(600.0, "longest wait for one batch of responses")
+    max_uncovered: float = setting(
+        0.05,
+        "largest fraction of a step's rows that may have no routes against the job's intention; "
+        "above it the step stops with the causes",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, Value, merge, to_floats
 from routing_replay.objectives import Objective
+from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
 
 from . import checkpoints, checks
@@ -267,13 +268,16 @@ def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
         groups.samples, data.samples_per_prompt, job.policy.sharding.multiple, groups.num_prompts
     )
     batch.save(scratch / BATCH_FILE)
+    uncovered: dict[str, float] = {}
     if config.rollout_capture != "off":
         routes = [s.routes for s in groups.samples if s.routes is not None]
+        uncovered = require_covered(routes, config.rollout.max_uncovered, "the rollout of a step")
         # Tensor-parallel ranks route parts of a sequence, each on its own.
         num_calls = job.policy.sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
         keeps_gates_T = rows_with_gates(batch, routes, num_calls, config.replay)
         RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
-    return rollout_metrics(config, batch, groups)
+    metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
+    return rollout_metrics(config, batch, groups) | metrics
 
 
 def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[str, float]:

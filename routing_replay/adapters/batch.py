@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import ReplayError, RoutesError
-from ..routes.routes import Origin
+from ..routes.origin import Origin
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 from .content import ContentIndex

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ..errors import RoutesError
+from ..routes.origin import Origin
 from ..routes.payload import FIELD, decode
-from ..routes.routes import Origin, Routes
+from ..routes.routes import Routes
 from ..routes.shape import MoEShape
 from ..routes.stock import from_wide
 
@@ -104,7 +105,7 @@ def routes_of(
         ids_TLK = np.where(is_missing_T.reshape(-1, *[1] * (ids_TLK.ndim - 1)), 0, ids_TLK)
     routes = from_wide(ids_TLK, shape)
     routes.covered_T[is_missing_T] = False
-    routes.origin_T[~routes.covered_T] = Origin.ABSENT
+    routes.origin_T[is_missing_T] = Origin.NOT_CAPTURED
     return _of_length(routes, num_tokens)
 
 

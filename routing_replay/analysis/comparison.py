@@ -17,7 +17,7 @@ import torch
 
 from ..errors import DataError, TableError, reading
 from ..metrics.agreement import NO_LAYER, log_router_probs, router_kl
-from ..routes.routes import Origin
+from ..routes.origin import Origin
 from ..routes.table import RouteTable
 from .differences import Bucket, Comparison, LayerDifference, TokenDifference
 from .explanation import explain_layer

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..routes.counts import count_experts
-from ..routes.routes import Origin
+from ..routes.origin import Origin
 from ..routes.table import RouteTable
 
 # Rows of one layer that are counted at a time: 512 KiB of ids at top-8, a core's cache.
@@ -119,7 +119,7 @@ def inspect_table(table: RouteTable) -> Inspection:
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         coverage=num_covered / max(1, table.num_rows),
-        origins={origin.name.lower(): int(origin_counts[origin]) for origin in Origin},
+        origins={o.name.lower(): int(origin_counts[o]) for o in Origin if origin_counts[o]},
         weight_versions={int(v): int(n) for v, n in zip(versions, counts, strict=True)},
         has_weights=table.combine_weights_LTK is not None,
         has_gates=table.gate_probs_LNK is not None,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ReplayError
-from ..routes.routes import Origin
+from ..routes.origin import Origin
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 from ..routes.token_rows import RowSource

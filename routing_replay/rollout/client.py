@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from ..errors import RoutingReplayError, ServerError
+from ..routes.origin import require_covered
 from ..routes.shape import MoEShape
 from .requests import Completion, GenerateRequest, completion_of
 
@@ -44,6 +45,8 @@ class ClientOptions:
             which the server reports). The server queues what it cannot run.
         max_faults: Failures in a row after which a server gets no requests while another one can
             take them. The next batch asks it whether it is healthy again.
+        max_uncovered: Largest fraction of the rows of a batch that may come back uncovered against
+            the caller's intention; above it `generate` raises with the causes. 1: any.
     """
 
     request_timeout_s: float = 1800.0
@@ -53,6 +56,7 @@ class ClientOptions:
     retry_wait_s: float = 0.5
     max_in_flight: int = 512
     max_faults: int = 3
+    max_uncovered: float = 1.0
 
 
 class RolloutClient:
@@ -102,7 +106,8 @@ class RolloutClient:
         Raises:
             ServerError: A request failed on every try; an answer from older weights than
                 `update_weights` last loaded counts as a failure.
-            PayloadError, RoutesError: On every try the answer carried no or wrong routes.
+            PayloadError, RoutesError: On every try the answer carried no or wrong routes, or more
+                than `max_uncovered` of the batch's rows are not covered.
         """
         return _run(self.agenerate(requests, on_completion))
 
@@ -190,11 +195,14 @@ class RolloutClient:
             limits = await self._limits(http)
             tasks = [asyncio.ensure_future(one(http, n, r)) for n, r in enumerate(requests)]
             try:
-                return list(await asyncio.gather(*tasks))
+                completions = list(await asyncio.gather(*tasks))
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+        routes = [c.routes for c in completions if c.routes is not None]
+        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
+        return completions
 
     async def _limits(self, http: aiohttp.ClientSession) -> Limits:
         """Return each server's limit; a server that does not tell its replicas counts as one."""

@@ -4,7 +4,7 @@ The compact payload is one byte string, little-endian, base64 in JSON:
 
     header        the fields of `Header`, 32 bytes
     layers        bitmap of the global indices of the routed layers, `bitmap_bytes` bytes
-    runs          `RUN` each: so many rows from here on have this origin and weight version
+    runs          `RUN` each: so many rows from here on have this `Origin` and weight version
     body          ids [T, L, K] uint8 (E <= 256) or uint16; then, if flagged, weights [T, L, K]
                   float32, gates [T, L, K] float16, then the logits' rows [N] uint32 and values
                   [N, L, E] float32
@@ -30,13 +30,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import PayloadError
-from .routes import Origin, RouterLogits, Routes, compact_dtype
+from .origin import Origin, cause_of, is_covered
+from .routes import RouterLogits, Routes, compact_dtype
 from .shape import MAX_EXPERTS, MoEShape
 from .stock import decode_stock
 
 FIELD = "routed_experts"  # SGLang's, in the `meta_info` of an answer
-# Version 2 deflated the first bytes of the body, version 3 knew no weights.
-MAGIC, VERSION = b"RRPL", 4
+# Version 2 deflated the first bytes of the body, 3 knew no weights, 4 no causes of missing rows.
+MAGIC, VERSION = b"RRPL", 5
 HEADER = struct.Struct("<4sHHIIHHHHII")
 RUN = np.dtype([("num_rows", "<u4"), ("origin", "u1"), ("weight_version", "<i8")])
 CHECKSUM = struct.Struct("<I")
@@ -237,8 +238,8 @@ def _bitmap_of(layers: Sequence[int]) -> bytes:
 
 
 def _runs_of(routes: Routes) -> np.ndarray:
-    """Origins and weight versions, run-length coded; an uncovered row has origin ABSENT."""
-    origin_T = np.where(routes.covered_T, routes.origin_T, Origin.ABSENT)
+    """Origins and weight versions, run-length coded; the origin says whether a row is covered."""
+    origin_T = cause_of(routes.covered_T, routes.origin_T)
     version_T = routes.weight_version_T
     changes = (origin_T[1:] != origin_T[:-1]) | (version_T[1:] != version_T[:-1])
     starts = np.append([0], np.flatnonzero(changes) + 1)[: routes.num_rows]
@@ -301,7 +302,7 @@ def _routes_of(
         logits = RouterLogits(rows_N=arrays["rows"].astype(np.int64), values_NLE=arrays["logits"])
     return Routes(
         expert_ids_TLK=arrays["ids"],
-        covered_T=origin_T != Origin.ABSENT,
+        covered_T=is_covered(origin_T),
         layers=layers,
         num_experts=num_experts,
         combine_weights_TLK=arrays.get("weights"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
 from ..errors import RoutesError
+from .origin import Origin
 from .shape import MoEShape
 
 ONE_BITS, MINUS_ZERO_BITS = 0x3C00, 0x8000  # as float16
@@ -25,14 +25,6 @@ ROW_COLUMNS = (
     "weight_version_T",
 )
 COMPACT_LIMIT = 256  # the largest number of experts whose ids fit in one byte
-
-
-class Origin(IntEnum):
-    """Which forward pass of the engine produced a row."""
-
-    ABSENT = 0
-    PREFILL = 1
-    DECODE = 2
 
 
 def compact_dtype(num_experts: int) -> np.dtype:
@@ -91,7 +83,8 @@ class Routes:
         gate_probs_TLK: float16, probability of each selected expert over ALL experts, before any
             renormalisation; None if they were not captured.
         router_logits: Full logits of a sample of rows; None if they were not captured.
-        origin_T: uint8 of `Origin`. PREFILL for covered rows, if None.
+        origin_T: uint8 of `Origin`: the forward pass of a covered row, why another one is not
+            covered. PREFILL and ABSENT, if None.
         weight_version_T: int64 version of the weights that computed the row, -1 unknown.
 
     Raises:
@@ -162,6 +155,7 @@ class Routes:
         """
         columns = {name: column[np.maximum(rows_T, 0)] for name, column in self._columns().items()}
         columns["covered_T"] &= rows_T >= 0
+        columns["origin_T"][rows_T < 0] = Origin.ABSENT
         logits = None if self.router_logits is None else self.router_logits.take(rows_T)
         return replace(self, **columns, router_logits=logits).uncover(rows_T < 0)
 
@@ -172,9 +166,9 @@ class Routes:
 
     def without_versions_before(self, weight_version: int) -> Routes:
         """Return these routes with rows of older or unknown weights uncovered."""
-        return self.uncover(np.less(self.weight_version_T, weight_version))
+        return self.uncover(np.less(self.weight_version_T, weight_version), Origin.STALE)
 
-    def uncover(self, rows_T: np.ndarray) -> Routes:
+    def uncover(self, rows_T: np.ndarray, cause: Origin = Origin.ABSENT) -> Routes:
         """Return these routes with the rows of a bool mask uncovered and their content zero."""
         if rows_T.shape != (self.num_rows,) or rows_T.dtype != np.bool_:
             raise RoutesError(
@@ -194,7 +188,7 @@ class Routes:
             self,
             **columns,
             covered_T=self.covered_T & ~rows_T,
-            origin_T=np.where(rows_T, Origin.ABSENT, self.origin_T).astype(np.uint8),
+            origin_T=np.where(rows_T & self.covered_T, cause, self.origin_T).astype(np.uint8),
             router_logits=logits,
         )
 

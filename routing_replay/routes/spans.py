@@ -9,27 +9,15 @@ rows that were requested as a delta.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from ..errors import RoutesError
+from .origin import Origin, cause_of, num_uncovered
 from .routes import Routes, concatenate
-
-
-class RowState(IntEnum):
-    """Whether a row of a trajectory is covered, or the reason why it is not."""
-
-    COVERED = 0
-    INJECTED = 1  # no request of the trajectory was given this token in this context
-    NOT_FED = 2  # the last token of an answer, which no later request continued
-    OTHER_CONTEXT = 3  # the request saw other tokens before this one
-    NOT_CAPTURED = 4  # outside the rows that the request returned
-    UNKNOWN_ORIGIN = 5  # the engine returned the row as uncovered
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,8 +143,8 @@ class Trajectory:
 
     Args:
         tokens_T: int64.
-        routes: T - 1 rows. Each row keeps the weight version under which it was computed.
-        states_T: uint8 of `RowState`, one for each row and one for the last token (NOT_FED).
+        routes: T - 1 rows. Each row keeps the weight version under which it was computed, or the
+            cause why it is not covered (`routes.origin_T`).
         is_sampled_T: bool, an engine sampled the token.
         is_own_context_T: bool, the engine sampled the token after the tokens that precede it here.
             Elsewhere `mu_logprobs_T` is the log-prob in another context.
@@ -165,7 +153,6 @@ class Trajectory:
 
     tokens_T: np.ndarray
     routes: Routes
-    states_T: np.ndarray
     is_sampled_T: np.ndarray
     is_own_context_T: np.ndarray
     mu_logprobs_T: np.ndarray
@@ -191,21 +178,18 @@ class Trajectory:
         samples = _unique([*(span.sample for span in spans), *earlier])
         shared = {sample: sample.shared_length(tokens_T) for sample in samples}
         _check_continuity(spans, starts, shared)
-        states_T = _own_states(spans, starts, shared, len(tokens_T))
-        source_T = _sources(spans, starts, shared, states_T)
-        states_T[source_T >= 0] = RowState.COVERED
+        routes = _gather(samples, _sources(spans, starts, shared, len(tokens_T))[:-1])
+        causes_T = _causes(spans, starts, shared, len(tokens_T))[:-1]
+        origin_T = np.where(routes.covered_T, routes.origin_T, causes_T)
         return cls(
             tokens_T=tokens_T,
-            routes=_gather(samples, source_T[:-1]),
-            states_T=states_T,
+            routes=replace(routes, origin_T=origin_T),
             **_sampled_columns(spans, starts, shared, len(tokens_T)),
         )
 
     def num_uncovered(self) -> Mapping[str, int]:
-        """Return how many rows are not covered, by reason; the last token has no row."""
-        counts = Counter(RowState(state).name.lower() for state in self.states_T[:-1])
-        counts.pop("covered", None)
-        return counts
+        """Return how many rows are not covered, by cause; the last token has no row."""
+        return num_uncovered([self.routes])
 
 
 def num_known_rows(samples: Sequence[Sample], token_ids: Sequence[int]) -> int:
@@ -252,40 +236,42 @@ def _check_continuity(
         previous = span
 
 
-def _own_states(
+def _causes(
     spans: Sequence[Span], starts: Sequence[int], shared: Mapping[Sample, int], num_tokens: int
 ) -> np.ndarray:
-    """The reason why each token's own request does not cover its row, as if none did."""
-    states_T = np.full(num_tokens, RowState.INJECTED, np.uint8)
+    """Why each token's own request does not cover its row, as if none did: uint8 of `Origin`."""
+    causes_T = np.full(num_tokens, Origin.INJECTED, np.uint8)
     for span, start in zip(spans, starts, strict=True):
         if span.sample is None:
             continue
         sample, end = span.sample, start + span.num_tokens
-        states_T[start:end] = RowState.NOT_CAPTURED
+        causes_T[start:end] = Origin.NOT_CAPTURED
         if sample.routes is not None:
-            first, last = sample.start, sample.start + sample.routes.num_rows
-            states_T[max(start, first) : min(end, last)] = RowState.UNKNOWN_ORIGIN
+            low, high = max(start, sample.start), min(end, sample.start + sample.routes.num_rows)
+            rows = slice(low - sample.start, max(low, high) - sample.start)
+            engine_T = cause_of(sample.routes.covered_T[rows], sample.routes.origin_T[rows])
+            causes_T[low : max(low, high)] = engine_T
         if span.position + span.num_tokens == len(sample.tokens_T):
-            states_T[end - 1] = RowState.NOT_FED
-        states_T[max(start, min(end, shared[sample])) : end] = RowState.OTHER_CONTEXT
-    return states_T
+            causes_T[end - 1] = Origin.NOT_FED
+        causes_T[max(start, min(end, shared[sample])) : end] = Origin.OTHER_CONTEXT
+    return causes_T
 
 
 def _sources(
     spans: Sequence[Span],
     starts: Sequence[int],
     shared: Mapping[Sample, int],
-    states_T: np.ndarray,
+    num_tokens: int,
 ) -> np.ndarray:
     """For each token its row among the rows of all samples, in their order; -1 for none."""
-    source_T = np.full(len(states_T), -1, np.int64)
-    own: dict[Sample, np.ndarray] = {sample: np.zeros(len(states_T), np.bool_) for sample in shared}
+    source_T = np.full(num_tokens, -1, np.int64)
+    own: dict[Sample, np.ndarray] = {sample: np.zeros(num_tokens, np.bool_) for sample in shared}
     for span, start in zip(spans, starts, strict=True):
         if span.sample is not None:
             own[span.sample][start : start + span.num_tokens] = True
     candidates, first_row = [], 0
     for sample, num_shared in shared.items():
-        usable_T = sample.covered(len(states_T))
+        usable_T = sample.covered(num_tokens)
         usable_T[num_shared:] = False
         candidates.append((usable_T, first_row - sample.start, own[sample]))
         first_row += 0 if sample.routes is None else sample.routes.num_rows

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, PayloadError
+from .origin import Origin, is_covered
 from .routes import Routes, compact_dtype
 from .shape import MoEShape
 
@@ -87,12 +88,14 @@ def from_wide(ids_TLK: np.ndarray, shape: MoEShape, *, is_retracted: bool = Fals
     if shape.top_k > 1:
         covered_T = np.asarray(ids_TLK.any((1, 2)))
     # After a retraction a stock server returns rows of another forward pass and cannot say which.
-    covered_T &= not is_retracted
+    known = Origin.RETRACTED if is_retracted else Origin.PREFILL
+    origin_T = np.where(covered_T, known, Origin.ABSENT).astype(np.uint8)
     return Routes(
         expert_ids_TLK=ids_TLK,
-        covered_T=covered_T,
+        covered_T=is_covered(origin_T),
         layers=shape.layers,
         num_experts=shape.num_experts,
+        origin_T=origin_T,
     )
 
 

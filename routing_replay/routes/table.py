@@ -9,7 +9,7 @@ The file is an ordinary safetensors file (any safetensors reader opens it):
     logit_rows_N      I64         optional, with
     logits_NLE        F32         full router logits of a sample of rows
     covered_T         BOOL
-    origin_T          U8          0 absent, 1 prefill, 2 decode
+    origin_T          U8          `Origin`: the forward pass of a row, or why it is not covered
     weight_version_T  I64
     offsets_S1        I64         sequence s owns the rows offsets[s] .. offsets[s + 1]
     counts_SLE        U8 to U32   covered rows of a sequence that select an expert; optional

@@ -17,7 +17,8 @@ from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from .. import kernels
 from ..capture import CaptureSettings
 from ..errors import ServerError
-from ..routes.routes import Origin, RouterLogits
+from ..routes.origin import Origin
+from ..routes.routes import RouterLogits
 from . import versions
 from .gates import gate_probs, pack, parse_version, score_function, unpack
 from .logits import LogitSampler

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from ..capture import OURS, REQUEST_KEY, CaptureSettings
+from ..routes.origin import Origin
 from ..routes.payload import encode
-from ..routes.routes import Origin, RouterLogits, Routes, are_probabilities
+from ..routes.routes import RouterLogits, Routes, are_probabilities
 from . import versions
 from .slots import NOT_WRITTEN, KeptRows
 

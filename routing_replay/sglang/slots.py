@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..routes.routes import Origin, RouterLogits, compact_dtype
+from ..routes.origin import Origin
+from ..routes.routes import RouterLogits, compact_dtype
 from .logits import LogitSampler
 
 NOT_WRITTEN = 0

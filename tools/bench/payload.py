@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from routing_replay.capture import REQUEST_KEY
+from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import FIELD, decode, encode
-from routing_replay.routes.routes import Origin, Routes, compact_dtype, has_duplicates
+from routing_replay.routes.routes import Routes, compact_dtype, has_duplicates
 from routing_replay.sglang.rows import collect
 from routing_replay.sglang.slots import SlotRows
 
