@@ -1,5 +1,7 @@
 """Counts of tokens per sequence, layer and expert: exact, kept in the file, cheap."""
 
+import sys
+
 import numpy as np
 import oracles
 import pytest
@@ -20,13 +22,37 @@ def test_counts_are_those_of_a_loop_over_all_slots(table):
     assert table.counts_SLE.tolist() == oracles.expert_counts(table)
 
 
-def test_short_and_long_sequences_are_counted_alike(table, monkeypatch):
-    monkeypatch.setattr(counts, "SHORT_IDS", 0)
-    monkeypatch.setattr(counts, "PIECE_IDS", 1000)
+@pytest.fixture(params=["compiled", "numpy"])
+def way(request, monkeypatch):
+    """Counts of any size by one of the two ways."""
+    counts._compiled.cache_clear()
+    if request.param == "numpy":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        pytest.importorskip("numba")
+    monkeypatch.setattr(counts, "COMPILED_IDS", 0)
+    yield request.param
+    counts._compiled.cache_clear()
+
+
+def test_compiled_counts_are_numpys(table, way):
+    assert (counts._compiled() is not None) == (way == "compiled")
     recounted = counts.count_sequences(
         table.expert_ids_LTK, table.covered_T, table.offsets_S1, table.shape.num_experts
     )
-    np.testing.assert_array_equal(recounted, table.counts_SLE)
+    assert recounted.tolist() == oracles.expert_counts(table)
+
+
+@pytest.mark.parametrize("num_ids", [0, 7, 8, 21])
+def test_ids_that_fill_no_whole_word_are_counted(way, num_ids):
+    ids_LN = np.arange(2 * num_ids, dtype=np.uint8).reshape(2, num_ids) % 5
+    expected = [[int((row == expert).sum()) for expert in range(5)] for row in ids_LN]
+    assert counts.count_layers(ids_LN, 5).tolist() == expected
+
+
+def test_an_id_out_of_range_is_refused_before_anything_is_written(way):
+    with pytest.raises(IndexError, match="an expert id is out of range: expected below 4"):
+        counts.count_layers(np.full((1, 16), 4, np.uint8), 4)
 
 
 def test_counts_survive_the_file_and_a_read_only_map_is_counted_without_a_warning(

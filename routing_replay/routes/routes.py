@@ -262,7 +262,9 @@ def _fill_defaults(routes: Routes) -> None:
 
 
 def _check_rows(routes: Routes) -> None:
-    ids_CLK = routes.expert_ids_TLK[routes.covered_T]
+    ids_CLK = routes.expert_ids_TLK
+    if not routes.covered_T.all():
+        ids_CLK = ids_CLK[routes.covered_T]
     if not ids_CLK.size:
         return
     rows = np.flatnonzero(routes.covered_T)

@@ -3,7 +3,8 @@
     python -m tools.bench.counts --tokens 65_536 --lengths 128 2048 16_384
 
 builds a table of routes (48 layers, top-8 of 128 experts) with and without its counts, in turns,
-and prints the difference for a million tokens; beside it the decoding of the same payloads.
+and prints the difference for a million tokens, of the compiled loop and of numpy; beside it the
+decoding of the same payloads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from routing_replay.routes import payload, table
+from routing_replay.routes import counts, payload, table
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
@@ -45,15 +46,25 @@ def measure(num_tokens: int, length: int, rounds: int) -> dict[str, object]:
         with mock.patch.object(table, "count_covered", return_value=0):
             return RouteTable.from_routes(sequences)
 
+    def build_with_numpy() -> RouteTable:
+        with mock.patch.object(counts, "_compiled", return_value=None):
+            return RouteTable.from_routes(sequences)
+
     variants = {
         "with": timed(build),
+        "numpy": timed(build_with_numpy),
         "without": timed(build_without),
         "decode": timed(lambda: [payload.decode_compact(one) for one in data]),
     }
     times = take_turns(variants, rounds)
-    added = [a - b for a, b in zip(times["with"], times["without"], strict=True)]
+
+    def added(name: str) -> list[float]:
+        pairs = zip(times[name], times["without"], strict=True)
+        return [million * (with_counts - without) for with_counts, without in pairs]
+
     return {
-        "counting": spread([million * seconds for seconds in added]),
+        "counting": spread(added("with")),
+        "counting with numpy": spread(added("numpy")),
         "building": spread([million * seconds for seconds in times["with"]]),
         "decoding": spread([million * seconds for seconds in times["decode"]]),
     }
