@@ -37,6 +37,7 @@ def run(rank: int, nproc: int, checkpoint: str) -> dict[str, dict[str, Any]]:
     first = next(iter(LAYOUTS[nproc].values()))
     with _groups(first):
         results["r2"] = r2(checkpoint, first)
+        results["accumulated"] = accumulated(checkpoint, first)
         results["bad"] = bad_inputs(checkpoint, first, rank)
     return results
 
@@ -69,21 +70,28 @@ def r2(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
     witness = Witness(made.actor_module, tiny_batch.expected_maps(tokens))
     with _environment(ROUTING_REPLAY_MODE="R2"), skyrl_model.patched():
         log_probs(made, micro_batches(1, None))
-        for sequence in tokens:
-            witness.seen_VLE[sequence[-1]] = False  # never fed by an engine: routes live
-        witness.maps_VLE = witness.seen_VLE.clone()
-        with torch.no_grad():
-            for router in witness.routers:
-                router.weight.copy_(router.weight.flip(0))
-        witness.reset()
+        witness.demand_what_was_seen([sequence[-1] for sequence in tokens])
         gradients(made, micro_batches(2, None))
         return witness.counts()
 
 
-def bad_inputs(checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, str]:
+def accumulated(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
+    """Gradients of two mini-batches before one update, and those of each."""
+    made = wrapper(checkpoint, layout, packed=True)
+    whole = tiny_batch.captured_whole(tiny_batch.sequences(0))
+    first, second = ([micro] for micro in micro_batches(3, whole))
+    with skyrl_model.patched():
+        return {
+            "together": gradients(made, first, second)[0],
+            "apart": [gradients(made, part)[0] for part in (first, second)],
+        }
+
+
+def bad_inputs(checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, Any]:
     """The error of each bad input on this rank; the job goes on after each."""
     made = wrapper(checkpoint, layout, packed=True)
-    routed = tiny_batch.captured_whole(tiny_batch.sequences(0))
+    tokens = tiny_batch.sequences(0)
+    routed = tiny_batch.captured_whole(tokens)
     foreign = [routes.clone() for routes in routed]
     if rank == 0:  # on one rank only: the other must not wait for it
         foreign[1][3, 2, 0] = tiny_batch.EXPERTS
@@ -95,10 +103,13 @@ def bad_inputs(checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, 
     }
     with skyrl_model.patched():
         log_probs(made, micro_batches(2, routed))
-        errors = {
+        errors: dict[str, Any] = {
             name: _error(lambda r=r: log_probs(made, micro_batches(2, r)))
             for name, r in cases.items()
         }
+        witness = Witness(made.actor_module, tiny_batch.expected_maps(tokens))
+        log_probs(made, micro_batches(2, routed)[::2])  # a filter dropped the others
+        errors["after_drop"] = witness.counts()
         errors["none_of_these"] = _error(lambda: log_probs(made, micro_batches(2, routed)))
     return errors
 

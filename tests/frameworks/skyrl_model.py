@@ -121,11 +121,15 @@ def log_probs(made: Any, batches: list[dict[str, Any]]) -> torch.Tensor | None:
     return values[masks[:, -values.shape[1] :].bool()]
 
 
-def gradients(made: Any, batches: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-    """Gradients of a mini-batch by parameter name, and SkyRL's metrics of its microbatches."""
+def gradients(made: Any, *mini_batches: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
+    """Gradients of mini-batches by parameter name, and SkyRL's metrics of the last one's parts."""
     for chunk in made.actor_module:
         chunk.zero_grad()
-    metrics = made.forward_backward_mini_batch(batches, WIDTH, len(batches[0]["sequences"]))
+    for batches in mini_batches:
+        size = len(batches[0]["sequences"])
+        # SkyRL takes fields out of a microbatch as it reads them.
+        copies = [dict(micro) for micro in batches]
+        metrics = made.forward_backward_mini_batch(copies, WIDTH, size)
     named = {
         f"{number}.{name}": parameter.grad.clone()
         for number, chunk in enumerate(made.actor_module)

@@ -79,6 +79,24 @@ def test_r2_replays_what_the_old_policys_pass_recorded(worlds, num_ranks):
     assert sum(c["wrong"] for c in counts) == 0
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_gradients_add_up_over_two_mini_batches_before_an_update(worlds, num_ranks):
+    for rank in worlds[num_ranks]:
+        together, apart = rank["accumulated"]["together"], rank["accumulated"]["apart"]
+        assert together
+        for name, gradient in together.items():
+            total = apart[0][name] + apart[1][name]
+            torch.testing.assert_close(gradient, total, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_batch_replays_what_a_filter_left_of_it(worlds, num_ranks):
+    ranks = [rank["bad"]["after_drop"] for rank in worlds[num_ranks]]
+    kept = sum(LENGTHS[i] - 1 for i in (0, 1, 4, 5))
+    assert sum(counts["rows"] for counts in ranks) == kept * LAYERS
+    assert sum(counts["wrong"] for counts in ranks) == 0
+
+
 ERRORS = {
     "foreign": "an expert id is out of range",
     "layers": "the expert ids are of another number of layers",

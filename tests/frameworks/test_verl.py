@@ -4,10 +4,11 @@ import pytest
 import tiny_batch
 import torch
 from megatron_worlds import run_world
-from tiny_batch import LAYERS, LENGTHS, NUM_ROUTED
+from tiny_batch import CUT, LAYERS, LENGTHS, NUM_CAPTURED, NUM_ROUTED
 
 LAYOUTS = {"one": 1, "pp2": 2, "ep2": 2, "cp2": 2, "tp2": 2}
 NUM_TOKENS = sum(LENGTHS)
+KEPT = [0, 2, 3, 5]  # as verl_checks.KEPT
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,23 @@ def test_a_bad_input_is_an_error_on_every_rank(worlds, num_ranks, name):
         assert (
             "another rank could not open the pass" if name in ON_ONE_RANK else ERRORS[name]
         ) in error
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_gradients_add_up_over_two_batches_before_an_update(worlds, num_ranks):
+    for rank in worlds[num_ranks]:
+        together, apart = rank["accumulated"]["together"], rank["accumulated"]["apart"]
+        for name, gradient in together.items():
+            total = apart[0][name] + apart[1][name]
+            torch.testing.assert_close(gradient, total, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_batch_replays_what_a_filter_left_of_it(worlds, num_ranks):
+    ranks = [rank["bad"]["after_drop"] for rank in worlds[num_ranks]]
+    kept = sum(LENGTHS[i] - 1 for i in KEPT) - (LENGTHS[CUT] - 1 - NUM_CAPTURED)
+    assert sum(counts["rows"] for counts in ranks) == num_ranks * kept * LAYERS
+    assert sum(counts["wrong"] for counts in ranks) == 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -43,6 +43,7 @@ LAYOUTS = {
 }
 
 
+KEPT = [0, 2, 3, 5]  # sequences of a batch from which a filter dropped the others
 ONE_BY_ONE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
 
 
@@ -61,6 +62,7 @@ def run(rank: int, nproc: int, checkpoint: str) -> dict[str, dict[str, Any]]:
     name, layout = next(iter(LAYOUTS[nproc].items()))
     with _groups(layout):
         results["r2"] = r2(checkpoint, layout)
+        results["accumulated"] = accumulated(checkpoint, layout)
     layout = LAYOUTS[nproc].get("ep2", layout)
     with _groups(layout):
         results["padded"] = padded(checkpoint, layout)
@@ -134,19 +136,27 @@ def r2(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
     tokens = tiny_batch.sequences(data_rank())
     witness = Witness(made.engine.module, tiny_batch.expected_maps(tokens))
     log_probs(made, batch(data_rank(), **ONE_BY_ONE))
-    for sequence in tokens:
-        witness.seen_VLE[sequence[-1]] = False  # never fed by an engine: routes live
-    witness.maps_VLE = witness.seen_VLE.clone()
-    with torch.no_grad():
-        for router in witness.routers:
-            router.weight.copy_(router.weight.flip(0))
-    witness.reset()
+    witness.demand_what_was_seen([sequence[-1] for sequence in tokens])
     with as_lora_actor(made).disable_adapter():
         log_probs(made, batch(data_rank(), **ONE_BY_ONE))
     live = witness.counts()
     witness.reset()
     metrics = update(made, batch(data_rank(), **ONE_BY_ONE), num_updates=1)
     return {"live": live, "update": witness.counts(), "metrics": metrics}
+
+
+def accumulated(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
+    """Gradients of two batches before one update, and those of each batch."""
+    made = worker(checkpoint, layout)
+    whole = tiny_batch.captured_whole(tiny_batch.sequences(data_rank()))
+    halves = [
+        batch(data_rank(), [whole[i] for i in kept], kept, **ONE_BY_ONE)
+        for kept in ([0, 1, 2], [3, 4, 5])
+    ]
+    return {
+        "together": gradients(made, *halves),
+        "apart": [gradients(made, half) for half in halves],
+    }
 
 
 def padded(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
@@ -193,11 +203,19 @@ def bad_inputs(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
         lambda: worker(checkpoint, layout, **verl_worker.own_replay("R3"))
     )
     errors["dynamic_cp"] = _error(lambda: _refused(dynamic_context_parallel=True))
+    witness = Witness(made.engine.module, tiny_batch.expected_maps(tokens))
+    log_probs(made, batch(data_rank(), [routed[i] for i in KEPT], KEPT))
+    after_drop = witness.counts()
     first = log_probs(made, batch(data_rank(), routed))
     second_actor = worker(checkpoint, layout)  # several actors of a process
     second = log_probs(second_actor, batch(data_rank(), routed))
     again = log_probs(made, batch(data_rank(), routed))
-    return {"errors": errors, "first_actor": [first, again], "second_actor": second}
+    return {
+        "errors": errors,
+        "first_actor": [first, again],
+        "second_actor": second,
+        "after_drop": after_drop,
+    }
 
 
 def own_loop(

@@ -140,9 +140,16 @@ def nested(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
 
 
-def batch(data_rank: int, routed: list[torch.Tensor] | None = None, **non_tensors: Any) -> Any:
-    """The sequences of a data-parallel rank as verl's trainer hands them to a worker."""
+def batch(
+    data_rank: int,
+    routed: list[torch.Tensor] | None = None,
+    kept: list[int] | None = None,
+    **non_tensors: Any,
+) -> Any:
+    """The sequences of a data-parallel rank, or some of them, as verl's trainer hands them over."""
     tokens = tiny_batch.sequences(data_rank)
+    if kept is not None:
+        tokens = [tokens[number] for number in kept]
     masks = [torch.tensor([0] * 4 + [1] * (len(sequence) - 4)) for sequence in tokens]
     responses = [mask[4:] for mask in masks]
     fields = {
@@ -176,12 +183,13 @@ def log_probs(made: TrainingWorker, data: Any) -> torch.Tensor | None:
     return None if output is None else output["log_probs"].values().clone()
 
 
-def gradients(made: TrainingWorker, data: Any) -> dict[str, torch.Tensor]:
-    """Of a step over the batch, by parameter name, reduced as verl reduces them."""
+def gradients(made: TrainingWorker, *batches: Any) -> dict[str, torch.Tensor]:
+    """Of a step over the batches, by parameter name, reduced as verl reduces them."""
     engine = made.engine
     with engine.train_mode():
         engine.optimizer_zero_grad()
-        engine.forward_backward_batch(data, mean_loss, forward_only=False)
+        for data in batches:
+            engine.forward_backward_batch(data, mean_loss, forward_only=False)
         return main_gradients(engine.module)
 
 

@@ -40,6 +40,19 @@ class Witness:
     def reset(self) -> None:
         self.num_rows = self.num_wrong = self.num_live = self.num_short = 0
 
+    def demand_what_was_seen(self, last_tokens: Sequence[torch.Tensor]) -> None:
+        """Demand from here on what every token got, the last ones of sequences aside.
+
+        The routers are turned upside down: only replay can repeat their choices.
+        """
+        for token in last_tokens:
+            self.seen_VLE[token] = False  # never fed by an engine: routes live
+        self.maps_VLE = self.seen_VLE.clone()
+        with torch.no_grad():
+            for router in self.routers:
+                router.weight.copy_(router.weight.flip(0))
+        self.reset()
+
     def counts(self) -> dict[str, int]:
         return {
             "rows": self.num_rows,
