@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import stand_ins
 
+ROOT = Path(__file__).parent.parent.parent
 VARIABLES = {
     "slime": "ROUTING_REPLAY_SLIME",
     "miles": "ROUTING_REPLAY_MILES",
@@ -38,8 +40,9 @@ def named() -> list[str]:
 
 
 def put_on_path(package: str) -> None:
-    """Let this process import a checkout."""
+    """Let this process import a checkout; end it if none is named."""
+    if package not in named():
+        sys.exit(f"{VARIABLES[package]} names no checkout (docs/adopt/{package}.md)")
     stand_ins.prepare(*MISSING[package])
-    checkout = os.environ[VARIABLES[package]]
-    if checkout not in sys.path:
-        sys.path.insert(0, checkout)
+    if os.environ[VARIABLES[package]] not in sys.path:
+        sys.path.insert(0, os.environ[VARIABLES[package]])

@@ -133,13 +133,13 @@ def one_pass(worker: ModuleType, model: torch.nn.Module, config: Any, data: Any,
 
 
 def passes(
-    worker: ModuleType, model: torch.nn.Module, layout: ParallelLayout, begin: Any, routes: Any
+    worker: ModuleType, model: torch.nn.Module, layout: ParallelLayout, begin: Any
 ) -> dict[str, Any]:
     """Outputs, gradients and seconds of every pass, packed and padded."""
     results = {}
     for batching, is_packed in (("packed", True), ("padded", False)):
         config = configuration(is_packed, layout)
-        data = batch(config, routes)
+        data = batch(config, routes())
         for kind in ("reference", "logprobs", "train"):
             model.zero_grad()
             begin(f"{batching} {kind}")
@@ -171,7 +171,12 @@ def run(rank: int, checkpoint: str, layouts: list[dict[str, int]]) -> list[dict[
     return results
 
 
-def compared(checkpoint: str, layout: ParallelLayout, worker: ModuleType) -> dict[str, Any]:
+def routes() -> list[torch.Tensor]:
+    return random_routes(LENGTHS, LAYERS, EXPERTS, TOP_K)
+
+
+def model_of(checkpoint: str, layout: ParallelLayout) -> torch.nn.Module:
+    """A model of ours with NeMo-RL's settings for replay."""
     config = transformer_config(
         checkpoint,
         layout,
@@ -181,11 +186,15 @@ def compared(checkpoint: str, layout: ParallelLayout, worker: ModuleType) -> dic
     )
     (model,) = build_model(config, layout)
     load_hf([model], checkpoint)
-    routes = random_routes(LENGTHS, LAYERS, EXPERTS, TOP_K)
-    seen = NamedPasses([model], dispatch_maps(routes, EXPERTS))
-    own = passes(worker, model, layout, lambda name: seen.begin(f"own {name}"), routes)
+    return model
+
+
+def compared(checkpoint: str, layout: ParallelLayout, worker: ModuleType) -> dict[str, Any]:
+    model = model_of(checkpoint, layout)
+    seen = NamedPasses([model], dispatch_maps(routes(), EXPERTS))
+    own = passes(worker, model, layout, lambda name: seen.begin(f"own {name}"))
     with patched(worker) as job:
-        ours = passes(worker, model, layout, lambda name: seen.begin(f"ours {name}"), routes)
+        ours = passes(worker, model, layout, lambda name: seen.begin(f"ours {name}"))
         seen.begin("")
         metrics = job.metrics
     is_last = mpu.is_pipeline_last_stage()

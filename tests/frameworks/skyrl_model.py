@@ -24,7 +24,6 @@ from recipes.model.model import build_model, transformer_config  # noqa: E402
 from recipes.model.parallel import ParallelLayout  # noqa: E402
 from routing_replay.adapters import skyrl, skyrl_losses  # noqa: E402
 
-WIDTH = max(tiny_batch.LENGTHS)
 NAMES = (
     "get_forward_backward_func",
     "setup_per_microbatch_replay_forward",
@@ -66,13 +65,16 @@ def wrapper(
     return megatron_model_wrapper.MegatronModelWrapper(settings, chunks, policy_loss_fn=loss_fn)
 
 
-def micro_batches(size: int, routed: list[torch.Tensor] | None) -> list[dict[str, Any]]:
+def micro_batches(
+    size: int, routed: list[torch.Tensor] | None, tokens: list[torch.Tensor] | None = None
+) -> list[dict[str, Any]]:
     """The left-padded sequences in microbatches, as SkyRL's worker builds them."""
-    tokens = tiny_batch.sequences(0)
+    tokens = tiny_batch.sequences(0) if tokens is None else tokens
+    width = max(map(len, tokens))
     result = []
     for start in range(0, len(tokens), size):
         part = tokens[start : start + size]
-        mask, without = (torch.zeros(len(part), WIDTH, dtype=torch.int64) for _ in range(2))
+        mask, without = (torch.zeros(len(part), width, dtype=torch.int64) for _ in range(2))
         ids = torch.zeros_like(mask)
         segments = []
         for row, sequence in enumerate(part):
@@ -84,7 +86,7 @@ def micro_batches(size: int, routed: list[torch.Tensor] | None) -> list[dict[str
                 without[row, -len(sequence) :] = is_missing.long()
                 segment[is_missing] = torch.arange(segment.shape[-1], dtype=segment.dtype)
                 segments.append(segment)
-        actions = WIDTH - 1
+        actions = width - 1
         noise = torch.Generator().manual_seed(start)
         result.append(
             {
@@ -112,9 +114,9 @@ def log_probs(made: Any, batches: list[dict[str, Any]]) -> torch.Tensor | None:
     """Of the real tokens; None on a stage without outputs."""
     from megatron.core import parallel_state
 
-    size = len(batches[0]["sequences"])
+    size, width = batches[0]["sequences"].shape
     with torch.no_grad():
-        values = made.forward(batches, WIDTH, size)
+        values = made.forward(batches, width, size)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     masks = torch.cat([b["attention_mask"][:, 1:] * b["attention_mask"][:, :-1] for b in batches])
@@ -126,10 +128,10 @@ def gradients(made: Any, *mini_batches: list[dict[str, Any]]) -> tuple[dict[str,
     for chunk in made.actor_module:
         chunk.zero_grad()
     for batches in mini_batches:
-        size = len(batches[0]["sequences"])
+        size, width = batches[0]["sequences"].shape
         # SkyRL takes fields out of a microbatch as it reads them.
         copies = [dict(micro) for micro in batches]
-        metrics = made.forward_backward_mini_batch(copies, WIDTH, size)
+        metrics = made.forward_backward_mini_batch(copies, width, size)
     named = {
         f"{number}.{name}": parameter.grad.clone()
         for number, chunk in enumerate(made.actor_module)

@@ -32,6 +32,7 @@ from rollouts import NamedPasses, dispatch_maps, distinct_tokens, random_routes 
 from witness import chunk_config  # noqa: E402
 
 from recipes.model import model as our_model  # noqa: E402
+from recipes.model.parallel import start_distributed  # noqa: E402
 from recipes.model.weights import load_hf  # noqa: E402
 
 LENGTHS = (17, 30, 9, 23, 12, 40, 15, 33)
@@ -297,8 +298,6 @@ def run(rank: int, options: dict[str, Any]) -> dict[str, Any]:
         "RANK": str(rank),
         "WORLD_SIZE": str(job.num_ranks),
         "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",  # the world is there already
         "TENSORBOARD_DIR": job.folder,
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it beside TP and CP
         "SLIME_DESTROY_WORLD_PROCESS_GROUP": "0",
@@ -310,6 +309,7 @@ def run(rank: int, options: dict[str, Any]) -> dict[str, Any]:
 
 def train(job: Job) -> dict[str, Any]:
     use_cpu(job)
+    start_distributed()
     args = parse(job)
     actor_module = job.theirs("backends.megatron_utils.actor")
     job.theirs("backends.megatron_utils.initialize").init(args)

@@ -8,9 +8,9 @@ import math
 
 import checkouts
 import pytest
+import tiny_batch
 import torch
 from megatron_worlds import RankError, run_world
-from tiny_models import write_tiny_qwen3_moe
 
 ADAPTER = ("--custom-megatron-init-path", "routing_replay.adapters.slime.init")
 R3 = ("--use-rollout-routing-replay",)
@@ -21,14 +21,7 @@ ROUTED = 4 * (179 - 8)
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_tiny_qwen3_moe(folder, vocab=256)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(folder)
-    return str(folder)
+    return tiny_batch.write_checkpoint_of_words(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,18 @@ def write_checkpoint(folder: Path) -> str:
     return str(folder)
 
 
+def write_checkpoint_of_words(folder: Path) -> str:
+    """Write a random Qwen3-MoE of 256 tokens, each a word of its own."""
+    from tiny_models import write_tiny_qwen3_moe
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    write_tiny_qwen3_moe(folder, vocab=256)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(folder)
+    return str(folder)
+
+
 def token_routes() -> torch.Tensor:
     """Experts of every token id: int64 [V, L, K], distinct in a row, and never a row of zeros."""
     scores = torch.rand(VOCAB, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(3))

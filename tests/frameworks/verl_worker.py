@@ -150,6 +150,13 @@ def batch(
     tokens = tiny_batch.sequences(data_rank)
     if kept is not None:
         tokens = [tokens[number] for number in kept]
+    return batch_of(tokens, routed, **non_tensors)
+
+
+def batch_of(
+    tokens: list[torch.Tensor], routed: list[torch.Tensor] | None, **non_tensors: Any
+) -> Any:
+    """Sequences with a prompt of four tokens, as verl's trainer hands them to a worker."""
     masks = [torch.tensor([0] * 4 + [1] * (len(sequence) - 4)) for sequence in tokens]
     responses = [mask[4:] for mask in masks]
     fields = {
