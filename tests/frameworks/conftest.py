@@ -1,4 +1,4 @@
-"""Ranks of the frameworks' tests are forked from a process that has imported what the files need."""
+"""Ranks of the frameworks' tests are forked from a process that has imported the frameworks."""
 
 import os
 

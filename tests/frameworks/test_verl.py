@@ -171,6 +171,15 @@ def test_gradients_add_up_over_two_batches_before_an_update(worlds, num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_resumed_job_replays_as_the_one_before_it(worlds, num_ranks):
+    ranks = [r["resumed"] for r in worlds[num_ranks] if r["resumed"]["first"] is not None]
+    assert ranks
+    for rank in ranks:
+        assert torch.equal(rank["after"], rank["before"])
+        assert not torch.equal(rank["before"], rank["first"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_batch_replays_what_a_filter_left_of_it(worlds, num_ranks):
     ranks = [rank["bad"]["after_drop"] for rank in worlds[num_ranks]]
     kept = sum(LENGTHS[i] - 1 for i in KEPT) - (LENGTHS[CUT] - 1 - NUM_CAPTURED)

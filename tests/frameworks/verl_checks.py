@@ -63,6 +63,7 @@ def run(rank: int, nproc: int, checkpoint: str) -> dict[str, dict[str, Any]]:
     with _groups(layout):
         results["r2"] = r2(checkpoint, layout)
         results["accumulated"] = accumulated(checkpoint, layout)
+        results["resumed"] = resumed(checkpoint, layout)
     layout = LAYOUTS[nproc].get("ep2", layout)
     with _groups(layout):
         results["padded"] = padded(checkpoint, layout)
@@ -156,6 +157,22 @@ def accumulated(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
     return {
         "together": gradients(made, *halves),
         "apart": [gradients(made, half) for half in halves],
+    }
+
+
+def resumed(checkpoint: str, layout: ParallelLayout) -> dict[str, Any]:
+    """Log-probs after an update, and those of a new job that begins with its weights."""
+    made = worker(checkpoint, layout)
+    routed = tiny_batch.captured(tiny_batch.sequences(data_rank()))
+    first = log_probs(made, batch(data_rank(), routed))
+    update(made, batch(data_rank(), routed))
+    again = worker(checkpoint, layout)
+    for old, new in zip(made.engine.module, again.engine.module, strict=True):
+        new.load_state_dict(old.state_dict())
+    return {
+        "first": first,
+        "before": log_probs(made, batch(data_rank(), routed)),
+        "after": log_probs(again, batch(data_rank(), routed)),
     }
 
 
