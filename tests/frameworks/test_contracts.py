@@ -1,15 +1,16 @@
 """The installed frameworks are as the adapters expect them; a difference is one line."""
 
 import ast
-import importlib.util
+import importlib.machinery
 import inspect
+import sys
 from pathlib import Path
 
+import checkouts
 import pytest
 
 from routing_replay.adapters import contracts, seams
 
-INSTALLED = [name for name, f in contracts.FRAMEWORKS.items() if seams.is_installed(f)]
 # Calls that the adapters count on: function, and what it must say.
 VERL = "verl/workers/engine/megatron/transformer_impl.py"
 WORKER = "verl/workers/engine_workers.py"
@@ -33,18 +34,49 @@ CALLS = [
         "batch.pop('rollout_expert_indices'",
     ),
     (SKYRL, "MegatronModelWrapper.forward_backward_mini_batch", "metadata_layout=metadata_layout"),
+    *(
+        (f"{name}/backends/megatron_utils/{file}", function, call)
+        for name in ("slime", "miles")
+        for file, function, call in (
+            ("initialize.py", "init", "load_function(args.custom_megatron_init_path)"),
+            ("model.py", "forward_only", "get_forward_backward_func()"),
+            ("model.py", "train_one_step", "get_forward_backward_func()"),
+            ("actor.py", "MegatronTrainRayActor.compute_log_prob", "store_prefix=store_prefix"),
+        )
+    ),
+    (
+        "nemo_rl/models/megatron/train.py",
+        "forward_with_post_processing_fn",
+        "set_router_replay_forward(model, routed_experts_cp_sharded)",
+    ),
+    (
+        "nemo_rl/models/megatron/train.py",
+        "megatron_forward_backward",
+        "use_router_replay=use_router_replay",
+    ),
+    (
+        "nemo_rl/models/policy/workers/megatron_policy_worker.py",
+        "",
+        "requires routed_experts for",
+    ),
 ]
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+def folders_of(package):
+    """Where a package lies: a checkout for what no package index has."""
+    return [checkouts.checkout_of(package)] if package in checkouts.VARIABLES else sys.path
+
+
+@pytest.mark.parametrize("name", contracts.FRAMEWORKS)
 def test_a_frameworks_names_and_signatures_are_as_the_adapter_expects(name):
-    assert list(seams.compare(contracts.framework(name))) == []
+    entry = contracts.framework(name)
+    assert list(seams.compare(entry, folders_of(entry.package))) == []
 
 
 @pytest.mark.parametrize(("path", "function", "call"), CALLS)
 def test_a_framework_calls_what_the_adapter_counts_on(path, function, call):
     package, _, rest = path.partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.machinery.PathFinder.find_spec(package, folders_of(package))
     assert spec is not None and spec.origin is not None, f"{package} is not installed"
     tree = ast.parse((Path(spec.origin).parent / rest).read_text())
     for name in function.split(".") if function else ():
