@@ -13,10 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
-TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "replay", "tables"]
+TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "plan_solver", "replay", "tables"]
+# Two processes of Megatron.
+LONG = [pytest.param("plan_step", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("name", TIMED + KERNELS)
+@pytest.mark.parametrize("name", TIMED + KERNELS + LONG)
 def test_a_benchmark_runs_and_writes_its_figures(tmp_path, name):
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", f"tools.bench.{name}", "--quick", "--json", str(output)]

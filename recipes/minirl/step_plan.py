@@ -99,7 +99,7 @@ def plan_step(
     def planned() -> StepPlan | None:
         if torch.distributed.get_rank() > 0:
             return None
-        return _planned(t, sharding, batch, table, placement)
+        return plan_alone(t, sharding, batch, table, placement)
 
     step = on_every_rank(planned)
     content: list[Any] = [None]
@@ -143,13 +143,14 @@ def _by_layer(layers: tuple[int, ...], values_L: np.ndarray, mean: float | None)
     return LayerValues(mean=mean, layers=dict(zip(layers, values_L.tolist(), strict=True)))
 
 
-def _planned(
+def plan_alone(
     t: TrainingSettings,
     sharding: Sharding,
     batch: Batch,
     table: RouteTable,
     placement: Placement | None,
 ) -> StepPlan:
+    """Plan a step on this rank, without the others; arguments and errors as `plan_step`."""
     world_size = torch.distributed.get_world_size()
     layout = plan_layout(t, world_size)
     lengths_S = batch.lengths_S.numpy()

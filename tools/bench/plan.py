@@ -102,7 +102,7 @@ def compare(step: Step, ranks: int, minibatch: int) -> dict[str, float]:
         ("sorted by length", np.argsort(fed_S, kind="stable")),
         ("first-fit-decreasing", np.argsort(-fed_S, kind="stable")),
     ):
-        peaks[name] = _peak_in_order(step, layout, options, order_S)
+        peaks[name] = peak_in_order(step, layout, options, order_S)
     for kind in KINDS[1:]:
         planned = plan(
             step.counts_SLE,
@@ -116,9 +116,14 @@ def compare(step: Step, ranks: int, minibatch: int) -> dict[str, float]:
     return peaks
 
 
-def _peak_in_order(
-    step: Step, layout: PlanLayout, options: PlanOptions, order_S: np.ndarray
+def peak_in_order(
+    step: Step,
+    layout: PlanLayout,
+    options: PlanOptions,
+    order_S: np.ndarray,
+    placement: Placement | None = None,
 ) -> float:
+    """Return the busiest rank's load over the mean if bins take the sequences in an order."""
     loads = StepLoads.of(step.counts_SLE, step.lengths_S, step.top_k)
     bins = []
     for own_S in minibatches(len(order_S), options.minibatch_size):
@@ -129,7 +134,7 @@ def _peak_in_order(
         ordered = in_order(loads.lengths_S[own_S], order, options.budget, layout)
         bins.append(deal([own_S[one].tolist() for one in ordered], layout))
     packing = Packing(bins=tuple(bins), layout=layout)
-    placement = Placement.natural(loads.num_layers, loads.num_experts, layout.expert)
+    placement = placement or Placement.natural(loads.num_layers, loads.num_experts, layout.expert)
     return Prediction.of(loads, packing, loads.by_rank(placement), options.cost).peak_over_mean
 
 
