@@ -9,7 +9,8 @@ from replay_cases import ROUTERS
 
 from routing_replay.errors import ReplayError
 from routing_replay.megatron.attachment import Attachment
-from routing_replay.megatron.passes import LiveRecord, ReplayingPass
+from routing_replay.megatron.passes import LiveRecord
+from routing_replay.megatron.replaying_pass import ReplayingPass
 from routing_replay.megatron.routers import RouterEntry, RouterSeam
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable

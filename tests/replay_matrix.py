@@ -514,7 +514,8 @@ def _plant_swapped_layers():
 
 def _plant_live_recompute():
     """Recomputation routes live, as with a seam that is switched off before the backward."""
-    from routing_replay.megatron.passes import ForwardPass, ReplayingPass
+    from routing_replay.megatron.passes import ForwardPass
+    from routing_replay.megatron.replaying_pass import ReplayingPass
 
     replay = ReplayingPass.select
     ReplayingPass.select = lambda self, seam, live, is_recompute: (

@@ -17,8 +17,9 @@ from . import patch_expert_bias as expert_bias
 from . import patch_routing, preflight
 from .captured import ChunkBuffers, buffers_of, is_graph_capturing
 from .dispatch import DispatchCheck
-from .passes import ForwardPass, LivePass, ReplayingPass
+from .passes import ForwardPass, LivePass
 from .ranks import RankGrid
+from .replaying_pass import ReplayingPass
 from .routers import (
     ChunkRouters,
     RouterEntry,

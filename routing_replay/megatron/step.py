@@ -14,9 +14,10 @@ from ..routes.table import RouteTable
 from .dispatch import DispatchCheck
 from .layout import as_mask, as_rows
 from .observer import AgreementSample
-from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass, ReplayingPass
+from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass
 from .receipt import Receipt
 from .recording import Recording
+from .replaying_pass import ReplayingPass
 from .routers import ChunkRouters
 from .soft import ReplaceRate, SoftRule
 from .weights import WeightReplay
