@@ -65,13 +65,15 @@ def attach(
             fix="attach(chunks, config.resolve(num_mini_batches)), with global batch / mini batch",
         )
     if config.mode == "disabled":
-        return DisabledReplay(shape_of_configuration(chunks), config)
+        return Replay(shape_of_configuration(chunks), config)
     attachment = Attachment(chunks, config)
     return Replay(attachment.shape, config, attachment)
 
 
 class Replay:
     """The handle of an attached model; made by `attach`.
+
+    In mode `disabled` nothing is attached: scopes do nothing, and recordings cover no row.
 
     Attributes:
         config: As passed to `attach`.
@@ -122,6 +124,11 @@ class Replay:
                 ranks. False: of this data-parallel rank's own, alike on its tensor-, context- and
                 pipeline-parallel ranks.
         """
+        if self._attachment is None:
+            recorded = self._new_recording(lengths, is_partial=True, is_shared=is_shared)
+            yield recorded
+            recorded.complete([])
+            return
         recorded = self._new_recording(lengths, is_partial, is_shared)
         with self._open(self._new_step(recorded.num_rows, recording=recorded)):
             yield recorded
@@ -159,21 +166,26 @@ class Replay:
             ReplayError: At the end: a layer or microbatch that was not replayed exactly once.
             TableError: The table belongs to another model.
         """
+        # Rows that the table does not cover are announced as -1.
+        lengths_S = np.diff(table.offsets_S1) + 1
+        if self._attachment is None:
+            scope = self.recording(lengths_S, is_shared=is_shared) if record_live else None
+            with scope or contextlib.nullcontext() as recorded:
+                yield recorded
+            return
         self._check_source(table)
         table.check_shape(self.shape)
         only_layers = None if layers is None else self._known_layers(layers)
         recorded = None
         if record_live:
             self._require_calls("replaying(table, record_live=True)")
-            # Rows that the table does not cover are announced as -1.
-            lengths_S = np.diff(table.offsets_S1) + 1
             recorded = self._new_recording(lengths_S, is_partial=True, is_shared=is_shared)
         soft = SoftRule.of(self.config, table, weight_version)
         step = self._new_step(table.num_rows, table, recorded, only_layers, soft)
-        if dispatch is not None and self._attachment is not None:
+        if dispatch is not None:
             self._require_whole_replay(soft, only_layers)
             step.dispatch = self._attachment.dispatch_check(np.asarray(dispatch))
-        step.weights = self._attachment.weights if self._attachment and has_weights else None
+        step.weights = self._attachment.weights if has_weights else None
         with self._open(step):
             yield recorded
 
@@ -249,6 +261,8 @@ class Replay:
     def metrics(self, group: dist.ProcessGroup | None = None) -> dict[str, Metric]:
         """Return receipt and agreement of the last scope, over all ranks; collective.
 
+        Mode `disabled` has no metrics.
+
         Data-parallel ranks may have replayed different tables: rows are compared only among the
         ranks that work on the same sequences.
 
@@ -259,7 +273,9 @@ class Replay:
         Raises:
             ReplayError: No scope has ended well: nothing was replayed, and nothing recorded.
         """
-        if self.receipt is None or self._attachment is None:
+        if self._attachment is None:
+            return {}
+        if self.receipt is None:
             raise ReplayError(
                 "there is nothing to report: nothing was replayed or recorded yet",
                 expected="a scope that ended: replay.replaying(table) or replay.recording(lengths)",
@@ -416,41 +432,3 @@ class Replay:
                 where=table.where,
                 fix="R2: record first, with replay.recording(lengths); R3: pass SGLang's routes",
             )
-
-
-class DisabledReplay(Replay):
-    """The handle of mode `disabled`: the model is untouched, and scopes do nothing."""
-
-    @contextlib.contextmanager
-    def recording(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        is_partial: bool = False,
-        is_shared: bool = True,
-    ) -> Iterator[Recording]:
-        """Yield a recording without routes: its table covers no row."""
-        recorded = self._new_recording(lengths, is_partial=True, is_shared=is_shared)
-        yield recorded
-        recorded.complete([])
-
-    @contextlib.contextmanager
-    def replaying(
-        self,
-        table: RouteTable,
-        record_live: bool = False,
-        is_shared: bool = True,
-        layers: Iterable[int] | None = None,
-        weight_version: int | None = None,
-        has_weights: bool = True,
-        dispatch: np.ndarray | None = None,
-    ) -> Iterator[Recording | None]:
-        """Do nothing; yield a recording without routes if one is asked for."""
-        if not record_live:
-            yield None
-            return
-        with self.recording(np.diff(table.offsets_S1) + 1, is_shared=is_shared) as recorded:
-            yield recorded
-
-    def metrics(self, group: dist.ProcessGroup | None = None) -> dict[str, Metric]:
-        """Return no metric."""
-        return {}
