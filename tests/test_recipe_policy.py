@@ -396,7 +396,7 @@ def test_the_optimizer_state_of_another_layout_is_refused_on_every_rank(resumpti
 
 
 def test_the_mean_of_passes_is_of_their_log_probs():
-    from recipes.minirl.policy import mean_scores
+    from recipes.minirl.scoring import mean_scores
     from routing_replay.objectives.logprobs import TokenScores
 
     values = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -2.5])]

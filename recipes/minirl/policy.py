@@ -17,10 +17,10 @@ from routing_replay.errors import ConfigError
 from routing_replay.megatron import attach
 from routing_replay.megatron.placement import place_experts
 from routing_replay.megatron.router_shift import RouterShift
-from routing_replay.metrics.policy_kl import Sequences, policy_metrics, update_metrics
+from routing_replay.metrics.policy_kl import policy_metrics
 from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
-from routing_replay.objectives import Denominators, LossInputs, Objective
-from routing_replay.objectives.logprobs import TokenScores, logprobs_at, token_logprobs
+from routing_replay.objectives import Denominators, Objective
+from routing_replay.objectives.logprobs import TokenScores
 from routing_replay.routes.table import RouteTable
 
 # isort: split
@@ -35,22 +35,8 @@ from .config import RecipeConfig
 from .inner_layer import inner_logits
 from .microbatches import Microbatch, Sharding
 from .plan import memory_estimate
+from .scoring import Scorer, Scores
 from .step_plan import PlannedStep, plan_step
-
-# Log-probs and entropies of this rank's tokens, by the sequences of their microbatch. Ranks before
-# the last pipeline stage have none.
-Scores = dict[tuple[int, ...], TokenScores]
-
-
-def mean_scores(passes: Sequence[Scores]) -> Scores:
-    """Return the mean log-probs of several passes; the entropies of the first."""
-    first = passes[0]
-    return {
-        sequences: replace(
-            scores, logp_T=torch.stack([one[sequences].logp_T for one in passes]).mean(0)
-        )
-        for sequences, scores in first.items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +104,15 @@ class Policy:
         if config.needs_reference:
             folder = reference or checkpoint
             self.reference = models.frozen(self.model_config, self.layout, folder)
-        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.scorer = Scorer(
+            temperature=config.rollout.temperature,
+            tensor_group=parallel_state.get_tensor_model_parallel_group()
+            if self.layout.tensor > 1
+            else None,
+            context_group=parallel_state.get_context_parallel_group()
+            if self.layout.context > 1
+            else None,
+        )
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.sharding = Sharding(
             data_rank=parallel_state.get_data_parallel_rank(),
@@ -185,10 +179,10 @@ class Policy:
         def on_output(
             m: Microbatch, logits_BTV: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, Metric]]:
-            inputs = self._loss_inputs(m, logits_BTV, denominators)
+            inputs = self.scorer.loss_inputs(m, logits_BTV, denominators)
             outputs = objective(inputs)
             logp_mu_T = inputs.logp_mu_T if fixed.has_mu else None
-            ratios = self._ratios(m, inputs.logp_theta_T, inputs.logp_old_T, logp_mu_T)
+            ratios = self.scorer.ratios(m, inputs.logp_theta_T, inputs.logp_old_T, logp_mu_T)
             return outputs.loss * scale, outputs.metrics | ratios
 
         for chunk in self.chunks:
@@ -262,7 +256,7 @@ class Policy:
                     m.logp_mu_BT.flatten(),
                     mask_T,
                     suffix=suffix,
-                    sequences=self._sequences(m),
+                    sequences=self.scorer.sequences(m),
                 ),
             )
             if not suffix:
@@ -281,7 +275,7 @@ class Policy:
         metrics: dict[str, Metric] = {}
         for m, part in self._scored_microbatches(batch, live):
             old_T, mu_T = live_old[m.sequences].logp_T, m.logp_mu_BT.flatten()
-            metrics = merge(metrics, self._ratios(m, part.logp_T, old_T, mu_T, "_live"))
+            metrics = merge(metrics, self.scorer.ratios(m, part.logp_T, old_T, mu_T, "_live"))
         return metrics
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
@@ -310,7 +304,7 @@ class Policy:
         scores: Scores = {}
 
         def on_output(m: Microbatch, logits_BTV: torch.Tensor, non_loss_data: bool = True) -> None:
-            scores[m.sequences] = self._token_scores(m, logits_BTV)
+            scores[m.sequences] = self.scorer.token_scores(m, logits_BTV)
 
         with torch.no_grad():
             self._run(
@@ -371,22 +365,6 @@ class Policy:
             )
         return options
 
-    def _token_scores(self, m: Microbatch, logits_BTV: torch.Tensor) -> TokenScores:
-        return token_logprobs(
-            logits_BTV.flatten(0, 1),
-            m.labels_BT.flatten(),
-            reuse_logits=True,
-            **self._distribution(m),
-        )
-
-    def _distribution(self, m: Microbatch) -> dict[str, Any]:
-        """How logits become the policy: as the rollout sampled."""
-        return {
-            "temperature": self.config.rollout.temperature,
-            "group": self.tensor_group if self.layout.tensor > 1 else None,
-            "support": m.support,
-        }
-
     def _with_fixed(self, m: Microbatch, batch: Batch, fixed: FixedScores) -> Microbatch:
         """Return the microbatch with its part of the loss's constants, on the last stage."""
         if not self.is_last_stage:
@@ -399,37 +377,6 @@ class Policy:
             constants[name] = cells.to(values_ST.device).take(values_ST).flatten()
         return replace(m, fixed=constants)
 
-    def _loss_inputs(
-        self, m: Microbatch, logits_BTV: torch.Tensor, denominators: Denominators
-    ) -> LossInputs:
-        scores, sequences = self._token_scores(m, logits_BTV), self._sequences(m)
-        return LossInputs(
-            logp_theta_T=scores.logp_T,
-            entropy_T=scores.entropy_T,
-            logp_mu_T=m.logp_mu_BT.flatten(),
-            advantages_T=m.advantages_BT.flatten(),
-            mask_T=m.mask_BT.flatten(),
-            sequence_T=sequences.index_T,
-            num_sequences=sequences.count,
-            denominators=denominators,
-            context_group=sequences.context_group,
-            **m.fixed,
-            **self._most_likely(m, logits_BTV),
-        )
-
-    def _most_likely(self, m: Microbatch, logits_BTV: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pi_theta at mu's most likely tokens, if the batch has these."""
-        if m.top_ids_TK is None or m.top_logp_mu_TK is None:
-            return {}
-        logits_TV = logits_BTV.detach().flatten(0, 1)
-        theta_TK = logprobs_at(logits_TV, m.top_ids_TK, **self._distribution(m))
-        return {
-            "sampled_ids_T": m.labels_BT.flatten(),
-            "topk_ids_TK": m.top_ids_TK,
-            "topk_logp_mu_TK": m.top_logp_mu_TK,
-            "topk_logp_theta_TK": theta_TK,
-        }
-
     def _denominators(self, batch: Batch, number: int) -> Denominators:
         first = number * self.sharding.minibatch_size
         mask_ST = batch.mask_ST[first : first + self.sharding.minibatch_size]
@@ -439,35 +386,9 @@ class Policy:
             max_length=self.config.rollout.max_new_tokens,
         )
 
-    def _ratios(
-        self,
-        m: Microbatch,
-        logp_theta_T: torch.Tensor,
-        logp_old_T: torch.Tensor,
-        logp_mu_T: torch.Tensor | None,
-        suffix: str = "",
-    ) -> dict[str, Metric]:
-        return update_metrics(
-            logp_theta_T,
-            logp_old_T,
-            logp_mu_T,
-            m.mask_BT.flatten(),
-            suffix=suffix,
-            sequences=self._sequences(m),
-        )
-
     def _scored_microbatches(
         self, batch: Batch, scores: Scores
     ) -> Iterator[tuple[Microbatch, TokenScores]]:
         all_live = batch.token_rows(None)
         for sequences, part in scores.items():
             yield self.sharding.microbatch(batch, sequences, all_live), part
-
-    def _sequences(self, m: Microbatch) -> Sequences:
-        """Which sequence of the microbatch each of its tokens here belongs to."""
-        has_context = self.sharding.context_size > 1
-        return Sequences(
-            index_T=m.index_T,
-            count=len(m.sequences),
-            context_group=parallel_state.get_context_parallel_group() if has_context else None,
-        )

@@ -18,7 +18,8 @@ from routing_replay.objectives import (
 from .batch import Batch
 
 if TYPE_CHECKING:  # Megatron takes many seconds to import, and nothing here runs it
-    from .policy import Policy, Scores
+    from .policy import Policy
+from .scoring import Scores
 
 
 def with_advantages(

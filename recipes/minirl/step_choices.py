@@ -17,7 +17,8 @@ from routing_replay.objectives import StepTokens
 from routing_replay.routes.table import RouteTable
 
 from .batch import Batch
-from .policy import Policy, Scores
+from .policy import Policy
+from .scoring import Scores
 
 CHOICES = frozenset({"keep_T", "penalised_T"})
 

@@ -36,10 +36,11 @@ from .first_rank import FirstRank
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
 from .node import require_alike
-from .policy import FixedScores, Policy, Scores, mean_scores
+from .policy import FixedScores, Policy
 from .prompts import Prompt, take
 from .publish import write_weights
 from .rollout import Groups, Rollout, mean_reward, sample_groups
+from .scoring import Scores, mean_scores
 from .shaping import with_advantages
 from .step_choices import choose
 
