@@ -79,7 +79,7 @@ def is_trainer(child):
 
 
 def is_server(child):
-    return child.cmdline()[1:3] == ["-m", "sglang.launch_server"]
+    return child.cmdline()[1:3] == ["-m", "forked_server"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 Three obstacles are removed: the CPU engine is opt-in, the kernel package cannot be imported, and
 the capture pins host memory through the CUDA runtime. `server.launch` removes the first two before
 the server starts (`server_environment`, `server_arguments`); the plugin removes the third inside
-the server (`routing_replay/sglang/cpu.py`). With a CUDA device nothing here has any effect.
+the server (`routing_replay/sglang/cpu.py`). Its processes are forked, so that they share one import
+of SGLang (`server_module`). With a CUDA device nothing here has any effect.
 
 Every CPU takes SGLang's torch-native path, also those with AMX: its AMX kernels live in a build
 of `sgl_kernel` that no package index carries.
@@ -40,6 +41,11 @@ def server_environment(environment: Mapping[str, str] = os.environ) -> dict[str,
         # NCCL's library loads without a device and fails later; if it cannot load, gloo does.
         "SGLANG_NCCL_SO_PATH": "none",
     }
+
+
+def server_module() -> str:
+    """Return the module that runs a server."""
+    return "sglang.launch_server" if torch.cuda.is_available() else "forked_server"
 
 
 def server_arguments() -> list[str]:

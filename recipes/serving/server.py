@@ -126,7 +126,7 @@ def launch(
 
 def command_line(model_path: Path, options: ServerOptions, port: int) -> list[str]:
     """Return the server's command."""
-    command = [os.fspath(options.python), "-m", "sglang.launch_server"]
+    command = [os.fspath(options.python), "-m", cpu.server_module()]
     command += ["--model-path", str(model_path), "--host", HOST, "--port", str(port)]
     command += ["--weight-version", str(options.weight_version)]
     # Its warm-up is a sentence, of which a small tokenizer may make no token at all: it then dies.
