@@ -13,15 +13,17 @@ from recipes.minirl.slurm import job_text
 # What the job calls, each as a script that notes its arguments in $NOTES.
 STAND_INS = {
     "scontrol": "printf 'n0\\nn1\\nn2\\n' | head -n \"$NUM_NODES\"",
-    "curl": '[[ -e "$NOTES.ready" ]]',
+    # A server is asked after it has been started, however slow the machine is.
+    "curl": 'until [[ -s "$NOTES" ]]; do sleep 0.02; done; [[ -e "$NOTES.ready" ]]',
     "srun": """
-        echo "srun $*" >> "$NOTES"
         if [[ "$*" == *sglang.launch_server* ]]; then
           trap 'echo stopped >> "$NOTES"; exit 143' TERM
+          echo "srun $*" >> "$NOTES"
           eval "$SERVER"
           touch "$NOTES.ready"
           for _ in {1..200}; do sleep 0.05; done
         else
+          echo "srun $*" >> "$NOTES"
           eval "$TRAINER"
         fi
     """,

@@ -200,13 +200,13 @@ def resealed(data):
     return data[:-4] + payload.CHECKSUM.pack(payload.zlib.crc32(data[:-4]))
 
 
-def test_100000_random_mutations_never_decode_to_other_routes():
+def test_25000_random_mutations_never_decode_to_other_routes():
     routes = full_routes(8)
     data = encode(routes)
     random = np.random.default_rng(1)
     start, before = time.monotonic(), peak_bytes()
     num_equal = 0
-    for number in range(100_000):
+    for number in range(25_000):
         # Alternately the bytes, under a right base64, and the text itself.
         if number % 2:
             mutated = meta(mutate(data, random))
@@ -219,7 +219,7 @@ def test_100000_random_mutations_never_decode_to_other_routes():
         assert_equal(got, routes)
         num_equal += 1
     # Some mutations write what stood there already; most are real and were refused.
-    assert num_equal < 1000
+    assert num_equal < 250
     assert time.monotonic() - start < 120
     assert peak_bytes() - before < 64 * 2**20
 
