@@ -302,7 +302,7 @@ def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
 
 def scores_in_bf16(rank, checkpoint):
     """Log-probs of a bf16 policy, those from an fp32 copy of the logits, and the logits' dtypes."""
-    from recipes.minirl import policy as module
+    from recipes.minirl import scoring as module
 
     policy = make_policy(checkpoint, "disabled", nproc=1, trainer_dtype="bfloat16")
     dtypes, token_logprobs = [], module.token_logprobs

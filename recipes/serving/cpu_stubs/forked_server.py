@@ -10,5 +10,5 @@ import runpy
 if __name__ == "__main__":
     multiprocessing.set_start_method("fork")
     # SGLang sets "spawn" just before it starts them.
-    multiprocessing.set_start_method = lambda method, force=False: None  # type: ignore[method-assign]
+    multiprocessing.set_start_method = lambda method, force=False: None
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
