@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,7 +33,15 @@ from routing_replay.routes.shape import MoEShape
 
 pytest.importorskip("aiohttp")
 MODEL = MoEShape(layers=(1, 2, 5), num_experts=16, top_k=4)
-QUICK = ClientOptions(request_timeout_s=2, control_timeout_s=2, num_retries=2, retry_wait_s=0.01)
+QUICK = ClientOptions(
+    request_timeout_s=2,
+    control_timeout_s=2,
+    num_retries=2,
+    retry_wait_s=0.01,
+    health_every_s=0.3,
+    health_timeout_s=1,
+    recovery_timeout_s=0.5,
+)
 
 
 class FakeServer:
@@ -214,19 +223,26 @@ def test_a_request_waits_for_a_server_that_restarts():
     assert completions[0].output_ids == [7, 8, 9]
 
 
-def test_a_restarted_server_does_not_pass_for_one_with_the_new_weights():
-    with FakeServer() as restarted, FakeServer() as good:
+def test_a_restarted_server_gets_the_weights_of_the_others_before_it_gets_requests():
+    def slowly(route, body, answer):
+        time.sleep(0.5 if route == "/generate" else 0)
+        return 200, answer
+
+    with FakeServer(slowly) as restarted, FakeServer(slowly) as good:
         client = RolloutClient([restarted.url, good.url], MODEL, QUICK)
         client.update_weights("/checkpoint", 3)
         restarted.weight_version = "0"
         completions = client.generate([asked(), asked(), asked()])
-        assert [c.url for c in completions] == [good.url] * 3
-        good.weight_version = "0"
-        message = "failed 3 times; got weight version 0 instead of 3.*call update_weights again"
-        with pytest.raises(ServerError, match=message):
-            client.generate([asked()])
+        assert {c.weight_version for c in completions} == {"3"}
+        assert client.counts["left_out"] == 1
+        # It came back while this batch ran.
+        client.generate([asked() for _ in range(4)])
+        assert restarted.weight_version == "3"
+        assert {c.url for c in client.generate([asked()] * 8)} == {restarted.url, good.url}
+        loads = [body for route, body in restarted.calls if route == "/update_weights_from_disk"]
+        assert [body["model_path"] for body in loads] == ["/checkpoint"] * 2
         # Going back to older weights on purpose is not a restart.
-        client.update_weights("/checkpoint", 1)
+        client.update_weights("/older", 1)
         assert client.generate([asked()])[0].weight_version == "1"
 
 
@@ -277,32 +293,216 @@ def test_a_server_that_fails_again_and_again_gets_nothing_until_it_is_healthy():
         return (200, answer) if is_well else (500, {"error": "out of memory"})
 
     with FakeServer() as good, FakeServer(fail) as bad:
-        options = ClientOptions(num_retries=2, retry_wait_s=0.01, max_faults=2)
-        client = RolloutClient([bad.url, good.url], MODEL, options)
+        client = RolloutClient([bad.url, good.url], MODEL, replace(QUICK, max_faults=2))
         for _ in range(2):
             client.generate([asked() for _ in range(4)])
         before = sum(route == "/generate" for route, _ in bad.calls)
         client.generate([asked() for _ in range(20)])
         assert sum(route == "/generate" for route, _ in bad.calls) == before >= 2
+        assert client.servers[bad.url].is_out
         is_well.append(True)
+        generate_until(client, lambda: not client.servers[bad.url].is_out)
         completions = client.generate([asked() for _ in range(20)])
         assert {c.url for c in completions} == {good.url, bad.url}
         assert client.faults == {good.url: 0, bad.url: 0}
+        assert (client.counts["left_out"], client.counts["returned"]) == (1, 1)
 
 
-def test_a_restarted_server_stays_out_until_it_has_the_weights_of_the_others():
-    with FakeServer() as restarted, FakeServer() as good:
-        options = ClientOptions(num_retries=2, retry_wait_s=0.01, max_faults=1)
-        client = RolloutClient([restarted.url, good.url], MODEL, options)
+def generate_until(client, is_done, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline
+        client.generate([asked()])
+
+
+def test_a_server_that_answers_wrongly_is_better_than_none():
+    """Left out, it would make the job wait, and then end."""
+    answers = iter([(500, {}), (500, {}), (500, {})])
+
+    def fail_at_first(route, body, answer):
+        return next(answers, (200, answer)) if route == "/generate" else (200, answer)
+
+    with FakeServer(fail_at_first) as fake:
+        options = replace(QUICK, num_retries=3, max_faults=2)
+        (completion,) = RolloutClient([fake.url], MODEL, options).generate([asked()])
+    assert completion.output_ids == [7, 8, 9]
+
+
+def test_a_server_that_hangs_costs_its_timeout_once():
+    """Two health checks find it; its requests go elsewhere, and later batches do not meet it."""
+    is_hanging = threading.Event()
+
+    def hang(route, body, answer):
+        if is_hanging.is_set():
+            time.sleep(8)
+        return 200, answer
+
+    with FakeServer() as good, FakeServer(hang) as bad:
+        options = replace(QUICK, request_timeout_s=60, health_timeout_s=0.5)
+        client = RolloutClient([bad.url, good.url], MODEL, options)
+        client.generate([asked()] * 4)
+        is_hanging.set()
+        seconds = []
+        for _ in range(2):
+            start = time.monotonic()
+            completions = client.generate([asked()] * 8)
+            seconds.append(time.monotonic() - start)
+            assert {c.url for c in completions} == {good.url}
+        # Checks of 0.5 s, 0.3 s apart, begin at most 0.3 s after the requests.
+        assert 0.5 < seconds[0] < 7
+        assert seconds[1] < 0.6 * seconds[0]
+        calls = len(bad.calls)
+        client.update_weights("/checkpoint", 1)
+        assert len(bad.calls) == calls
+
+
+def test_one_dead_server_does_not_end_a_weight_update():
+    with FakeServer() as good, FakeServer() as dead:
+        client = RolloutClient([dead.url, good.url], MODEL, QUICK)
+        dead.http.server_close()
         client.update_weights("/checkpoint", 3)
-        restarted.weight_version = "0"
-        client.generate([asked() for _ in range(4)])
-        calls = len(restarted.calls)
-        client.generate([asked() for _ in range(4)])
-        # It was asked for its health and its version only.
-        assert restarted.calls[calls:] == [] and client.faults[restarted.url] >= 1
-        client.update_weights("/checkpoint", 4)
-        assert {c.url for c in client.generate([asked()] * 8)} == {restarted.url, good.url}
+        assert client.weight_versions() == {good.url: "3"}
+        assert "cannot be reached" in client.servers[dead.url].reason
+        assert [c.weight_version for c in client.generate([asked()] * 3)] == ["3"] * 3
+
+
+def test_a_server_that_starts_again_during_a_weight_update_gets_the_weights():
+    with FakeServer() as first:
+        port = first.http.server_address[1]
+    with FakeServer() as good:
+        options = replace(QUICK, min_servers=2, recovery_timeout_s=20)
+        client = RolloutClient([f"http://127.0.0.1:{port}", good.url], MODEL, options)
+        thread = threading.Thread(target=client.update_weights, args=("/checkpoint", 3))
+        thread.start()
+        time.sleep(0.5)
+        assert thread.is_alive()  # it waits for the second server
+        with FakeServer(port=port) as second:
+            thread.join(timeout=20)
+            assert not thread.is_alive() and second.weight_version == "3"
+            assert client.servers.is_enough
+
+
+def test_too_few_servers_end_a_batch_with_what_happened():
+    options = replace(QUICK, min_servers=2)
+    with FakeServer() as good, FakeServer() as dead:
+        client = RolloutClient([dead.url, good.url], MODEL, options)
+        dead.http.server_close()
+        message = r"too few servers are left; expected 2 or more; got 1; .*cannot be reached"
+        with pytest.raises(ServerError, match=message) as caught:
+            for _ in range(4):
+                client.generate([asked()] * 4)
+        with pytest.raises(ServerError, match=message):
+            client.update_weights("/checkpoint", 3)
+    assert re.search(rf"\d\d:\d\d:\d\d {dead.url} is left out", str(caught.value))
+    with pytest.raises(ServerError, match="more servers than it has; expected 2 URLs"):
+        RolloutClient([good.url], MODEL, options)
+
+
+def test_requests_wait_for_the_only_server_to_come_back():
+    with FakeServer() as first:
+        port = first.http.server_address[1]
+    options = replace(QUICK, num_retries=3, recovery_timeout_s=20)
+    client = RolloutClient([f"http://127.0.0.1:{port}"], MODEL, options)
+    completions = []
+    thread = threading.Thread(target=lambda: completions.extend(client.generate([asked()] * 5)))
+    thread.start()
+    time.sleep(1)  # far longer than the retries
+    with FakeServer(port=port):
+        thread.join(timeout=20)
+    assert [c.output_ids for c in completions] == [[7, 8, 9]] * 5
+    assert (client.counts["left_out"], client.counts["returned"]) == (1, 1)
+
+
+class AbortingServer(FakeServer):
+    """Aborts answers of 12 tokens after 5 and 4 of them; weights are newer after the first part."""
+
+    ALL = 12
+
+    def generated(self, body):
+        start, num_given = body["routed_experts_start_len"], len(body["input_ids"])
+        num_new = {5: 5, 10: 4, 14: 3}[num_given]
+        assert body["sampling_params"]["max_new_tokens"] == self.ALL + 5 - num_given
+        num_tokens = num_given + num_new
+        version = int(num_given > 5)
+        routes = Routes(
+            expert_ids_TLK=random_ids(self.ALL + 4)[: num_tokens - 1],
+            layers=MODEL.layers,
+            num_experts=16,
+            weight_version_T=np.full(num_tokens - 1, version),
+        )[start:]
+        new = range(num_given, num_tokens)
+        return {
+            "output_token_logprobs": [[-0.125 * t, t, None] for t in new],
+            "output_top_logprobs": [[[-0.125 * t, t, None], [-9.0, 0, None]] for t in new],
+            "output_token_sampling_mask": [[0, t] for t in new],
+            "output_token_sampling_logprobs": [-0.0625 * t for t in new],
+            "finish_reason": {"type": "length" if num_tokens == self.ALL + 5 else "abort"},
+            **meta(encode(routes, start=start)),
+            "weight_version": str(version),
+        }
+
+
+def test_an_aborted_answer_is_continued_elsewhere_and_joined():
+    request = asked(sampling={"max_new_tokens": 12}, wants_sampling_mask=True, num_top_logprobs=2)
+    with AbortingServer() as one, AbortingServer() as other:
+        client = RolloutClient([one.url, other.url], MODEL, QUICK)
+        (completion,) = client.generate([request])
+    assert client.counts == {"continued": 2}
+    assert completion.finish_reason == "length"
+    assert completion.output_ids == list(range(5, 17))
+    np.testing.assert_array_equal(completion.mu_logprobs, -0.125 * np.arange(5, 17))
+    np.testing.assert_array_equal(completion.mask_logprobs, -0.0625 * np.arange(5, 17))
+    assert completion.sampling_mask == [[0, t] for t in range(5, 17)]
+    np.testing.assert_array_equal(completion.top_ids[:, 0], np.arange(5, 17))
+    assert completion.top_logprobs.shape == (12, 2)
+    np.testing.assert_array_equal(completion.routes.expert_ids_TLK, random_ids(16))
+    # Row 9 is the last token of the first part: it was sampled then, and fed in the second.
+    assert completion.routes.weight_version_T.tolist() == [0] * 9 + [1] * 7
+
+
+def test_what_this_client_aborted_is_returned_as_it_is():
+    clients = []
+
+    def abort_first(route, body, answer):
+        if route == "/generate":
+            clients[0].abort()
+        return 200, answer
+
+    with AbortingServer(abort_first) as fake:
+        clients.append(RolloutClient([fake.url], MODEL, QUICK))
+        (completion,) = clients[0].generate([asked(sampling={"max_new_tokens": 12})])
+    assert (completion.finish_reason, len(completion.output_ids)) == ("abort", 5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"max_new_tokens": 12, "frequency_penalty": 0.5},
+        {"max_new_tokens": 12, "stop": ["\n"]},
+        {"max_new_tokens": 12, "repetition_penalty": 1.1},
+    ],
+)
+def test_an_aborted_answer_that_cannot_be_continued_exactly_is_sampled_again(sampling):
+    with AbortingServer() as fake:
+        client = RolloutClient([fake.url], MODEL, QUICK)
+        message = "failed 3 times; got 5 tokens"
+        with pytest.raises(ServerError, match=message):
+            client.generate([asked(sampling=sampling)])
+        bodies = [body for route, body in fake.calls if route == "/generate"]
+        assert [len(body["input_ids"]) for body in bodies] == [5, 5, 5]
+        # The server was well: someone else aborted.
+        assert client.faults == {fake.url: 0}
+
+
+def test_servers_are_checked_before_the_first_request():
+    with FakeServer() as good, FakeServer(lambda *_: (503, {})) as bad:
+        client = RolloutClient([good.url, bad.url], MODEL, QUICK)
+        client.require_servers()
+        assert [server.url for server in client.servers.in_use] == [good.url]
+        with pytest.raises(ServerError, match=r"too few servers.*2 or more.*503"):
+            RolloutClient(
+                [good.url, bad.url], MODEL, replace(QUICK, min_servers=2)
+            ).require_servers()
 
 
 def test_generate_works_inside_an_event_loop():

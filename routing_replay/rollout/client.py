@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import resource
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
-
-from ..errors import RoutingReplayError, ServerError
+from ..errors import ServerError
 from ..routes.origin import require_covered
 from ..routes.shape import MoEShape
-from .requests import Completion, GenerateRequest, completion_of
+from .dispatch import Dispatch
+from .requests import Completion, GenerateRequest
+from .servers import Servers, ServerState, Weights
+from .transport import TransientError, Transport
+from .watch import Watch
 
-# Statuses that another try, or another server, may cure; the rest is the request's own fault.
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
 # An idle or busy server answers this in milliseconds; a gateway may not know it at all.
 INFO_TIMEOUT_S = 5.0
-# Less than SGLang's 5 s, so that no request takes a connection that the server is closing.
-KEEP_ALIVE_S = 3.0
-# File descriptors that are left to the rest of the process.
-RESERVED_DESCRIPTORS = 256
 T = TypeVar("T")
-# One limit on the requests in flight for each server.
-Limits = Mapping[str, asyncio.Semaphore]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +28,20 @@ class ClientOptions:
 
     Args:
         request_timeout_s: For one generation, from its dispatch to its answer.
-        control_timeout_s: For one control call: health, abort, weight update.
+        control_timeout_s: For one control call: abort, pause, weight update.
         connect_timeout_s: For the connection alone: a dead machine should not cost a generation.
         num_retries: Further tries of a request that met a dead, full or hanging server, or whose
             answer was damaged.
         retry_wait_s: Before the first retry; doubled for each further one.
         max_in_flight: Requests at a time at each data-parallel replica of a server (`--dp-size`,
             which the server reports). The server queues what it cannot run.
-        max_faults: Failures in a row after which a server gets no requests while another one can
-            take them. The next batch asks it whether it is healthy again.
+        max_faults: Failures in a row after which a server is left out. One that answers, though
+            wrongly, stays as long as the others are no more than `min_servers`.
+        health_every_s: Between two health checks of a server while a batch runs. After two missed
+            ones it is left out, and its requests go elsewhere.
+        health_timeout_s: For a health check.
+        min_servers: Fewest servers in use.
+        recovery_timeout_s: How long there may be fewer, before a batch or a weight update fails.
         max_uncovered: Largest fraction of the rows of a batch that may come back uncovered against
             the caller's intention; above it `generate` raises with the causes. 1: any.
     """
@@ -56,11 +53,19 @@ class ClientOptions:
     retry_wait_s: float = 0.5
     max_in_flight: int = 512
     max_faults: int = 3
+    health_every_s: float = 30.0
+    health_timeout_s: float = 20.0
+    min_servers: int = 1
+    recovery_timeout_s: float = 60.0
     max_uncovered: float = 1.0
 
 
 class RolloutClient:
     """Sends a batch of requests to the least loaded of several servers.
+
+    A server that fails again and again, hangs or dies is left out. While a batch runs, and in a
+    weight update that too few servers took, such servers are asked for their health; one that is
+    well again gets the weights that were loaded last, and then requests.
 
     Args:
         urls: Base URLs of the servers, "http://host:port".
@@ -69,7 +74,7 @@ class RolloutClient:
         options: See `ClientOptions`.
 
     Raises:
-        ServerError: No URL.
+        ServerError: Fewer URLs than `min_servers`, or none.
     """
 
     def __init__(
@@ -78,15 +83,15 @@ class RolloutClient:
         model: MoEShape | None = None,
         options: ClientOptions | None = None,
     ):
-        if not urls:
-            raise ServerError("a client needs a server", expected="one URL or more", got="none")
-        self.urls = [url.rstrip("/") for url in urls]
         self.model = model
         self.options = options or ClientOptions()
-        self._load = dict.fromkeys(self.urls, 0)
-        self._num_replicas: dict[str, int] = {}
-        self._faults = dict.fromkeys(self.urls, 0)  # in a row
-        self._weight_version: int | None = None  # that `update_weights` loaded last
+        self.servers = Servers(
+            urls,
+            max_faults=self.options.max_faults,
+            min_servers=self.options.min_servers,
+            health_every_s=self.options.health_every_s,
+        )
+        self.urls = [server.url for server in self.servers]
 
     def generate(
         self,
@@ -95,55 +100,95 @@ class RolloutClient:
     ) -> list[Completion]:
         """Sample a completion for each request.
 
+        An answer that someone else aborted is continued with the tokens that it has, by the same or
+        another server, and joined. Where that would not be exact (penalties, grammars, stop
+        strings) it is sampled again. What `abort` or `pause` of this client ended is returned as
+        it is.
+
         Args:
             requests: Any number; a prompt that is sampled n times stands here n times (the
                 servers share its prefix).
-            on_completion: Called with a request's number as soon as it is done.
+            on_completion: Called with a request's number as soon as it is done, in a thread of its
+                own.
 
         Returns:
             The completions in the order of the requests.
 
         Raises:
-            ServerError: A request failed on every try; an answer from older weights than
-                `update_weights` last loaded counts as a failure.
+            ServerError: A request failed on every try (an answer from older weights than
+                `update_weights` last loaded is a failure), or too few servers were left.
             PayloadError, RoutesError: On every try the answer carried no or wrong routes, or more
                 than `max_uncovered` of the batch's rows are not covered.
         """
         return _run(self.agenerate(requests, on_completion))
 
+    async def agenerate(
+        self,
+        requests: Sequence[GenerateRequest],
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Sample as `generate` does, inside a running event loop."""
+        async with self._transport() as http, self._transport() as control:
+            await self._watch(control).run(until_enough=True)
+            await self._learn_replicas(control)
+            dispatch = self._dispatch(http)
+
+            async def one(number: int, request: GenerateRequest) -> Completion:
+                completion = await dispatch.complete(request)
+                if on_completion is not None:
+                    await asyncio.to_thread(on_completion, number, completion)
+                return completion
+
+            tasks = [asyncio.ensure_future(one(n, r)) for n, r in enumerate(requests)]
+            work = asyncio.gather(*tasks)
+            watch = asyncio.ensure_future(self._watch(control, dispatch.drop).run())
+            ends: list[asyncio.Future[Any]] = [work, watch]
+            try:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    watch.result()  # there are too few servers
+                completions = list(await work)
+            finally:
+                for task in (*tasks, watch):
+                    task.cancel()
+                await asyncio.gather(*tasks, *ends, return_exceptions=True)
+        routes = [c.routes for c in completions if c.routes is not None]
+        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
+        return completions
+
     def update_weights(self, path: str, weight_version: int, flush_cache: bool = True) -> None:
         """Load a checkpoint from a disk that all servers see, and check the version afterwards.
 
+        A server that fails in it is left out. It gets the weights when it comes back.
+
         Args:
-            path: A Hugging Face checkpoint.
+            path: A Hugging Face checkpoint; it stays until the next one is loaded.
             weight_version: The version that rows computed by these weights carry.
             flush_cache: Drop all cached prefixes, which the old weights computed. Needs idle
                 servers. Without it their rows stay, and keep their old version.
 
         Raises:
-            ServerError: A server refused, or reports another version afterwards.
+            ServerError: All servers refused, or report another version afterwards, or fewer than
+                `min_servers` took the weights.
         """
-        body = {
-            "model_path": str(path),
-            "weight_version": str(weight_version),
-            "flush_cache": flush_cache,
-        }
-        _run(self._at_all("POST", "/update_weights_from_disk", body))
-        for url, version in self.weight_versions().items():
-            if version != str(weight_version):
-                raise ServerError(
-                    "the server does not run the new weights",
-                    expected=f"weight version {weight_version}",
-                    got=version,
-                    where=url,
-                    fix="Look for the failed update in the server's log",
-                )
-        self._weight_version = int(weight_version)
+        weights = Weights(path=str(path), version=int(weight_version), flush_cache=flush_cache)
+        _run(self._publish(weights))
+
+    def require_servers(self) -> None:
+        """Leave out the servers that are not well; raise if fewer than `min_servers` are.
+
+        Raises:
+            ServerError: How many are left, and what is wrong with the others.
+        """
+        for url, health in self.health().items():
+            if health != "ok":
+                self.servers.leave_out(self.servers[url], health)
+        if not self.servers.is_enough:
+            raise self.servers.shortage()
 
     def weight_versions(self) -> dict[str, str]:
-        """Return the weight version that each server reports."""
-        answers = _run(self._at_all("GET", "/model_info"))
-        return {url: str(answer.get("weight_version")) for url, answer in answers.items()}
+        """Return the weight version that each server in use reports."""
+        return _run(self._weight_versions())
 
     def health(self) -> dict[str, str]:
         """Return "ok", or what is wrong, for each server; never raise."""
@@ -156,180 +201,122 @@ class RolloutClient:
             mode: "in_place" keeps running requests where they are; "retract" takes their slots
                 away (their rows so far stay true); "abort" ends them with what they have.
         """
-        _run(self._at_all("POST", "/pause_generation", {"mode": mode}))
+        self.servers.is_paused = True
+        self.servers.num_aborts += mode == "abort"
+        _run(self._at_all("/pause_generation", {"mode": mode}))
 
     def resume(self) -> None:
         """Continue sampling after `pause`."""
-        _run(self._at_all("POST", "/continue_generation", {}))
+        _run(self._at_all("/continue_generation", {}))
+        self.servers.is_paused = False
 
     def abort(self) -> None:
         """End all requests; each answers with the tokens and routes that it has."""
-        _run(self._at_all("POST", "/abort_request", {"abort_all": True}))
+        self.servers.num_aborts += 1
+        _run(self._at_all("/abort_request", {"abort_all": True}))
 
     def flush_cache(self) -> None:
         """Drop all cached prefixes."""
-        _run(self._at_all("POST", "/flush_cache", {}))
+        _run(self._at_all("/flush_cache", {}))
 
     @property
     def faults(self) -> dict[str, int]:
         """Failures of each server since it last answered well."""
-        return dict(self._faults)
+        return {server.url: server.faults for server in self.servers}
 
-    async def agenerate(
-        self,
-        requests: Sequence[GenerateRequest],
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Sample as `generate` does, inside a running event loop."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """Events since the client began.
 
-        async def one(
-            http: aiohttp.ClientSession, number: int, request: GenerateRequest
-        ) -> Completion:
-            completion = await self._with_retries(http, limits, request)
-            if on_completion is not None:
-                on_completion(number, completion)
-            return completion
+        Their names: faults, retried, left_out, returned, continued.
+        """
+        return dict(self.servers.counts)
 
-        async with self._http(self.options.request_timeout_s) as http:
-            await self._look_after_faulty(http)
-            limits = await self._limits(http)
-            tasks = [asyncio.ensure_future(one(http, n, r)) for n, r in enumerate(requests)]
+    async def _publish(self, weights: Weights) -> None:
+        self.servers.expect(weights)
+        async with self._transport() as http:
+            watch = self._watch(http)
+
+            async def one(server: ServerState) -> ServerError | None:
+                try:
+                    # A dead or stopped server costs less here than in the update.
+                    await watch.weight_version(server)
+                    await watch.load(server, weights)
+                except ServerError as error:
+                    self.servers.leave_out(server, error)
+                    return error
+                return None
+
+            errors = await _all(one(server) for server in self.servers.in_use)
+            refusals = [e for e in errors if e and not isinstance(e, TransientError)]
+            if refusals and not self.servers.in_use:
+                raise refusals[0]
+            await watch.run(until_enough=True)
+
+    async def _learn_replicas(self, http: Transport) -> None:
+        """Ask for the data-parallel replicas; a server that does not tell counts as one."""
+
+        async def ask(server: ServerState) -> None:
             try:
-                completions = list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-        routes = [c.routes for c in completions if c.routes is not None]
-        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
-        return completions
-
-    async def _limits(self, http: aiohttp.ClientSession) -> Limits:
-        """Return each server's limit; a server that does not tell its replicas counts as one."""
-
-        async def ask(url: str) -> None:
-            try:
-                call = _call(http, "GET", url, "/server_info")
-                info = await asyncio.wait_for(call, INFO_TIMEOUT_S)
-                self._num_replicas[url] = max(1, int(info.get("dp_size") or 1))
-            except (TimeoutError, ServerError):
+                info = await http.call("GET", server.url, "/server_info", timeout_s=INFO_TIMEOUT_S)
+                server.num_replicas = max(1, int(info.get("dp_size") or 1))
+            except ServerError:
                 return
 
-        await _all(ask(url) for url in self.urls if url not in self._num_replicas)
-        per_replica = self.options.max_in_flight
-        return {
-            url: asyncio.Semaphore(per_replica * self._num_replicas.get(url, 1))
-            for url in self.urls
-        }
-
-    async def _with_retries(
-        self, http: aiohttp.ClientSession, limits: Limits, request: GenerateRequest
-    ) -> Completion:
-        failures: list[ServerError] = []
-        weight_version = self._weight_version
-        for attempt in range(self.options.num_retries + 1):
-            if attempt:
-                await asyncio.sleep(self.options.retry_wait_s * 2 ** (attempt - 1))
-            url = self._choose([failure.where for failure in failures])
-            self._load[url] += len(request.input_ids)
-            try:
-                async with limits[url]:
-                    reply = await _send(http, "POST", url, "/generate", request.to_json())
-                # JSON, base64, checksum and validation of a long rollout block for milliseconds.
-                completion = await asyncio.to_thread(_completion, reply, request, url, self.model)
-                _check_weights(completion, weight_version)
-                self._faults[url] = 0
-                return completion
-            except _TransientError as error:
-                self._faults[url] += 1
-                failures.append(error)
-            finally:
-                self._load[url] -= len(request.input_ids)
-        if isinstance(failures[-1].__cause__, RoutingReplayError):  # a damaged answer
-            raise failures[-1].__cause__
-        raise ServerError(
-            f"a request failed {len(failures)} times",
-            got=failures[-1].got,
-            where=", ".join(dict.fromkeys(str(failure.where) for failure in failures)),
-            fix="See the servers' logs; a server that hangs answers neither health() nor us",
-        )
-
-    def _choose(self, tried: Sequence[object]) -> str:
-        """Return a server that was not tried yet, works, and has little to do."""
-        most = self.options.max_faults
-        return min(
-            self.urls, key=lambda u: (tried.count(u), self._faults[u] >= most, self._load[u])
-        )
-
-    async def _look_after_faulty(self, http: aiohttp.ClientSession) -> None:
-        """Take servers back that answer again, with the weights that were loaded last."""
-
-        async def ask(url: str) -> None:
-            try:
-                await asyncio.wait_for(_call(http, "GET", url, "/health"), INFO_TIMEOUT_S)
-                answer = await asyncio.wait_for(
-                    _call(http, "GET", url, "/model_info"), INFO_TIMEOUT_S
-                )
-            except (TimeoutError, ServerError):
-                return
-            if self._weight_version in (None, _number(answer.get("weight_version"))):
-                self._faults[url] = 0
-
-        most = self.options.max_faults
-        await _all(ask(url) for url in self.urls if self._faults[url] >= most)
+        await _all(ask(s) for s in self.servers.in_use if s.num_replicas is None)
 
     async def _health(self) -> dict[str, str]:
-        async def one(http: aiohttp.ClientSession, url: str) -> str:
-            try:
-                await _call(http, "GET", url, "/health_generate")
-            except ServerError as error:
-                return str(error)
-            return "ok"
+        async with self._transport() as http:
+            watch = self._watch(http)
 
-        async with self._http(self.options.connect_timeout_s) as http:
-            return dict(zip(self.urls, await _all(one(http, u) for u in self.urls), strict=True))
+            async def one(server: ServerState) -> tuple[str, str]:
+                try:
+                    await watch.require_health(server)
+                except ServerError as error:
+                    return server.url, str(error)
+                return server.url, "ok"
 
-    async def _at_all(
-        self, method: str, route: str, body: Mapping[str, Any] | None = None
-    ) -> dict[str, dict[str, Any]]:
-        async with self._http(self.options.control_timeout_s) as http:
-            calls = (_call(http, method, url, route, body) for url in self.urls)
-            return dict(zip(self.urls, await _all(calls), strict=True))
+            return dict(await _all(one(server) for server in self.servers))
 
-    def _http(self, timeout_s: float) -> aiohttp.ClientSession:
-        # A server sends nothing before the answer is complete, so the time to the first byte is
-        # that of the request. Waiting for a free connection does not count.
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=self.options.connect_timeout_s, sock_read=timeout_s
-        )
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = 0 if most == resource.RLIM_INFINITY else max(1, most - RESERVED_DESCRIPTORS)
-        connector = aiohttp.TCPConnector(
-            limit=limit, limit_per_host=0, keepalive_timeout=KEEP_ALIVE_S
-        )
-        # Servers are named by address: a proxy of the environment is for other traffic, and the
-        # session reads none.
-        return aiohttp.ClientSession(timeout=timeout, connector=connector)
+    async def _weight_versions(self) -> dict[str, str]:
+        async with self._transport() as http:
+            watch, servers = self._watch(http), self.servers.in_use
+            versions = await _all(watch.weight_version(server) for server in servers)
+            return {s.url: version for s, version in zip(servers, versions, strict=True)}
 
+    async def _at_all(self, route: str, body: Mapping[str, Any]) -> None:
+        timeout_s = self.options.control_timeout_s
+        async with self._transport() as http:
+            await _all(
+                http.call("POST", server.url, route, body, timeout_s=timeout_s)
+                for server in self.servers.in_use
+            )
 
-class _TransientError(ServerError):
-    """A failure that another try may cure."""
+    def _transport(self) -> Transport:
+        return Transport(self.options.connect_timeout_s)
 
-
-def _check_weights(completion: Completion, weight_version: int | None) -> None:
-    """Raise for older weights: a restarted server looks healthy, and serves its first ones."""
-    got = completion.weight_version
-    if weight_version is not None and got.isdigit() and int(got) < weight_version:
-        raise _TransientError(
-            "the server runs older weights than `update_weights` loaded",
-            got=f"weight version {got} instead of {weight_version}: it was restarted, "
-            "call update_weights again",
-            where=completion.url,
+    def _watch(
+        self, http: Transport, on_change: Callable[[ServerState], None] = lambda server: None
+    ) -> Watch:
+        return Watch(
+            self.servers,
+            http,
+            health_timeout_s=self.options.health_timeout_s,
+            control_timeout_s=self.options.control_timeout_s,
+            recovery_timeout_s=self.options.recovery_timeout_s,
+            on_change=on_change,
         )
 
-
-def _number(version: object) -> int | None:
-    return int(str(version)) if str(version).isdigit() else None
+    def _dispatch(self, http: Transport) -> Dispatch:
+        return Dispatch(
+            self.servers,
+            http,
+            self.model,
+            request_timeout_s=self.options.request_timeout_s,
+            num_retries=self.options.num_retries,
+            retry_wait_s=self.options.retry_wait_s,
+            max_in_flight=self.options.max_in_flight,
+        )
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -344,62 +331,3 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*calls))
-
-
-async def _call(
-    http: aiohttp.ClientSession,
-    method: str,
-    url: str,
-    route: str,
-    body: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    return _answer(await _send(http, method, url, route, body), url, route)
-
-
-async def _send(
-    http: aiohttp.ClientSession,
-    method: str,
-    url: str,
-    route: str,
-    body: Mapping[str, Any] | None = None,
-) -> tuple[int, bytes]:
-    """Return status and content of the answer."""
-    try:
-        async with http.request(method, url + route, json=body) as response:
-            return response.status, await response.read()
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        got = f"{type(error).__name__} {error}".strip()
-        raise _TransientError("the server cannot be reached", got=got, where=url) from error
-
-
-def _answer(reply: tuple[int, bytes], url: str, route: str) -> dict[str, Any]:
-    status, content = reply
-    text = content[:500].decode(errors="replace")
-    if status in RETRIED:
-        got = f"status {status}: {text[:300]}"
-        raise _TransientError(f"the server failed in {route}", got=got, where=url)
-    try:
-        answer = json.loads(content) if content else {}
-    except ValueError:
-        answer = {"message": text}
-    has_failed = isinstance(answer, dict) and answer.get("success") is False
-    if status != 200 or has_failed:
-        message = answer.get("message") or answer.get("error") or answer
-        raise ServerError(
-            f"the server refused {route}",
-            got=f"status {status}: {str(message)[:500]}",
-            where=url,
-            fix="See the server's log",
-        )
-    return answer
-
-
-def _completion(
-    reply: tuple[int, bytes], request: GenerateRequest, url: str, model: MoEShape | None
-) -> Completion:
-    """Return a checked answer. A damaged one may come back whole from another try."""
-    answer = _answer(reply, url, "/generate")
-    try:
-        return completion_of(answer, request, url, model)
-    except RoutingReplayError as error:
-        raise _TransientError("the answer is damaged", got=error, where=url) from error

@@ -1,0 +1,209 @@
+"""The requests of one batch: each waits for a slot of a server, and goes elsewhere if one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import Iterator
+
+from ..errors import RoutingReplayError, ServerError
+from ..routes.shape import MoEShape
+from .continuation import ABORT, joined, rest_of
+from .requests import Completion, GenerateRequest, completion_of
+from .servers import Servers, ServerState
+from .transport import Reply, TransientError, Transport, read_reply
+
+
+class AbortedError(TransientError):
+    """An aborted answer that cannot be continued; its server may be well."""
+
+
+class Dispatch:
+    """Sends the requests of one batch; lives in one event loop.
+
+    Args:
+        servers: Who may get requests.
+        http: How to reach them.
+        model: As for `RolloutClient`.
+        request_timeout_s, num_retries, retry_wait_s, max_in_flight: As in `ClientOptions`.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        http: Transport,
+        model: MoEShape | None,
+        *,
+        request_timeout_s: float,
+        num_retries: int,
+        retry_wait_s: float,
+        max_in_flight: int,
+    ):
+        self._servers = servers
+        self._http = http
+        self._model = model
+        self._request_timeout_s = request_timeout_s
+        self._num_retries = num_retries
+        self._retry_wait_s = retry_wait_s
+        self._max_in_flight = max_in_flight
+        self._num_aborts = servers.num_aborts
+        self._taken: Counter[str] = Counter()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._sending: dict[str, set[asyncio.Task[Reply]]] = {s.url: set() for s in servers}
+
+    async def complete(self, request: GenerateRequest) -> Completion:
+        """Return a whole answer: what was aborted is continued, here or elsewhere.
+
+        Raises:
+            ServerError: The request failed on every try.
+            PayloadError, RoutesError: On every try the answer carried no or wrong routes.
+        """
+        whole = completion = await self._with_retries(request)
+        while self._is_cut_short(completion):
+            self._servers.counts["continued"] += 1
+            rest = rest_of(request, whole)
+            assert rest is not None  # `_attempt` lets no other pass
+            completion = await self._with_retries(rest)
+            whole = joined(whole, completion)
+        return whole
+
+    def drop(self, server: ServerState) -> None:
+        """Take the requests of a server that was left out; let others have the one that is back."""
+        if server.is_out:
+            for task in self._sending[server.url]:
+                task.cancel()
+        while self._waiting:
+            self._wake_one()
+
+    def _is_cut_short(self, completion: Completion) -> bool:
+        """Tell whether someone else has aborted it: who aborts here wants what there is."""
+        return completion.finish_reason == ABORT and self._num_aborts == self._servers.num_aborts
+
+    async def _with_retries(self, request: GenerateRequest) -> Completion:
+        failures: list[ServerError] = []
+        while len(failures) <= self._num_retries:
+            if failures:
+                self._servers.counts["retried"] += 1
+                await asyncio.sleep(self._retry_wait_s * 2 ** (len(failures) - 1))
+            server = await self._slot([str(failure.where) for failure in failures])
+            try:
+                with self._holding(server, len(request.input_ids)):
+                    completion = await self._attempt(server, request)
+            except AbortedError as error:
+                failures.append(error)
+            except TransientError as error:
+                failures.append(error)
+                self._servers.failed(server, error)
+                if server.is_out:
+                    self.drop(server)
+            else:
+                self._servers.answered(server)
+                return completion
+        raise _last_of(failures)
+
+    async def _attempt(self, server: ServerState, request: GenerateRequest) -> Completion:
+        weights = self._servers.weights
+        reply = await self._reply(server, request)
+        # JSON, base64, checksum and validation of a long rollout block for milliseconds.
+        completion = await asyncio.to_thread(_completion, reply, request, server.url, self._model)
+        version = completion.weight_version
+        if weights is not None and version.isdigit() and int(version) < weights.version:
+            # It looks healthy, and serves the weights that it started with.
+            self._servers.leave_out(
+                server, f"it runs weight version {version}, not {weights.version}"
+            )
+            raise TransientError(
+                "the server runs older weights than `update_weights` loaded",
+                got=f"weight version {version} instead of {weights.version}: it was restarted",
+                where=server.url,
+            )
+        if self._is_cut_short(completion) and rest_of(request, completion) is None:
+            raise AbortedError(
+                "the server aborted a request that cannot be continued",
+                got=f"{len(completion.output_ids)} tokens",
+                where=server.url,
+            )
+        return completion
+
+    async def _reply(self, server: ServerState, request: GenerateRequest) -> Reply:
+        sending = asyncio.ensure_future(
+            self._http.send(
+                "POST",
+                server.url,
+                "/generate",
+                request.to_json(),
+                timeout_s=self._request_timeout_s,
+            )
+        )
+        self._sending[server.url].add(sending)
+        try:
+            # Unlike `await sending`, this tells a dropped request from a batch that ends.
+            await asyncio.wait([sending])
+        finally:
+            self._sending[server.url].discard(sending)
+            sending.cancel()
+        if sending.cancelled():
+            raise TransientError(
+                "the server was left out", got=server.reason or "no answer", where=server.url
+            )
+        return sending.result()
+
+    async def _slot(self, tried: list[str]) -> ServerState:
+        """Wait for room at a server in use that was tried least, and take it."""
+        while True:
+            servers = self._servers.in_use
+            fewest = min((tried.count(s.url) for s in servers), default=0)
+            free = [s for s in servers if tried.count(s.url) == fewest and self._has_room(s)]
+            if free:
+                server = min(free, key=lambda s: s.load)
+                self._taken[server.url] += 1
+                return server
+            self._waiting.append(asyncio.get_running_loop().create_future())
+            await self._waiting[-1]
+
+    def _has_room(self, server: ServerState) -> bool:
+        return self._taken[server.url] < self._max_in_flight * (server.num_replicas or 1)
+
+    @contextlib.contextmanager
+    def _holding(self, server: ServerState, num_tokens: int) -> Iterator[None]:
+        """Count a request at its server; give its slot to the next one at the end."""
+        server.load += num_tokens
+        try:
+            yield
+        finally:
+            server.load -= num_tokens
+            self._taken[server.url] -= 1
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+def _completion(
+    reply: Reply, request: GenerateRequest, url: str, model: MoEShape | None
+) -> Completion:
+    """Return a checked answer. A damaged one may come back whole from another try."""
+    answer = read_reply(reply, url, "/generate")
+    try:
+        return completion_of(answer, request, url, model)
+    except (RoutingReplayError, TypeError, ValueError, AttributeError) as error:
+        # What a gateway has mixed up can have any form.
+        raise TransientError("the answer is damaged", got=error, where=url) from error
+
+
+def _last_of(failures: list[ServerError]) -> RoutingReplayError:
+    """Return the error of a request that has failed on every try."""
+    last = failures[-1]
+    if isinstance(last.__cause__, RoutingReplayError):  # a damaged answer
+        return last.__cause__
+    return ServerError(
+        f"a request failed {len(failures)} times",
+        got=last.got,
+        where=", ".join(dict.fromkeys(str(failure.where) for failure in failures)),
+        fix="See the servers' logs; a server that hangs answers neither health() nor us",
+    )

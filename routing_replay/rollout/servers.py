@@ -1,0 +1,185 @@
+"""The servers of a client: who gets requests, who is left out, since when and why."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import ServerError
+from .transport import UnreachableError
+
+# So many health checks in a row may be missed; the last of them leaves the server out.
+MAX_MISSES = 2
+# A server that missed a check or is left out is asked again soon. One that is left out repeatedly
+# waits twice as long each time, up to the other number.
+SOON_S, LONGEST_WAIT_S = 5.0, 600.0
+# What an error tells of the past.
+NUM_EVENTS = 12
+
+
+@dataclass(kw_only=True)
+class ServerState:
+    """One server, as its client sees it.
+
+    Args:
+        url: Its base URL.
+        num_replicas: Data-parallel replicas (`--dp-size`); None until it has told.
+        load: Prompt tokens of its requests in flight.
+        faults: Failures since it last answered well.
+        misses: Health checks missed since it last answered one.
+        absences: How often it was left out since the last new weights.
+        out_since: Unix time since which it gets no requests; None while it gets some.
+        reason: Why it gets none.
+        check_at: When its health is asked next, by `time.monotonic`.
+    """
+
+    url: str
+    num_replicas: int | None = None
+    load: int = 0
+    faults: int = 0
+    misses: int = 0
+    absences: int = 0
+    out_since: float | None = None
+    reason: str = ""
+    check_at: float = 0.0
+
+    @property
+    def is_out(self) -> bool:
+        return self.out_since is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What the servers were told to load last.
+
+    Args:
+        path: A Hugging Face checkpoint.
+        version: Of its rows.
+        flush_cache: Whether cached prefixes go with the old weights.
+    """
+
+    path: str
+    version: int
+    flush_cache: bool = True
+
+
+class Servers:
+    """All servers of a client. Nothing else decides who gets requests.
+
+    Args:
+        urls: Base URLs, one server each.
+        max_faults: Failures in a row after which a server is left out.
+        min_servers: Fewest servers in use.
+        health_every_s: Between two health checks of a server in use.
+
+    Raises:
+        ServerError: Fewer URLs than the minimum.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        max_faults: int,
+        min_servers: int,
+        health_every_s: float,
+    ):
+        first_check_at = time.monotonic() + health_every_s
+        states = {
+            url: ServerState(url=url, check_at=first_check_at)
+            for url in (url.rstrip("/") for url in urls)
+        }
+        if len(states) < max(1, min_servers):
+            raise ServerError(
+                "a client needs more servers than it has",
+                expected=f"{max(1, min_servers)} URLs or more",
+                got=", ".join(states) or "none",
+            )
+        self._states = states
+        self._max_faults = max_faults
+        self.min_servers = max(1, min_servers)
+        self._health_every_s = health_every_s
+        self._events: deque[str] = deque(maxlen=NUM_EVENTS)
+        self.weights: Weights | None = None
+        self.is_paused = False  # a paused server answers no health check
+        self.num_aborts = 0  # that this client asked for
+        self.counts: Counter[str] = Counter()
+        self.on_event: Callable[[str], None] = lambda event: None
+
+    def __iter__(self) -> Iterator[ServerState]:
+        return iter(self._states.values())
+
+    def __getitem__(self, url: str) -> ServerState:
+        return self._states[url]
+
+    @property
+    def in_use(self) -> list[ServerState]:
+        return [server for server in self if not server.is_out]
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.in_use) >= self.min_servers
+
+    def answered(self, server: ServerState) -> None:
+        """Note an answer that was right."""
+        server.faults = 0
+
+    def failed(self, server: ServerState, error: ServerError) -> None:
+        """Note a failed request; leave the server out after too many in a row.
+
+        A server that answers wrongly is better than too few servers: it stays.
+        """
+        self.counts["faults"] += 1
+        server.faults += 1
+        is_needed = len(self.in_use) <= self.min_servers and not isinstance(error, UnreachableError)
+        if server.faults >= self._max_faults and not is_needed:
+            self.leave_out(server, f"{server.faults} failures in a row, the last: {error}")
+
+    def passed(self, server: ServerState) -> None:
+        """Note a health check that was answered; a server that was left out is in use again."""
+        server.misses = 0
+        server.check_at = time.monotonic() + self._health_every_s
+        if server.is_out:
+            server.out_since, server.reason, server.faults = None, "", 0
+            self._note(f"{server.url} is in use again", "returned")
+
+    def missed(self, server: ServerState, error: object) -> None:
+        """Note a health check that failed."""
+        server.misses += 1
+        server.check_at = time.monotonic() + min(SOON_S, self._health_every_s)
+        if server.misses >= MAX_MISSES:
+            self.leave_out(server, f"{server.misses} health checks in a row failed: {error}")
+
+    def leave_out(self, server: ServerState, reason: object) -> None:
+        """Give a server no more requests until it is healthy and has the current weights."""
+        if server.is_out:
+            return
+        server.out_since, server.reason = time.time(), str(reason)
+        wait_s = min(SOON_S, self._health_every_s) * 2**server.absences
+        server.check_at = time.monotonic() + min(wait_s, LONGEST_WAIT_S)
+        server.absences += 1
+        self._note(f"{server.url} is left out: {reason}", "left_out")
+
+    def expect(self, weights: Weights) -> None:
+        """Note what the servers must load from now on; what is past counts less then."""
+        self.weights = weights
+        for server in self:
+            server.absences = 0
+
+    def shortage(self) -> ServerError:
+        """Return the error of too few servers."""
+        reasons = "; ".join(f"{s.url}: {s.reason}" for s in self if s.is_out)
+        return ServerError(
+            "too few servers are left",
+            expected=f"{self.min_servers} or more",
+            got=f"{len(self.in_use)}; {reasons}",
+            fix="See the servers' logs. What happened, the latest last:\n"
+            + "\n".join(self._events),
+        )
+
+    def _note(self, event: str, count: str) -> None:
+        self.counts[count] += 1
+        self._events.append(f"{time.strftime('%H:%M:%S')} {event}"[:500])
+        self.on_event(event)

@@ -1,0 +1,122 @@
+"""Health checks while a client works: servers leave, and come back with the current weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..errors import ServerError
+from .servers import Servers, ServerState, Weights
+from .transport import Transport
+
+# How soon a shortage of servers is noticed.
+TICK_S = 0.2
+
+
+class Watch:
+    """Looks after all servers for as long as it runs.
+
+    Args:
+        servers: Their state.
+        http: How to reach them.
+        health_timeout_s: For the answer to a health check.
+        control_timeout_s: For loading weights.
+        recovery_timeout_s: How long there may be too few servers.
+        on_change: Called when a server was left out or taken back.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        http: Transport,
+        *,
+        health_timeout_s: float,
+        control_timeout_s: float,
+        recovery_timeout_s: float,
+        on_change: Callable[[ServerState], None] = lambda server: None,
+    ):
+        self._servers = servers
+        self._http = http
+        self._health_timeout_s = health_timeout_s
+        self._control_timeout_s = control_timeout_s
+        self._recovery_timeout_s = recovery_timeout_s
+        self._on_change = on_change
+
+    async def run(self, *, until_enough: bool = False) -> None:
+        """Check each server when it is due; return when there are enough of them, if told so.
+
+        Raises:
+            ServerError: There have been too few for too long.
+        """
+        checks = [asyncio.ensure_future(self._look_after(server)) for server in self._servers]
+        enough_at = time.monotonic()
+        try:
+            while not (until_enough and self._servers.is_enough):
+                if self._servers.is_enough:
+                    enough_at = time.monotonic()
+                if time.monotonic() - enough_at > self._recovery_timeout_s:
+                    raise self._servers.shortage()
+                await asyncio.sleep(TICK_S)
+        finally:
+            for check in checks:
+                check.cancel()
+            await asyncio.gather(*checks, return_exceptions=True)
+
+    async def check(self, server: ServerState) -> None:
+        """Ask a server whether it is well; one that was left out gets the current weights first."""
+        was_out = server.is_out
+        try:
+            await self.require_health(server)
+            if was_out and self._servers.weights is not None:
+                await self._bring_up_to_date(server, self._servers.weights)
+        except ServerError as error:
+            self._servers.missed(server, error)
+        else:
+            self._servers.passed(server)
+        if server.is_out != was_out:
+            self._on_change(server)
+
+    async def require_health(self, server: ServerState) -> None:
+        """Raise ServerError unless a server samples a token."""
+        timeout_s = self._health_timeout_s
+        await self._http.call("GET", server.url, "/health", timeout_s=timeout_s)
+
+    async def weight_version(self, server: ServerState) -> str:
+        """Return the weight version that a server reports."""
+        timeout_s = self._health_timeout_s
+        answer = await self._http.call("GET", server.url, "/model_info", timeout_s=timeout_s)
+        return str(answer.get("weight_version"))
+
+    async def load(self, server: ServerState, weights: Weights) -> None:
+        """Make a server load weights, and ask it for the version that it then has.
+
+        Raises:
+            ServerError: It refuses, or reports another version.
+        """
+        body = {
+            "model_path": weights.path,
+            "weight_version": str(weights.version),
+            "flush_cache": weights.flush_cache,
+        }
+        route, timeout_s = "/update_weights_from_disk", self._control_timeout_s
+        await self._http.call("POST", server.url, route, body, timeout_s=timeout_s)
+        got = await self.weight_version(server)
+        if got != str(weights.version):
+            raise ServerError(
+                "the server does not run the new weights",
+                expected=f"weight version {weights.version}",
+                got=got,
+                where=server.url,
+                fix="Look for the failed update in the server's log",
+            )
+
+    async def _look_after(self, server: ServerState) -> None:
+        while True:
+            if server.check_at <= time.monotonic() and not self._servers.is_paused:
+                await self.check(server)
+            await asyncio.sleep(TICK_S)  # not until `check_at`, which may come nearer meanwhile
+
+    async def _bring_up_to_date(self, server: ServerState, weights: Weights) -> None:
+        if await self.weight_version(server) != str(weights.version):
+            await self.load(server, weights)
