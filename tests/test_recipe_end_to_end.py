@@ -90,14 +90,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """A run whose server is killed after step 1, and which is resumed to its end."""
+    """A run whose server is killed after step 1, and which goes on to its end."""
     run_dir = folder / "run"
     flags = [*SMALL, *write_prompts(folder), "--cache-dir", str(folder / "cache")]
     with contextlib.ExitStack() as stack:
         process = start(run_dir, *flags)
         stack.callback(process.kill)
-        without_server = kill_after_step(process, run_dir, 1, is_server)
-    return run_dir, without_server, finish(start(run_dir, "--resume"))
+        return run_dir, kill_after_step(process, run_dir, 1, is_server)
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +112,22 @@ def server_url(run, folder):
         yield server.url
 
 
-def test_a_killed_server_ends_the_run_with_one_message_that_says_how_to_go_on(run):
-    run_dir, (output, status), _ = run
-    assert status == 1
-    assert "error: the SGLang server died with status" in output
-    assert f"log {run_dir / 'logs' / 'sglang.log'}" in output
-    assert f"--run-dir {run_dir} --resume" in output
-    assert "Traceback" not in output.partition("error: ")[0]
+def test_a_killed_server_is_started_again_and_gets_the_weights_of_the_step(run):
+    run_dir, (output, status) = run
+    assert status == 0, output
+    assert output.count("SGLang is started again at http://127.0.0.1:") == 1
+    left, loads, returned = (
+        output.index(text) for text in ("is left out", "healthy again and loads", "in use again")
+    )
+    assert left < loads < returned
+    steps = records(run_dir)[1:]
+    # The answers of a step are of the weights before it, whichever process gave them.
+    assert all(step["rollout/servers"] == 1 for step in steps)
+    assert "Traceback" not in output
 
 
-def test_the_resumed_run_ends_well_with_every_step_once(run):
-    run_dir, _, (output, status) = run
+def test_the_run_ends_well_with_every_step_once(run):
+    run_dir, (output, status) = run
     assert status == 0, output
     assert [record["step"] for record in records(run_dir)] == list(range(NUM_STEPS + 1))
     assert f"Result: {NUM_STEPS} steps" in output

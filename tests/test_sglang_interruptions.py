@@ -1,11 +1,14 @@
 """Rows stay those of the right pass through aborts, pauses, retractions and weight updates."""
 
+from dataclasses import replace
+
 import httpx
+import numpy as np
 import pytest
 from sglang_checks import assert_ids_follow, assert_true, tokens_of
 from sglang_servers import random_prompt, request, while_running
 
-from routing_replay.rollout import sample_of
+from routing_replay.rollout import RolloutClient, sample_of
 from routing_replay.routes.origin import Origin
 from routing_replay.routes.spans import Span, Trajectory
 from routing_replay.sglang import versions
@@ -17,6 +20,29 @@ def test_an_aborted_request_returns_the_rows_of_the_tokens_it_returns(server, re
     assert completion.finish_reason == "abort"
     assert 0 < len(completion.output_ids) < 400
     assert_true(asked, completion, references[0])
+
+
+def test_what_someone_else_aborts_is_continued_to_the_same_rows_and_log_probs(server, references):
+    """Greedy, so that the parts together must be the answer that nobody aborted."""
+    sampling = {"temperature": 0.0, "max_new_tokens": 300, "ignore_eos": True}
+    asked = [
+        replace(request(random_prompt(60 + n)), sampling=sampling, num_top_logprobs=3)
+        for n in range(3)
+    ]
+    whole = server.client.generate(asked)
+    server.client.flush_cache()
+    before = server.client.counts.get("continued", 0)
+    other = RolloutClient([server.server.url])
+    joined = while_running(server, asked, other.abort)
+    assert server.client.counts["continued"] > before
+    for one, uninterrupted, completion in zip(asked, whole, joined, strict=True):
+        assert (completion.finish_reason, len(completion.output_ids)) == ("length", 300)
+        assert_true(one, completion, references[0])
+        assert completion.output_ids == uninterrupted.output_ids
+        np.testing.assert_allclose(
+            completion.mu_logprobs, uninterrupted.mu_logprobs, rtol=0, atol=1e-4
+        )
+        assert completion.top_logprobs.shape == (300, 3)
 
 
 def test_an_aborted_rollout_goes_on_under_newer_weights(server, references):

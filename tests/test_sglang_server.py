@@ -10,12 +10,15 @@ import textwrap
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from recipes.serving import cpu, server
+from recipes.serving.kept import KeptServer, read_absences, write_states
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ConfigError, ServerError
+from routing_replay.rollout.servers import ServerState
 from routing_replay.sglang.cpu import enable_cpu
 from routing_replay.sglang.refusals import refuse_unsupported
 
@@ -110,6 +113,65 @@ def test_a_dead_server_shows_its_last_lines_and_the_place_of_its_log(command, tm
         launch("model", options)
     assert str(tmp_path / "log") in str(caught.value)
     assert "loading\nno such checkpoint" in str(caught.value)
+
+
+def kept(tmp_path, num_restarts, restart_after_s=0.2):
+    options = ServerOptions(log_path=tmp_path / "log")
+    return KeptServer("model", options, num_restarts=num_restarts, restart_after_s=restart_after_s)
+
+
+def kill(keeper):
+    """Kill what the guard started, as the kernel does without memory."""
+    (child,) = psutil.Process(keeper.server.process.pid).children()
+    child.kill()
+    keeper.server.process.wait()
+
+
+def wait_for_answer(url, timeout_s=15):
+    deadline = time.monotonic() + timeout_s
+    while not server._answers(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_server_is_started_again_at_its_port_until_it_was_started_too_often(
+    command, tmp_path
+):
+    command(SERVING)
+    with kept(tmp_path, num_restarts=1) as keeper:
+        url, first = keeper.url, grandchild_of(tmp_path / "log")
+        assert not keeper.keep(None)
+        kill(keeper)
+        assert keeper.keep(None)
+        wait_for_answer(url)
+        assert (keeper.url, keeper.num_started) == (url, 2)
+        assert_ends(first)
+        kill(keeper)
+        with pytest.raises(ServerError, match="died with status 137.*log"):
+            keeper.keep(None)
+    assert (tmp_path / "log").read_text().count("grandchild") == 2
+
+
+def test_a_server_that_its_client_has_left_out_for_long_is_started_again_once(command, tmp_path):
+    command(SERVING)
+    with kept(tmp_path, num_restarts=2) as keeper:
+        path = tmp_path / "servers.json"
+        state = ServerState(url=keeper.url)
+        write_states(path, [state])
+        assert read_absences(path) == {}
+        state.out_since, state.is_loading = time.time(), True
+        write_states(path, [state])
+        assert read_absences(path) == {}  # it must not be ended while it loads weights
+        state.is_loading = False
+        write_states(path, [state])
+        absence = read_absences(path)[keeper.url]
+        assert not keeper.keep(absence)
+        time.sleep(0.3)
+        assert keeper.keep(absence)
+        # What the file says is older than the new process.
+        time.sleep(0.3)
+        assert not keeper.keep(absence)
+    assert read_absences(tmp_path / "none.json") == {}
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(command, tmp_path):

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from recipes.serving.children import Child
-from recipes.serving.server import Server, ServerOptions, launch
+from recipes.serving.kept import STATE_FILE, KeptServer, read_absences
+from recipes.serving.server import ServerOptions
 from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
@@ -30,6 +31,8 @@ from .inputs import load_inputs, server_folder
 POLL_S = 0.25
 # How long the other side of a broken connection gets to report its own error.
 GRACE_S = 3.0
+# In health checks: a server that is healthy again comes back by itself before that.
+RESTART_AFTER = 2.0
 
 
 class TrainingError(RoutingReplayError):
@@ -152,8 +155,8 @@ def make_tiny_model(config: RecipeConfig, run_dir: Path) -> None:
         )
 
 
-def start_server(config: RecipeConfig, run_dir: Path) -> Server:
-    """Start one SGLang server with our plugin, on a free port."""
+def start_server(config: RecipeConfig, run_dir: Path) -> KeptServer:
+    """Start one SGLang server with our plugin, on a free port, to be kept running."""
     print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
     rollout = config.rollout
     options = ServerOptions(
@@ -170,8 +173,14 @@ def start_server(config: RecipeConfig, run_dir: Path) -> Server:
         environment=thread_environment(config, 1) | visible_devices(rollout.rollout_gpus),
         ready_timeout_s=rollout.ready_timeout_s,
     )
-    server = launch(server_folder(config), options)
-    print(f"SGLang serves at {server.url}, log {server.log_path}", flush=True)
+    (run_dir / STATE_FILE).unlink(missing_ok=True)  # of an earlier life of this run
+    server = KeptServer(
+        server_folder(config),
+        options,
+        num_restarts=rollout.server_restarts,
+        restart_after_s=RESTART_AFTER * rollout.health_every_s,
+    )
+    print(f"SGLang serves at {server.url}, log {options.log_path}", flush=True)
     return server
 
 
@@ -185,17 +194,18 @@ def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> C
     return Child(command, run_dir / "logs" / "trainer.log", environment)
 
 
-def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
-    """Wait for the trainer; raise if it or a server fails, with how to resume."""
+def watch(trainer: Child, servers: Sequence[KeptServer], run_dir: Path) -> None:
+    """Wait for the trainer; start servers again; raise if either fails, with how to resume."""
     try:
         while trainer.status is None:
-            check_all(servers)
+            keep_all(servers, run_dir)
             time.sleep(POLL_S)
         if trainer.status == 0:
             return
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
-            check_all(servers)  # a dead server explains the trainer's complaint better than it does
+            for server in servers:  # a dead one explains the trainer's complaint better
+                server.server.check()
             time.sleep(POLL_S)
         raise trainer_error(trainer, run_dir)
     except RoutingReplayError as error:
@@ -205,10 +215,12 @@ def watch(trainer: Child, servers: Sequence[Server], run_dir: Path) -> None:
         raise TrainingError(str(error), fix=resume) from error
 
 
-def check_all(servers: Sequence[Server]) -> None:
-    """Raise if one of them has died."""
+def keep_all(servers: Sequence[KeptServer], run_dir: Path) -> None:
+    """Start dead and hanging servers again; raise for one that was started too often."""
+    absences = read_absences(run_dir / STATE_FILE) if servers else {}
     for server in servers:
-        server.check()
+        if server.keep(absences.get(server.url)):
+            print(f"SGLang is started again at {server.url}", flush=True)
 
 
 def trainer_error(trainer: Child, run_dir: Path) -> TrainingError:

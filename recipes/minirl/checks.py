@@ -21,6 +21,11 @@ def check_sampling(config: RecipeConfig) -> None:
         raise _out_of_range("temperature", "above 0", temperature)
     if not 0 < r.top_p <= 1:
         raise _out_of_range("top_p", "above 0, at most 1", r.top_p)
+    num_servers = max(1, len(r.rollout_url))
+    if not 1 <= r.min_servers <= num_servers:
+        raise _out_of_range("min_servers", f"1..{num_servers}, the run's servers", r.min_servers)
+    if r.health_every_s <= 0:
+        raise _out_of_range("health_every_s", "above 0", r.health_every_s)
     if not 0 <= r.max_uncovered <= 1:
         raise _out_of_range("max_uncovered", "0..1", r.max_uncovered)
     if r.top_k < 0 or r.top_k == 1:

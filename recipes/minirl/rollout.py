@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.serving.kept import write_states
 from routing_replay.errors import ConfigError, DataError, ServerError
 from routing_replay.objectives import informative_groups
 from routing_replay.rollout import (
@@ -21,6 +22,7 @@ from routing_replay.rollout import (
 )
 from routing_replay.routes.shape import MoEShape
 
+from .answers import StoredAnswers
 from .batch import Sample
 from .config import RecipeConfig
 from .prompts import Prompt
@@ -30,6 +32,14 @@ from .verifiers import VERIFIERS
 FINISHED = ("stop", "length")
 # Any tokens will do: only the form of the answer is checked.
 PROBE_IDS = (1, 2)
+SHORTEST_CHECK_S, LONGEST_CHECK_S = 5.0, 20.0
+# Of the client's counts.
+SERVER_METRICS = {
+    "faults": "server_faults",
+    "left_out": "servers_left_out",
+    "returned": "servers_returned",
+    "continued": "continued_responses",
+}
 
 
 class Rollout:
@@ -40,21 +50,37 @@ class Rollout:
         urls: The servers.
         checkpoint: Folder whose tokenizer is used.
         model: Layers, experts and top-k that every answer must have.
+        states: File that says which servers are left out; None: none is written.
 
     Raises:
-        ServerError: A server does not answer, or returns no or wrong routes, or no sampling mask
-            or most likely tokens where these are needed.
+        ServerError: Fewer than `min_servers` servers answer; or one returns no or wrong routes, or
+            no sampling mask or most likely tokens where these are needed.
     """
 
     def __init__(
-        self, config: RecipeConfig, urls: Sequence[str], checkpoint: Path, model: MoEShape
+        self,
+        config: RecipeConfig,
+        urls: Sequence[str],
+        checkpoint: Path,
+        model: MoEShape,
+        states: Path | None = None,
     ):
         from transformers import AutoTokenizer
 
         self.config = config
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        options = ClientOptions(request_timeout_s=config.rollout.request_timeout_s)
+        options = client_options(config)
         self.client = RolloutClient(urls, model=model, options=options)
+        self._counted: dict[str, int] = {}
+        self._num_stored = 0
+
+        def report(event: str) -> None:
+            print(f"Servers: {event}", flush=True)
+            if states is not None:
+                write_states(states, self.client.servers)
+
+        self.client.servers.on_event = report
+        self.client.require_servers()
         if config.num_top_logprobs > len(self.tokenizer):
             raise ConfigError(
                 "the setting 'topk_logprobs' asks for more tokens than there are",
@@ -63,13 +89,13 @@ class Rollout:
                 where=checkpoint,
             )
         capture = config.rollout_capture
-        for url in urls:
+        for url in [server.url for server in self.client.servers.in_use]:
             if capture != "off":
                 # A server without the plugin, or a gateway that drops fields, shows here.
                 probe(url, model, capture)
             if config.has_sampling_mask or config.num_top_logprobs:
                 request = self._request(PROBE_IDS, for_training=True, max_new_tokens=1)
-                check_scores(RolloutClient([url], model=model, options=options), request)
+                check_scores(RolloutClient([url], model=model), request)
 
     def sample(
         self,
@@ -77,7 +103,7 @@ class Rollout:
         num_samples: int,
         *,
         for_training: bool,
-        on_done: Callable[[], None] | None = None,
+        answers: StoredAnswers | None = None,
     ) -> list[Sample]:
         """Sample `num_samples` responses of each prompt, one prompt after another, with rewards.
 
@@ -85,20 +111,51 @@ class Rollout:
             prompts: The tasks.
             num_samples: Responses per prompt.
             for_training: Routes come back with the samples, and what else the loss needs.
-            on_done: Called after each response.
+            answers: Where responses are found that an interrupted run has sampled already, and
+                stored as they end.
 
         Raises:
             ServerError, PayloadError: A server failed, or an answer lacks what was asked for.
-            DataError: The tokenizer makes no token of a prompt.
+            DataError: The tokenizer makes no token of a prompt, or a response cannot be stored.
         """
         repeated = [p for p in prompts for _ in range(num_samples)]
         ids_of = {id(p): self.encode(p) for p in prompts}
         requests = [self._request(ids_of[id(p)], for_training) for p in repeated]
-        completions = self.client.generate(requests, lambda *_: on_done() if on_done else None)
+        completions = self._completions(requests, answers)
         return [
             self._rewarded(prompt, request, completion)
             for prompt, request, completion in zip(repeated, requests, completions, strict=True)
         ]
+
+    def server_metrics(self) -> dict[str, float]:
+        """Return what happened to the servers since this was last called."""
+        counts = self.client.counts
+        events = {name: counts.get(name, 0) - self._counted.get(name, 0) for name in SERVER_METRICS}
+        self._counted = counts
+        metrics: dict[str, float] = {
+            f"rollout/{metric}": events[name] for name, metric in SERVER_METRICS.items()
+        }
+        stored, self._num_stored = self._num_stored, 0
+        num_servers = len(self.client.servers.in_use)
+        return metrics | {"rollout/servers": num_servers, "rollout/stored_responses": stored}
+
+    def _completions(
+        self, requests: Sequence[GenerateRequest], answers: StoredAnswers | None
+    ) -> list[Completion]:
+        """Sample what is not stored."""
+        if answers is None:
+            return self.client.generate(requests)
+        keys = answers.keys(requests)
+        found = [answers.find(key, r) for key, r in zip(keys, requests, strict=True)]
+        missing = [number for number, completion in enumerate(found) if completion is None]
+        self._num_stored += len(requests) - len(missing)
+
+        def store(place: int, completion: Completion) -> None:
+            number = missing[place]
+            answers.add(keys[number], requests[number], completion)
+
+        sampled = iter(self.client.generate([requests[n] for n in missing], store))
+        return [next(sampled) if completion is None else completion for completion in found]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; chat messages always take the tokenizer's template."""
@@ -163,7 +220,11 @@ class Groups:
 
 
 def sample_groups(
-    rollout: Rollout, draw: Callable[[int, int], list[Prompt]], count: int, rounds: int
+    rollout: Rollout,
+    draw: Callable[[int, int], list[Prompt]],
+    count: int,
+    rounds: int,
+    answers: StoredAnswers | None = None,
 ) -> Groups:
     """Sample a batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
 
@@ -176,6 +237,7 @@ def sample_groups(
         draw: (offset, number) -> that many prompts, from `offset` after the first.
         count: Groups in the batch.
         rounds: Further rounds at most.
+        answers: As for `Rollout.sample`.
 
     Source: DAPO (2503.14476) equation 11; the bound on the rounds is ours.
     """
@@ -185,7 +247,7 @@ def sample_groups(
     num_rounds = 0
     while sum(is_informative) < count and num_rounds <= rounds:
         prompts = draw(len(groups), count - sum(is_informative))
-        samples = rollout.sample(prompts, size, for_training=True)
+        samples = rollout.sample(prompts, size, for_training=True, answers=answers)
         rewards_S = torch.tensor([sample.reward for sample in samples])
         is_informative += informative_groups(rewards_S, torch.arange(len(samples)) // size)[
             ::size
@@ -198,6 +260,19 @@ def sample_groups(
         samples=[sample for number in sorted(chosen) for sample in groups[number]],
         num_prompts=len(groups),
         num_rounds=num_rounds,
+    )
+
+
+def client_options(config: RecipeConfig) -> ClientOptions:
+    """Return the client's options of a run."""
+    r = config.rollout
+    return ClientOptions(
+        request_timeout_s=r.request_timeout_s,
+        health_every_s=r.health_every_s,
+        # SGLang samples a token for a check, which takes a second and more.
+        health_timeout_s=max(SHORTEST_CHECK_S, min(r.health_every_s, LONGEST_CHECK_S)),
+        min_servers=r.min_servers,
+        recovery_timeout_s=r.server_recovery_s,
     )
 
 

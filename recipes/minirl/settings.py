@@ -46,6 +46,11 @@ class RunSettings:
         1, "steps between extra old-policy passes without replay (metrics _live); 0: at the end"
     )
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    store_answers: bool = setting(
+        True,
+        "store each training response as it ends, until a checkpoint covers its step: an "
+        "interrupted run samples none of them again",
+    )
     evaluate_every: int = setting(
         0, "steps between evaluations on held-out prompts; 0: before the first, after the last"
     )
@@ -124,7 +129,18 @@ class RolloutSettings:
         "and all policies are restricted to them. Needs top-k. Otherwise log-probs are of the "
         "whole vocabulary and the samples are not from mu",
     )
-    request_timeout_s: float = setting(600.0, "longest wait for one batch of responses")
+    request_timeout_s: float = setting(600.0, "longest wait for one response")
+    min_servers: int = setting(1, "fewest servers that the run goes on with")
+    server_recovery_s: float = setting(
+        600.0, "how long there may be fewer, while dead and hanging servers come back"
+    )
+    server_restarts: int = setting(
+        3, "how often a launched server that died or hangs is started again"
+    )
+    health_every_s: float = setting(
+        30.0,
+        "seconds between health checks of a server; after two missed ones it is left out",
+    )
     max_uncovered: float = setting(
         0.05,
         "largest fraction of a step's rows that may have no routes against the job's intention; "

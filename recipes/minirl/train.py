@@ -21,6 +21,7 @@ import torch
 
 from recipes.model import parallel
 from recipes.model.collective import on_every_rank
+from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
@@ -30,6 +31,7 @@ from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
 
 from . import checkpoints, checks
+from .answers import StoredAnswers, remove_covered
 from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
 from .config import RecipeConfig
 from .first_rank import FirstRank
@@ -119,7 +121,8 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     first_rank = FirstRank(scratch_folder(config, run_dir))
     rollout = journal = None
     if first_rank.is_me:
-        rollout = Rollout(config, urls, inputs.base, policy.replay.shape)
+        states = run_dir / STATE_FILE
+        rollout = Rollout(config, urls, inputs.base, policy.replay.shape, states)
         # Without a checkpoint even the record of step 0 is written anew.
         last_step = progress.step if checkpoint else -1
         journal = Journal(run_dir, last_step, config.run.steps, config.telemetry)
@@ -154,7 +157,7 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     # 1. Rollout and rewards, on rank 0.
     with clock("rollout"):
         start = progress.prompts_consumed
-        values = job.first_rank.run(f"sampled_{step}", sample_batch, job, start, scratch)
+        values = job.first_rank.run(f"sampled_{step}", sample_batch, job, step, start, scratch)
         job.first_rank.share(scratch)
         batch, table = open_step(scratch, has_routes=config.rollout_capture != "off")
 
@@ -251,12 +254,14 @@ def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> chec
     run = job.config.run
     if is_due(progress.step, run.checkpoint_every, run.steps):
         checkpoints.save(job.policy, job.shared_dir, progress, job.inputs.base)
+        if job.first_rank.is_me:
+            remove_covered(job.shared_dir, progress.step)
     # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
     job.first_rank.keep(scratch, job.run_dir / "last_batch")
     return progress
 
 
-def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
+def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, float]:
     """Sample, reward, save batch and routes for all ranks; return the rollout's metrics."""
     assert job.rollout is not None
     config, data = job.config, job.config.data
@@ -264,7 +269,11 @@ def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
     def draw(offset: int, count: int) -> list[Prompt]:
         return take(job.inputs.prompts, start + offset, count, config.run.seed)
 
-    groups = sample_groups(job.rollout, draw, data.prompts_per_step, data.dynamic_sampling)
+    answers = None
+    if config.run.store_answers:
+        answers = StoredAnswers(job.shared_dir, step, config, job.policy.replay.shape)
+    rounds = data.dynamic_sampling
+    groups = sample_groups(job.rollout, draw, data.prompts_per_step, rounds, answers)
     batch = Batch.from_samples(
         groups.samples, data.samples_per_prompt, job.policy.sharding.multiple, groups.num_prompts
     )
@@ -278,7 +287,7 @@ def sample_batch(job: Job, start: int, scratch: Path) -> dict[str, float]:
         keeps_gates_T = rows_with_gates(batch, routes, num_calls, config.replay)
         RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
     metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
-    return rollout_metrics(config, batch, groups) | metrics
+    return rollout_metrics(config, batch, groups) | metrics | job.rollout.server_metrics()
 
 
 def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Server(Child):
     """
 
     def __init__(self, model_path: Path, options: ServerOptions, port: int):
+        self.port = port
         self.url = f"http://{HOST}:{port}"
         super().__init__(
             command_line(model_path, options, port),

@@ -228,7 +228,7 @@ class RolloutClient:
     def counts(self) -> dict[str, int]:
         """Events since the client began.
 
-        Their names: faults, retried, left_out, returned, continued.
+        Their names: faults, retried, left_out, returned, loads, failed_loads, continued.
         """
         return dict(self.servers.counts)
 

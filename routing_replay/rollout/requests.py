@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..capture import CAPTURES, OURS, REQUEST_KEY
 from ..errors import ServerError, unknown_name
-from ..routes.payload import FIELD, decode
+from ..routes.payload import FIELD, decode, encode
 from ..routes.routes import Routes
 from ..routes.shape import MoEShape
 
@@ -162,6 +163,33 @@ def completion_of(
         top_logprobs=top_logprobs,
         url=url,
     )
+
+
+def answer_of(completion: Completion, start: int) -> dict[str, Any]:
+    """Return the answer of `/generate` that `completion_of` reads as this completion.
+
+    Args:
+        completion: To store or to send; a continued answer becomes one whole answer.
+        start: Of its request.
+    """
+    logprobs = zip(completion.mu_logprobs.tolist(), completion.output_ids, strict=True)
+    meta_info: dict[str, Any] = {
+        "output_token_logprobs": list(logprobs),
+        "finish_reason": {"type": completion.finish_reason},
+        "weight_version": completion.weight_version,
+        "cached_tokens": completion.cached_tokens,
+        "num_retractions": completion.num_retractions,
+        "output_token_sampling_mask": completion.sampling_mask,
+    }
+    if completion.mask_logprobs is not None:
+        meta_info["output_token_sampling_logprobs"] = completion.mask_logprobs.tolist()
+    if completion.top_ids is not None and completion.top_logprobs is not None:
+        rows = zip(completion.top_logprobs.tolist(), completion.top_ids.tolist(), strict=True)
+        meta_info["output_top_logprobs"] = [list(zip(*row, strict=True)) for row in rows]
+    if completion.routes is not None:
+        payload = encode(completion.routes, start=start)
+        meta_info[FIELD] = base64.b64encode(payload).decode()
+    return {"meta_info": meta_info}
 
 
 def _top_of(

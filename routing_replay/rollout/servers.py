@@ -32,6 +32,7 @@ class ServerState:
         absences: How often it was left out since the last new weights.
         out_since: Unix time since which it gets no requests; None while it gets some.
         reason: Why it gets none.
+        is_loading: It is healthy again, and gets the current weights.
         check_at: When its health is asked next, by `time.monotonic`.
     """
 
@@ -43,6 +44,7 @@ class ServerState:
     absences: int = 0
     out_since: float | None = None
     reason: str = ""
+    is_loading: bool = False
     check_at: float = 0.0
 
     @property
@@ -143,11 +145,20 @@ class Servers:
         server.check_at = time.monotonic() + self._health_every_s
         if server.is_out:
             server.out_since, server.reason, server.faults = None, "", 0
+            server.is_loading = False
             self._note(f"{server.url} is in use again", "returned")
+
+    def loading(self, server: ServerState, weights: Weights) -> None:
+        """Note that a server that was left out is healthy, and gets the weights."""
+        server.is_loading = True
+        self._note(f"{server.url} is healthy again and loads version {weights.version}", "loads")
 
     def missed(self, server: ServerState, error: object) -> None:
         """Note a health check that failed."""
         server.misses += 1
+        if server.is_loading:
+            server.is_loading = False
+            self._note(f"{server.url} could not load the weights: {error}", "failed_loads")
         server.check_at = time.monotonic() + min(SOON_S, self._health_every_s)
         if server.misses >= MAX_MISSES:
             self.leave_out(server, f"{server.misses} health checks in a row failed: {error}")

@@ -119,4 +119,5 @@ class Watch:
 
     async def _bring_up_to_date(self, server: ServerState, weights: Weights) -> None:
         if await self.weight_version(server) != str(weights.version):
+            self._servers.loading(server, weights)
             await self.load(server, weights)
