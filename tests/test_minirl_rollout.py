@@ -1,0 +1,80 @@
+"""recipes.minirl.rollout and its servers: stored responses, servers left out, metrics."""
+
+import json
+
+import pytest
+from sglang_servers import write_checkpoint
+from test_rollout_client import MODEL, FakeServer
+
+from recipes.minirl.answers import StoredAnswers
+from recipes.minirl.command_line import parse
+from recipes.minirl.prompts import Prompt
+from recipes.minirl.rollout import Rollout, sample_groups
+from recipes.serving.kept import read_absences
+from routing_replay.errors import ConfigError, ServerError
+
+pytest.importorskip("transformers")
+PROMPTS = [Prompt(prompt=f"t{n} t5 t6", answer="t7 t8 t9") for n in range(4)]
+FLAGS = ["--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatch-size", "4"]
+FLAGS += ["--routing-replay-capture", "ids", "--routing-replay-mode", "R3"]
+FLAGS += ["--health-every-s", "0.3", "--server-recovery-s", "5"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("tokenizer"), 0)
+
+
+def sampled(rollout, folder):
+    """A step's groups, as a run samples and stores them."""
+    answers = StoredAnswers(folder, 1, rollout.config, MODEL)
+    return sample_groups(rollout, lambda o, c: PROMPTS[o : o + c], 4, 0, answers)
+
+
+def generations(server):
+    return sum(route == "/generate" for route, _ in server.calls)
+
+
+def test_a_resumed_step_samples_only_what_was_not_stored(checkpoint, tmp_path):
+    config = parse(FLAGS)
+    with FakeServer() as server:
+        first = sampled(Rollout(config, [server.url], checkpoint, MODEL), tmp_path)
+        (path,) = (tmp_path / "answers").iterdir()
+        lines = path.read_text().splitlines(keepends=True)
+        assert len(lines) == 8
+        # Killed while it wrote the sixth.
+        path.write_text("".join(lines[:5]) + lines[5][:50])
+        resumed = Rollout(config, [server.url], checkpoint, MODEL)
+        before = generations(server)
+        again = sampled(resumed, tmp_path)
+        assert generations(server) - before == 3
+        assert resumed.server_metrics()["rollout/stored_responses"] == 5
+        assert resumed.server_metrics()["rollout/stored_responses"] == 0
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert len(set(keys)) == len(keys) == 8
+    for one, other in zip(first.samples, again.samples, strict=True):
+        assert (one.response_ids, one.logp_mu) == (other.response_ids, other.logp_mu)
+        assert (one.routes.expert_ids_TLK == other.routes.expert_ids_TLK).all()
+        assert one.reward == other.reward == 1
+
+
+def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
+    checkpoint, tmp_path, capsys
+):
+    config = parse([*FLAGS, "--rollout-url", "http://a", "http://b"])
+    states = tmp_path / "servers.json"
+    with FakeServer() as good, FakeServer() as dead:
+        dead.http.server_close()
+        rollout = Rollout(config, [dead.url, good.url], checkpoint, MODEL, states)
+        assert list(read_absences(states)) == [dead.url]
+        assert f"Servers: {dead.url} is left out: " in capsys.readouterr().out
+        metrics = rollout.server_metrics()
+        assert (metrics["rollout/servers"], metrics["rollout/servers_left_out"]) == (1, 1)
+        strict = parse([*FLAGS, "--rollout-url", "http://a", "http://b", "--min-servers", "2"])
+        with pytest.raises(ServerError, match="too few servers are left; expected 2 or more"):
+            Rollout(strict, [dead.url, good.url], checkpoint, MODEL)
+
+
+def test_more_servers_cannot_be_demanded_than_there_are():
+    with pytest.raises(ConfigError, match=r"'min_servers'.*1\.\.1, the run's servers; got 2"):
+        parse(["--min-servers", "2"])
