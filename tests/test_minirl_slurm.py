@@ -89,13 +89,25 @@ def test_a_server_that_dies_at_its_start_ends_the_job(execute):
     assert len(notes) == 1
 
 
-def test_a_server_that_dies_later_ends_the_trainer(execute):
+def test_a_server_that_dies_later_is_started_again(execute):
+    dies_once = 'touch "$NOTES.ready"; [[ -e "$NOTES.died" ]] || { touch "$NOTES.died"; exit 3; }'
+    result, notes = execute(*PRESET, server=dies_once, trainer="exec sleep 3")
+    assert result.returncode == 0, result.stderr
+    assert "the server of n2 ended with status 3; it is started again" in result.stderr
+    starts = [line for line in notes if "sglang.launch_server" in line]
+    assert len(starts) == 2 and starts[0] == starts[1]
+
+
+def test_a_server_that_dies_too_often_ends_the_trainer(execute):
     start = time.monotonic()
-    result, _ = execute(
-        *PRESET, server='touch "$NOTES.ready"; sleep 0.5; exit 3', trainer="exec sleep 30"
+    result, notes = execute(
+        *(*PRESET, "--server-restarts", "1"),
+        server='touch "$NOTES.ready"; sleep 0.5; exit 3',
+        trainer="exec sleep 30",
     )
     assert result.returncode == 1
-    assert "a server ended with status 3 before the trainer" in result.stderr
+    assert "error: the server of n2 ended with status 3 before the trainer" in result.stderr
+    assert sum("sglang.launch_server" in line for line in notes) == 2
     assert time.monotonic() - start < 25
 
 

@@ -34,30 +34,38 @@ fi
 trainer_nodes=("${{nodes[@]:0:{num_trainer_nodes}}}")
 server_nodes=({server_nodes})
 
-pids=()
+server_pids=()
+trainer=()
 # shellcheck disable=SC2329  # the trap calls it
 stop() {{
   trap - EXIT
-  if ((${{#pids[@]}})); then
-    kill "${{pids[@]}}" 2>/dev/null || true
-    wait "${{pids[@]}}" || true
+  if ((${{#server_pids[@]}})); then
+    kill "${{server_pids[@]}}" "${{trainer[@]}}" 2>/dev/null || true
+    wait "${{server_pids[@]}}" "${{trainer[@]}}" || true
   fi
 }}
 trap stop EXIT
 trap 'exit 143' INT TERM
 
-urls=()
-for node in "${{server_nodes[@]}}"; do
+start_server() {{
+  local node="${{server_nodes[$1]}}"
   srun --nodes=1 --ntasks=1 --overlap --cpu-bind=none --nodelist="$node" \\
-    --output={logs}/"sglang-$node.log" \\
+    --output={logs}/"sglang-$node.log" --open-mode=append \\
     {server} &
-  pids+=("$!")
-  urls+=("http://$node:30000")
+  server_pids[$1]=$!
+}}
+
+urls=()
+restarts=()
+for i in "${{!server_nodes[@]}}"; do
+  start_server "$i"
+  urls+=("http://${{server_nodes[$i]}}:30000")
+  restarts+=(0)
 done
 
 for i in "${{!urls[@]}}"; do
   until curl --silent --fail --max-time 10 --output /dev/null "${{urls[$i]}}/health"; do
-    if ! kill -0 "${{pids[$i]}}" 2>/dev/null; then
+    if ! kill -0 "${{server_pids[$i]}}" 2>/dev/null; then
       echo "error: the server of ${{server_nodes[$i]}} died; see its log in "{logs} >&2
       exit 1
     fi
@@ -74,17 +82,29 @@ srun --nodes={num_trainer_nodes} --ntasks={num_trainer_nodes} --overlap --cpu-bi
   {trainer} --nnodes {num_trainer_nodes} \\
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${{trainer_nodes[0]}}:29500" \\
   --nproc-per-node {nproc} -m recipes.minirl.train {run_dir} --rollout-url "${{urls[@]}}" &
-trainer=$!
-pids+=("$trainer")
+trainer=("$!")
 
-# A dead server ends the job too: the trainer would wait for it until its time-out.
-status=0
-wait -n -p ended "${{pids[@]}}" || status=$?
-if [[ "$ended" != "$trainer" ]]; then
-  echo "error: a server ended with status $status before the trainer; see its log in "{logs} >&2
-  exit 1
-fi
-exit "$status"
+# The trainer leaves a dead server out, and takes it back with the weights of the step.
+while true; do
+  status=0
+  wait -n -p ended "${{server_pids[@]}}" "${{trainer[@]}}" || status=$?
+  if [[ "$ended" == "${{trainer[0]}}" ]]; then
+    exit "$status"
+  fi
+  for i in "${{!server_pids[@]}}"; do
+    if [[ "$ended" != "${{server_pids[$i]}}" ]]; then
+      continue
+    fi
+    message="the server of ${{server_nodes[$i]}} ended with status $status"
+    if ((restarts[i] >= {server_restarts})); then
+      echo "error: $message before the trainer; see its log in "{logs} >&2
+      exit 1
+    fi
+    echo "$message; it is started again" >&2
+    restarts[i]=$((restarts[i] + 1))
+    start_server "$i"
+  done
+done
 """
 FILE_NAME = "job.sbatch"
 POLL_S = 5
@@ -112,6 +132,7 @@ def job_text(config: RecipeConfig, run_dir: Path, poll_s: float = POLL_S) -> str
         job=shlex.quote(str(run_dir / FILE_NAME)),
         ready_timeout_s=round(config.rollout.ready_timeout_s),
         poll_s=poll_s,
+        server_restarts=config.rollout.server_restarts,
     )
 
 
