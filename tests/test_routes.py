@@ -128,15 +128,17 @@ def test_a_doubled_expert_is_found_in_any_two_slots_of_any_row(monkeypatch):
 def test_every_half_is_a_probability_or_refused():
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     wide = halves.astype(np.float64)
-    for half, is_good in zip(halves, (wide >= 0) & (wide <= 1), strict=True):
-        gates_TLK = np.array([[[0.5, half]]], np.float16)
-        if is_good:
-            make([[[0, 1]]], gate_probs_TLK=gates_TLK)
-            continue
+    is_good = (wide >= 0) & (wide <= 1)
+    good_TLK = np.stack([halves[is_good], halves[is_good]], -1)[:, None]
+    make([[[0, 1]]] * len(good_TLK), gate_probs_TLK=good_TLK)
+    bad = halves[~is_good]
+    # Each refusal is seen alone: every 13th, and those next to 0 and 1, infinities and nan.
+    edges = [np.nextafter(np.float16(x), np.float16(to)) for x, to in ((0, -1), (1, 2))]
+    for half in [*bad[::13], *edges, np.inf, -np.inf, np.nan]:
         with pytest.raises(
             RoutesError, match="gate probabilities are out of range; expected finite"
         ):
-            make([[[0, 1]]], gate_probs_TLK=gates_TLK)
+            make([[[0, 1]]], gate_probs_TLK=np.array([[[0.5, half]]], np.float16))
 
 
 @pytest.mark.parametrize(
