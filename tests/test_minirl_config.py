@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from recipes.minirl.checks import require_own_devices
 from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
 from recipes.minirl.config import RecipeConfig
+from recipes.minirl.devices import require_own_devices
 from recipes.minirl.inputs import load_inputs
 from recipes.minirl.settings import known_settings
 from routing_replay import objectives
@@ -141,11 +141,11 @@ def test_a_server_is_not_launched_on_the_gpus_of_the_trainer():
     model = ["--model", "large", "--prompts", "a.jsonl", "--heldout-prompts", "b.jsonl"]
     divided = ["--rollout-gpus", "0,1", "--trainer-gpus", "2,3"]
     for argv in ([*model, *divided], [*model, "--rollout-url", "http://a"], ["--model", "tiny"]):
-        require_own_devices(parse(argv), has_cuda=True)
-    require_own_devices(parse(model), has_cuda=False)
+        require_own_devices(parse(argv), num_gpus=8)
+    require_own_devices(parse(model), num_gpus=0)
     for argv in ([], ["--rollout-gpus", "0"], ["--trainer-gpus", "1"]):
         with pytest.raises(ConfigError, match="would share GPUs.*--trainer-gpus 4,5,6,7"):
-            require_own_devices(parse([*model, *argv]), has_cuda=True)
+            require_own_devices(parse([*model, *argv]), num_gpus=8)
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):

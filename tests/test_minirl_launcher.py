@@ -9,8 +9,14 @@ import torch
 
 from recipes.minirl import __main__ as launcher
 from recipes.minirl import commands
-from recipes.minirl.checks import require_gpu, require_own_devices, require_ready, why_no_cuda
+from recipes.minirl.checks import require_ready
 from recipes.minirl.command_line import parse, parse_command
+from recipes.minirl.devices import (
+    require_gpu,
+    require_gpu_per_rank,
+    require_own_devices,
+    why_no_cuda,
+)
 from routing_replay.errors import ConfigError
 
 
@@ -93,7 +99,29 @@ def test_the_reason_for_no_gpu_is_torchs_own():
 def test_block_fp8_rollouts_are_not_launched_on_a_cpu():
     config = parse(["--rollout-weights", "fp8"])
     with pytest.raises(ConfigError, match="block FP8 rollouts need GPUs.*fp8-grid"):
-        require_own_devices(config, has_cuda=False)
+        require_own_devices(config, num_gpus=0)
+
+
+def test_fewer_visible_gpus_than_ranks_are_refused_before_nccl_starts():
+    message = r"fewer GPUs than.*expected 4 GPUs.*got 2.*CUDA_VISIBLE_DEVICES.*lower --nproc"
+    with pytest.raises(ConfigError, match=message):
+        require_gpu_per_rank(2, 4)
+    for num_gpus in (0, 4, 8):  # the CPU, enough, more
+        require_gpu_per_rank(num_gpus, 4)
+    tiny = parse(["--nproc", "2"])
+    with pytest.raises(ConfigError, match="a machine shows fewer GPUs"):
+        require_own_devices(tiny, num_gpus=1)
+
+
+def test_a_gpu_that_the_machine_does_not_have_is_named():
+    divided = ["--rollout-gpus", "0,1,2,3", "--trainer-gpus", "4,5,6,7"]
+    message = r"a GPU is named that the machine does not have; expected GPUs of 0\.\.5.*got 6, 7"
+    with pytest.raises(ConfigError, match=message):
+        require_own_devices(parse(divided), num_gpus=6)
+    require_own_devices(parse(divided), num_gpus=8)
+    # A plan knows the machine from plan_gpus_per_node.
+    with pytest.raises(ConfigError, match=r"expected GPUs of 0\.\.3.*got 4, 5, 6, 7"):
+        parse([*divided, "--plan-gpu-gb", "80", "--plan-gpus-per-node", "4"])
 
 
 def test_a_resolved_configuration_with_its_ranks_is_accepted():

@@ -22,7 +22,7 @@ from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from . import checks, commands, journal, slurm
+from . import commands, devices, journal, slurm
 from .command_line import parse_command
 from .commands import thread_environment, trainer_arguments, visible_devices
 from .config import RecipeConfig
@@ -67,7 +67,7 @@ def run(config: RecipeConfig) -> None:
     """Prepare, start the servers, train under torchrun, report."""
     start = time.monotonic()
     require_one_node(config)
-    checks.require_own_devices(config, torch.cuda.is_available())
+    devices.require_own_devices(config, torch.cuda.device_count())
     config, run_dir = prepare(config)
     with contextlib.ExitStack() as stack:
         servers = [] if config.rollout.rollout_url else [start_server(config, run_dir)]

@@ -186,27 +186,6 @@ def check_interleaving(config: RecipeConfig) -> None:
         )
 
 
-def check_devices(config: RecipeConfig) -> None:
-    """Raise ConfigError if server and trainer share CUDA devices or there are too few."""
-    served, trained = (
-        [gpu.strip() for gpu in text.split(",") if gpu.strip()]
-        for text in (config.rollout.rollout_gpus, config.run.trainer_gpus)
-    )
-    shared = sorted(set(served) & set(trained))
-    if shared:
-        raise ConfigError(
-            "the server and the trainer share GPUs",
-            expected="disjoint --rollout-gpus and --trainer-gpus",
-            got=f"{', '.join(shared)} in both",
-        )
-    if trained and len(trained) < config.run.nproc:
-        raise ConfigError(
-            "there are fewer GPUs than trainer processes",
-            expected=f"{config.run.nproc} in --trainer-gpus, one per process",
-            got=config.run.trainer_gpus,
-        )
-
-
 def check_plan(config: RecipeConfig) -> None:
     """Raise ConfigError for machines or rates that cannot be."""
     p = config.plan
@@ -222,65 +201,6 @@ def check_plan(config: RecipeConfig) -> None:
             expected=f"--nproc of at most {p.plan_gpus_per_node} (--plan-gpus-per-node)",
             got=config.run.nproc,
         )
-
-
-def require_own_devices(config: RecipeConfig, has_cuda: bool) -> None:
-    """Refuse to launch a server on the trainer's GPUs.
-
-    SGLang takes most of a GPU's memory at its start, and keeps it. The tiny model leaves room: its
-    presets bound the server's cache.
-
-    Raises:
-        ConfigError: A server would be launched on a machine with GPUs that are not divided, or
-            without any for FP8.
-    """
-    if config.rollout.rollout_weights == "fp8" and not config.rollout.rollout_url and not has_cuda:
-        raise ConfigError(
-            "block FP8 rollouts need GPUs",
-            expected="a CUDA device, or --rollout-url of servers that have one",
-            got="none",
-            fix="Here rollout_weights: fp8-grid gives FP8's rounding of the weights",
-        )
-    is_divided = bool(config.rollout.rollout_gpus and config.run.trainer_gpus)
-    is_tiny = config.model.model == "tiny"
-    if has_cuda and not config.rollout.rollout_url and not is_divided and not is_tiny:
-        raise ConfigError(
-            "the launched server and the trainer would share GPUs",
-            expected="--rollout-gpus and --trainer-gpus, or --rollout-url of a running server",
-            got="none of them",
-            fix="With 8 GPUs for example: --rollout-gpus 0,1,2,3 --trainer-gpus 4,5,6,7",
-        )
-
-
-def require_gpu(config: RecipeConfig, cuda_error: str | None) -> None:
-    """Refuse to train a preset for GPUs on the CPU, which Megatron would do without a word.
-
-    Args:
-        config: The trainer's configuration.
-        cuda_error: From `why_no_cuda`; None where there is a GPU.
-
-    Raises:
-        ConfigError: The plan names a GPU, and torch can use none; it says why.
-    """
-    if config.plan.plan_gpu_gb and cuda_error is not None:
-        raise ConfigError(
-            "the trainer has no GPU that torch can use",
-            expected=f"a GPU of {config.plan.plan_gpu_gb:g} GB (plan_gpu_gb)",
-            got=cuda_error,
-            fix="Install a driver that fits torch's CUDA (nvidia-smi shows both), or a torch built "
-            "for the driver; --plan-gpu-gb 0 trains on the CPU",
-        )
-
-
-def why_no_cuda() -> str | None:
-    """Return why torch can use no GPU, in its own words; None if it can."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        return f"{error} (torch {torch.__version__})"
-    return None
 
 
 def require_ready(config: RecipeConfig, world_size: int, where: Path) -> None:

@@ -12,7 +12,7 @@ from routing_replay import objectives
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
 
-from . import checks
+from . import checks, devices
 from .settings import (
     SECTIONS,
     DataSettings,
@@ -49,7 +49,7 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         checks.check_sizes(self)
         checks.check_interleaving(self)
-        checks.check_devices(self)
+        devices.check_devices(self)
         checks.check_sampling(self)
         checks.check_objective(self)
         checks.check_replay(self)

@@ -30,7 +30,7 @@ from routing_replay.objectives import Objective
 from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
 
-from . import checkpoints, checks
+from . import checkpoints, checks, devices
 from .answers import StoredAnswers, remove_covered
 from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
 from .config import RecipeConfig
@@ -108,7 +108,9 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     """Run all steps, from the newest checkpoint if there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
-    checks.require_gpu(config, checks.why_no_cuda())
+    devices.require_gpu(config, devices.why_no_cuda())
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices.require_gpu_per_rank(torch.cuda.device_count(), num_local_ranks)
     parallel.start_distributed()
     require_alike(config.to_mapping())
     inputs = on_every_rank(lambda: load_inputs(config))
