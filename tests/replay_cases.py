@@ -87,11 +87,12 @@ class Case:
         sizes = dataclasses.asdict(self.layout)
         short = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "context": "cp"}
         short |= {"expert": "ep", "expert_tensor": "etp"}
+        short |= {"first_stage_layers": "first", "last_stage_layers": "last"}
         is_etp = sizes["expert_tensor"] != sizes["tensor"]
         parts = [
             f"{short[name]}{size}"
             for name, size in sizes.items()
-            if size > 1 and (name != "expert_tensor" or is_etp)
+            if (size or 1) > 1 and (name != "expert_tensor" or is_etp)
         ]
         if sizes["expert_tensor"] == 1 and is_etp:
             parts.append("etp1")
@@ -153,6 +154,9 @@ def _pairs() -> list[Case]:
         "ep": ParallelLayout(expert=2),
         "etp1": ParallelLayout(tensor=2, expert=2, expert_tensor=1),
     }
+    # Stages of 3 + 1 layers, and of 4 + 2 in two rounds.
+    uneven = ParallelLayout(pipeline=2, first_stage_layers=3)
+    uneven_vpp = ParallelLayout(pipeline=2, virtual_pipeline=2, first_stage_layers=4)
     found = [
         Case(layout=layout, recompute=recompute, is_packed=is_packed)
         for layout in layouts.values()
@@ -184,6 +188,9 @@ def _pairs() -> list[Case]:
         Case(layout=layouts["etp1"], is_latent=True, router="groups", recompute="full"),
         Case(layout=layouts["cp"], is_latent=True, router="groups", is_packed=True),
         Case(layout=layouts["pp"], is_latent=True, router="groups", is_packed=True),
+        Case(layout=uneven, dense=(0,), recompute="full"),
+        Case(layout=uneven, is_latent=True, router="groups", dense=(0,), is_packed=True),
+        Case(layout=uneven_vpp, num_layers=6, dense=(0, 3)),
         Case(layout=ParallelLayout()),  # data parallelism
         Case(layout=ParallelLayout(), is_packed=True, recompute="full"),
     ]

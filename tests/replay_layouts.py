@@ -43,7 +43,12 @@ class Plan:
 PLANS = {
     2: (
         Plan(name="tp2", layout=ParallelLayout(tensor=2)),
-        Plan(name="pp2", layout=ParallelLayout(pipeline=2), sizes=(2,), is_packed=True),
+        Plan(
+            name="pp2-first1",
+            layout=ParallelLayout(pipeline=2, first_stage_layers=1),
+            sizes=(2,),
+            is_packed=True,
+        ),
         Plan(
             name="vpp2",
             layout=ParallelLayout(pipeline=2, virtual_pipeline=2),

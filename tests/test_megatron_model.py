@@ -1,5 +1,8 @@
 """recipes.model: which modules are built where, and what a layout costs in memory."""
 
+import itertools
+import re
+
 import pytest
 import torch
 from megatron_worlds import run_world
@@ -52,12 +55,89 @@ def test_fusions_come_with_transformer_engine(spec, is_on):
     assert [fields[name] for name in FUSIONS] == [is_on] * len(FUSIONS)
 
 
+def megatron_layers(layout, num_layers, stage):
+    """The 0-based layers of a stage, chunk after chunk, by Megatron's own functions."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    is_interleaved = layout.virtual_pipeline > 1
+    config = TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=8,
+        num_attention_heads=1,
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if is_interleaved else None,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+    )
+    layers = []
+    for chunk in range(layout.virtual_pipeline) if is_interleaved else [None]:
+        first = get_transformer_layer_offset(config, chunk, stage)
+        layers += range(first, first + get_num_layers_to_build(config, chunk, stage))
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "sizes"),
+    [
+        (94, {"pipeline": 4, "first_stage_layers": 23, "last_stage_layers": 23}),
+        (61, {"pipeline": 4, "first_stage_layers": 16}),
+        (61, {"pipeline": 8, "first_stage_layers": 7, "last_stage_layers": 6}),
+        (7, {"pipeline": 2, "last_stage_layers": 3}),
+        (7, {"pipeline": 2, "first_stage_layers": 3, "last_stage_layers": 4}),
+        (22, {"pipeline": 3, "virtual_pipeline": 2, "first_stage_layers": 6}),
+        (12, {"pipeline": 3, "virtual_pipeline": 2}),
+        (5, {}),
+    ],
+)
+def test_the_layers_of_a_stage_are_those_that_megatron_builds(num_layers, sizes):
+    layout = ParallelLayout(**sizes)
+    stages = [layout.layers_of(num_layers, stage) for stage in range(layout.pipeline)]
+    assert stages == [megatron_layers(layout, num_layers, s) for s in range(layout.pipeline)]
+    assert sorted(itertools.chain(*stages)) == list(range(num_layers))
+
+
+def test_the_division_that_an_error_names_is_one():
+    for num_layers, pipeline, virtual in itertools.product((61, 62, 94), (2, 4, 5, 8), (1, 2)):
+        layout = ParallelLayout(pipeline=pipeline, virtual_pipeline=virtual)
+        try:
+            layout.stage_layers(num_layers)
+        except ConfigError as error:
+            named = re.findall(r"--(first|last)-stage-layers (\d+)", str(error))
+            # An odd number of layers has no two equal rounds.
+            assert bool(named) == (num_layers % virtual == 0), error
+            if named:
+                ends = {f"{end}_stage_layers": int(layers) for end, layers in named}
+                sizes = {"pipeline": pipeline, "virtual_pipeline": virtual}
+                ParallelLayout(**sizes, **ends).stage_layers(num_layers)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"pipeline": 4}, "94 layers in 4 stages.*--first-stage-layers 23 and --last-stage-layers"),
+        ({"pipeline": 4, "first_stage_layers": 95}, "do not divide the model's num_layers"),
+        ({"pipeline": 2, "first_stage_layers": 40, "last_stage_layers": 40}, "do not divide"),
+        ({"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 45}, "virtual_pipeline 2"),
+        ({"first_stage_layers": 40}, "needs a pipeline; expected pipeline > 1"),
+        ({"pipeline": 2, "last_stage_layers": -1}, "last_stage_layers is out of range"),
+    ],
+)
+def test_stages_that_do_not_divide_the_layers_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelLayout(**sizes).stage_layers(94)
+
+
 LAYOUTS = {
     "dp2": ParallelLayout(),
     "tp2": ParallelLayout(tensor=2),
     "tp2-etp1-ep2": ParallelLayout(tensor=2, expert=2, expert_tensor=1),
     "ep2": ParallelLayout(expert=2),
-    "pp2": ParallelLayout(pipeline=2),
+    "pp2-first1": ParallelLayout(pipeline=2, first_stage_layers=1),
     "pp2-vpp2": ParallelLayout(pipeline=2, virtual_pipeline=2),
 }
 

@@ -77,6 +77,16 @@ def test_the_estimate_counts_the_parameters_that_megatron_builds(name, plans):
         assert (int(total) - int(experts), int(experts)) == counted
 
 
+def test_a_pipeline_of_94_layers_has_four_stages_and_the_time_to_fill_them(plans):
+    text = plans["qwen3_235b_a22b_160xh100"]
+    # 16 ranks of a stage share 128 experts of 23, 24, 24 and 23 layers: 8 x 3 x 4096 x 1536 each.
+    experts = [int(n) for n in re.findall(r"\(experts (\d+)\)", text)]
+    assert experts == [8 * layers * 3 * 4096 * 1536 for layers in (23, 24, 24, 23)]
+    # 1,024 responses of 7,024 tokens on 8 data-parallel ranks: 52 packs of 17,408 tokens. Three
+    # stages wait for the first pack, and the first for the last: (52 + 3) / 52.
+    assert "x 1.06 to fill 4 stages" in text
+
+
 def test_meta_counts_interleaved_stages_and_ends_its_world():
     layout = ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2, expert=2, expert_tensor=1)
     model = transformer_config(tiny_config(layers=4), layout)
@@ -104,8 +114,10 @@ def test_a_model_without_a_config_names_those_that_need_none():
 
 def test_the_deepseek_plan_counts_671_billion_parameters_and_serves_them_in_fp8(plans):
     text = plans["deepseek_v3_288xh200"]
-    # 256 ranks with 1 of 256 experts in each of 58 layers: 58 x 3 x 7168 x 2048.
-    assert f"(experts {58 * 3 * 7168 * 2048})" in text
+    # 64 ranks of a stage have 4 of 256 experts in each MoE layer. Of 61 layers the first three are
+    # dense: stages of 13, 15, 15 and 15 MoE layers.
+    experts = [int(n) for n in re.findall(r"\(experts (\d+)\)", text)]
+    assert experts == [4 * layers * 3 * 7168 * 2048 for layers in (13, 15, 15, 15)]
     # 671.03e9 parameters without the prediction layer: one byte each, the vocabulary's 2 x 129280
     # x 7168 two: 672.9 GB. A server's 8 GPUs hold 78.3 GiB each.
     assert "672.9 GB x (1 write + 4 reads)" in text
@@ -128,7 +140,11 @@ def test_the_cache_of_latent_attention_holds_one_latent_per_token_on_every_gpu(p
         (["--tensor-parallel", "8"], "tensor does not divide the model's num_query_groups"),
         (["--expert-parallel", "6"], "expert does not divide the model's num_moe_experts"),
         (["--expert-parallel", "32"], "does not fit the number of ranks.*= 32 ranks"),
-        (["--nnodes", "10", "--pipeline-parallel", "5", "--minibatch-size", "1024"], "num_layers"),
+        (
+            ["--nnodes", "10", "--pipeline-parallel", "5", "--minibatch-size", "1024"],
+            "num_layers.*--first-stage-layers 9 and --last-stage-layers 9",
+        ),
+        (["--first-stage-layers", "20"], "stage of its own size needs a pipeline"),
         (["--pipeline-parallel", "3"], "must divide nnodes \\* nproc"),
         (["--virtual-pipeline", "2"], "virtual pipeline stages need a pipeline"),
         (["--nproc", "16", "--nnodes", "1"], "fewer GPUs than trainer processes"),

@@ -22,7 +22,7 @@ IN_MAKE_TEST = {
     ],
     2: [
         "tp2-recompute_full-packed",
-        "pp2-recompute_full-padded-dense0",
+        "pp2-first3-recompute_full-padded-dense0",
         "pp2-vpp2-recompute_full-groups-padded",
         "cp2-recompute_full-packed",
         "ep2-allgather-recompute_full-padded",

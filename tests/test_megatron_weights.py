@@ -34,7 +34,7 @@ QWEN_LAYOUTS = [
     "one",
     "tp2",
     "tp2-etp1",
-    "pp2",
+    "pp2-first1",
     "pp2-vpp2",
     "ep2-alltoall",
     "ep2-allgather",

@@ -41,3 +41,15 @@ def test_without_replay_no_routes_travel_and_without_recomputation_an_update_is_
     stock = seconds("--routing-replay-mode", "disabled")
     assert "routes" not in stock
     assert stock["update"] == pytest.approx(3 * stock["score"])
+
+
+def test_a_pipeline_waits_for_its_first_and_last_microbatch():
+    # 100,000 tokens on 4 / 2 ranks: 7 packs of 8,000. One of two stages waits for one pack.
+    packs = ["--microbatch-tokens", "8000", "--recompute", "full"]
+    alone, staged = seconds(*packs), seconds(*packs, "--pipeline-parallel", "2")
+    assert staged["score"] == pytest.approx(alone["score"] * (7 + 1) / 7)
+    # Two chunks per stage wait half as long.
+    padded = ["--pipeline-parallel", "2"]
+    once, twice = seconds(*padded), seconds(*padded, "--virtual-pipeline", "2")
+    # 100 sequences are 50 microbatches on each data-parallel rank.
+    assert once["update"] / twice["update"] == pytest.approx((50 + 1) / (50 + 0.5))

@@ -24,7 +24,7 @@ QWEN_LAYOUTS = {
     "one": (ParallelLayout(), {}),
     "tp2": (ParallelLayout(tensor=2), {}),
     "tp2-etp1": (ParallelLayout(tensor=2, expert_tensor=1), {}),
-    "pp2": (ParallelLayout(pipeline=2), {}),
+    "pp2-first1": (ParallelLayout(pipeline=2, first_stage_layers=1), {}),
     "pp2-vpp2": (ParallelLayout(pipeline=2, virtual_pipeline=2), {}),
     "ep2-alltoall": (ParallelLayout(expert=2), {"dispatcher": "alltoall"}),
     "ep2-allgather": (ParallelLayout(expert=2), {"dispatcher": "allgather"}),

@@ -145,7 +145,8 @@ def check_sizes(config: RecipeConfig) -> None:
             expected=f"a divisor of {config.batch_size}",
             got=t.minibatch_size,
         )
-    _check_range("microbatch_tokens", t.microbatch_tokens)
+    for name in ("microbatch_tokens", "first_stage_layers", "last_stage_layers"):
+        _check_range(name, getattr(t, name))
     model_ranks = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
     if config.world_size % model_ranks:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,9 +73,9 @@ def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterato
         yield _routes(config, cost, tokens)
     # pi_old's pass; the frozen reference's; every Nth step one more without replay.
     live = 1 / config.run.measure_live_every if config.run.measure_live_every else 0.0
-    yield _passes(config, cost, "score", 1 + config.needs_reference + live, tokens)
+    yield _passes(config, cost, "score", 1 + config.needs_reference + live, 1)
     forwards = FORWARDS_PER_UPDATE[config.training.recompute]
-    yield _passes(config, cost, "update", forwards, tokens)
+    yield _passes(config, cost, "update", forwards, config.num_mini_batches)
     num_servers = max(1, p.plan_server_nodes)
     gigabytes = cost.checkpoint_bytes / GIGA
     yield Leg(
@@ -85,19 +86,40 @@ def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterato
     )
 
 
-def _passes(config: RecipeConfig, cost: ModelCost, name: str, forwards: float, tokens: int) -> Leg:
+def _passes(
+    config: RecipeConfig, cost: ModelCost, name: str, forwards: float, num_schedules: int
+) -> Leg:
+    """The leg of all tokens' passes, in so many runs of the pipeline's schedule."""
     ranks, tflops = config.world_size, config.plan.plan_trainer_tflops
-    computed = tokens
-    if not config.training.microbatch_tokens:
-        # Padded sequences are as long as the longest of their microbatch, at worst the longest.
-        prompt, _ = mean_tokens(config)
-        computed = config.batch_size * (prompt + config.rollout.max_new_tokens)
+    prompt, response = mean_tokens(config)
+    # Padded sequences are as long as the longest of their microbatch, at worst the longest.
+    is_packed = config.training.microbatch_tokens > 0
+    length = prompt + (response if is_packed else config.rollout.max_new_tokens)
+    computed = config.batch_size * length
+    fill = _fill(config, computed // num_schedules, length)
+    stages = config.training.pipeline_parallel
     return Leg(
         name=name,
-        seconds=computed * cost.forward_flops * forwards / (ranks * tflops * TERA),
+        seconds=computed * cost.forward_flops * forwards * fill / (ranks * tflops * TERA),
         formula=f"{computed} tokens x {cost.forward_flops:.3g} FLOP x {forwards:g} forwards "
-        f"/ ({ranks} GPUs x {tflops:g} TFLOP/s)",
+        f"/ ({ranks} GPUs x {tflops:g} TFLOP/s)"
+        + (f" x {fill:.2f} to fill {stages} stages" if stages > 1 else ""),
     )
+
+
+def _fill(config: RecipeConfig, tokens: int, sequence_tokens: int) -> float:
+    """Return the time of a schedule over that of its microbatches alone, with equal stages.
+
+    Args:
+        tokens: Of the schedule, over all data-parallel ranks.
+        sequence_tokens: Of a sequence, padding included.
+    """
+    t = config.training
+    model_ranks = t.tensor_parallel * t.pipeline_parallel * t.context_parallel
+    microbatch = t.microbatch_tokens or t.microbatch_size * sequence_tokens
+    per_rank = tokens * model_ranks / config.world_size
+    num_microbatches = max(1, math.ceil(per_rank / max(1, microbatch)))
+    return 1 + (t.pipeline_parallel - 1) / t.virtual_pipeline / num_microbatches
 
 
 def _routes(config: RecipeConfig, cost: ModelCost, tokens: int) -> Leg:

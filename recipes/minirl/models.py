@@ -61,6 +61,8 @@ def parallel_layout(t: TrainingSettings) -> parallel.ParallelLayout:
         expert=t.expert_parallel,
         # Small experts are not worth splitting; expert parallelism spreads whole ones.
         expert_tensor=1,
+        first_stage_layers=t.first_stage_layers or None,
+        last_stage_layers=t.last_stage_layers or None,
     )
 
 

@@ -173,6 +173,12 @@ class TrainingSettings:
     tensor_parallel: int = setting(1, "ranks that share each matrix")
     pipeline_parallel: int = setting(1, "pipeline stages")
     virtual_pipeline: int = setting(1, "model chunks per pipeline stage")
+    first_stage_layers: int = setting(
+        0, "layers of the first pipeline stage; 0: as many as a middle one"
+    )
+    last_stage_layers: int = setting(
+        0, "layers of the last pipeline stage; 0: as many as a middle one"
+    )
     expert_parallel: int = setting(1, "ranks that share the experts")
     context_parallel: int = setting(1, "ranks that share each sequence")
     recompute: Literal["none", "moe", "full"] = setting(

@@ -153,11 +153,7 @@ def moe_layers(config: ModelConfig, layout: ParallelLayout, stage: int) -> list[
     pattern = config.moe_layer_freq
     if isinstance(pattern, int):
         pattern = [int(i % pattern == 0) for i in range(config.num_layers)]
-    per_chunk = config.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    starts = [
-        (chunk * layout.pipeline + stage) * per_chunk for chunk in range(layout.virtual_pipeline)
-    ]
-    return [is_moe for start in starts for is_moe in pattern[start : start + per_chunk]]
+    return [pattern[layer] for layer in layout.layers_of(config.num_layers, stage)]
 
 
 def _attention(config: ModelConfig, tensor: int) -> int:

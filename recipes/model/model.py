@@ -265,7 +265,6 @@ def _check_divisible(fields: Fields, layout: ParallelLayout) -> None:
         ("ffn_hidden_size", "tensor", layout.tensor),
         ("num_moe_experts", "expert", layout.expert),
         ("moe_ffn_hidden_size", "expert_tensor", layout.expert_tensor),
-        ("num_layers", "pipeline * virtual_pipeline", layout.pipeline * layout.virtual_pipeline),
     ]
     for field, name, size in pairs:
         if fields[field] % size:
@@ -274,6 +273,7 @@ def _check_divisible(fields: Fields, layout: ParallelLayout) -> None:
                 expected=f"a divisor of {fields[field]}",
                 got=size,
             )
+    layout.stage_layers(fields["num_layers"])
 
 
 def _fusion_fields(layer_spec: str) -> Fields:
@@ -300,6 +300,8 @@ def _layout_fields(layout: ParallelLayout, dtype: torch.dtype, vocab_size: int) 
         "virtual_pipeline_model_parallel_size": (
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,

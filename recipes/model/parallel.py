@@ -25,6 +25,8 @@ class ParallelLayout:
     """Sizes of Megatron's parallel dimensions; data parallelism takes the ranks that remain.
 
     Invariant: every size is at least 1. Sequence parallelism is on exactly if `tensor` > 1.
+    Pipeline stages are equal, except the first and the last where `first_stage_layers` and
+    `last_stage_layers` say so (Megatron's `num_layers_in_first_pipeline_stage` and `..._last_...`).
 
     Args:
         tensor: Tensor parallel size of the dense parts.
@@ -33,6 +35,8 @@ class ParallelLayout:
         context: Context parallel size.
         expert: Expert parallel size.
         expert_tensor: Tensor parallel size within an expert; None takes `tensor`, as Megatron does.
+        first_stage_layers: Layers of the first pipeline stage; None: as many as a middle one.
+        last_stage_layers: Layers of the last pipeline stage; None: as many as a middle one.
     """
 
     tensor: int = 1
@@ -41,12 +45,16 @@ class ParallelLayout:
     context: int = 1
     expert: int = 1
     expert_tensor: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.expert_tensor is None:
             object.__setattr__(self, "expert_tensor", self.tensor)
         for field in fields(self):
             size = getattr(self, field.name)
+            if size is None and field.default is None:
+                continue
             if not isinstance(size, int) or size < 1:
                 raise ConfigError(
                     f"the parallel size {field.name} is out of range",
@@ -60,11 +68,59 @@ class ParallelLayout:
                 got=f"pipeline=1, virtual_pipeline={self.virtual_pipeline}",
                 fix="Raise pipeline, or leave virtual_pipeline at 1",
             )
+        if self._edge_layers and self.pipeline == 1:
+            raise ConfigError(
+                "a first or last pipeline stage of its own size needs a pipeline",
+                expected="pipeline > 1",
+                got=f"pipeline=1, first_stage_layers={self.first_stage_layers}, "
+                f"last_stage_layers={self.last_stage_layers}",
+                fix="Raise pipeline, or leave the two unset",
+            )
 
     @property
     def sequence(self) -> bool:
         """Whether sequence parallelism is on."""
         return self.tensor > 1
+
+    @property
+    def _edge_layers(self) -> list[int]:
+        """Layers of the stages that have a size of their own."""
+        edges = (self.first_stage_layers, self.last_stage_layers)
+        return [layers for layers in edges if layers is not None]
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Return the number of layers of each pipeline stage, as Megatron divides them.
+
+        Args:
+            num_layers: Of the whole model, without multi-token prediction.
+
+        Raises:
+            ConfigError: They cannot be divided so; the fix names a division that works.
+        """
+        num_middle = self.pipeline - len(self._edge_layers)
+        left = num_layers - sum(self._edge_layers)
+        middle = left // num_middle if num_middle else 0
+        stages = [middle] * self.pipeline
+        stages[0] = self.first_stage_layers or middle
+        stages[-1] = self.last_stage_layers or stages[-1]
+        is_whole = sum(stages) == num_layers and min(stages) > 0
+        if not is_whole or any(layers % self.virtual_pipeline for layers in stages):
+            raise ConfigError(
+                "the pipeline's stages do not divide the model's num_layers",
+                expected=f"{num_layers} layers in {self.pipeline} stages, each a multiple of "
+                f"virtual_pipeline {self.virtual_pipeline}",
+                got=f"first_stage_layers={self.first_stage_layers}, "
+                f"last_stage_layers={self.last_stage_layers}",
+                fix=_division(num_layers, self.pipeline, self.virtual_pipeline),
+            )
+        return stages
+
+    def layers_of(self, num_layers: int, stage: int) -> list[int]:
+        """Return the 0-based layers of a pipeline stage, chunk after chunk; as `stage_layers`."""
+        parts = [layers // self.virtual_pipeline for layers in self.stage_layers(num_layers)]
+        round_layers, before = sum(parts), sum(parts[:stage])
+        starts = [chunk * round_layers + before for chunk in range(self.virtual_pipeline)]
+        return [layer for start in starts for layer in range(start, start + parts[stage])]
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError unless `world_size` ranks can be laid out so."""
@@ -83,6 +139,25 @@ class ParallelLayout:
                 fix=f"Start {product} ranks (torchrun --nproc-per-node {product}) or lower one of "
                 + ", ".join(f"{name}={getattr(self, name)}" for name in names),
             )
+
+
+def _division(num_layers: int, stages: int, virtual: int) -> str:
+    """Name sizes of the first and last stage that leave equal ones between them."""
+    rounds, rest = divmod(num_layers, virtual)
+    if stages > 1 and not rest:
+        # Smaller ends first: the embedding and the logits lie there.
+        for middle in (-(-rounds // stages), rounds // stages):
+            first, last = _halves(rounds - (stages - 2) * middle)
+            if last > 0:
+                return (
+                    f"Set --first-stage-layers {first * virtual} and --last-stage-layers "
+                    f"{last * virtual}, or choose another --pipeline-parallel"
+                )
+    return "Lower --pipeline-parallel or --virtual-pipeline"
+
+
+def _halves(number: int) -> tuple[int, int]:
+    return number - number // 2, number // 2
 
 
 def initialize(layout: ParallelLayout, seed: int, backend: str | None = None) -> None:
