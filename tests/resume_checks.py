@@ -23,34 +23,80 @@ from routing_replay.errors import RoutingReplayError
 from megatron.core.distributed import finalize_model_grads
 
 
-def resume(rank, folder, out, layouts, batch):
-    """By layout, dtype and optimizer: the step after a resume and the uninterrupted one."""
+def resume(rank, folder, out, cases, batch):
+    """By case: the step after a resume and the uninterrupted one.
+
+    Args:
+        folder: The checkpoint that all start from.
+        out: Folder of the runs, one for each case.
+        cases: (layout's name, layout, dtype, whether the optimizer's state is sharded).
+        batch: Of every data-parallel rank.
+    """
     return {
         (name, dtype, is_distributed): _compare(
-            folder, Path(out) / f"{name}-{dtype}-{is_distributed}", settings, layout, batch
+            folder,
+            Path(out) / f"{name}-{dtype}-{is_distributed}",
+            _settings(dtype, is_distributed),
+            layout,
+            batch,
         )
-        for name, layout in layouts.items()
-        for dtype in ("float32", "bfloat16")
-        for is_distributed in (True, False)
-        for settings in [_settings(dtype, is_distributed)]
+        for name, layout, dtype, is_distributed in cases
     }
 
 
-def resume_elsewhere(rank, folder, run_dir, batch):
-    """The error of a resume from a checkpoint that another number of ranks wrote."""
-    layout = ParallelLayout()
+def resume_elsewhere(rank, out, cases, batch, source, target):
+    """Resume each case's checkpoint in another layout: write it again, and take the next step.
+
+    Args:
+        out, cases, batch: As for `resume`, with the layouts to resume in.
+        source: In a case's folder, the run that is resumed.
+        target: Where the checkpoint is written again; below it the weights after the step.
+    """
+    for name, layout, dtype, is_distributed in cases:
+        run_dir = Path(out) / f"{name}-{dtype}-{is_distributed}"
+        # Where the state was sharded it is whole now, and sharded where it was whole.
+        settings = _settings(dtype, not is_distributed)
+        _resave(run_dir / source, run_dir / target, settings, layout, batch)
+
+
+def _resave(source, target, settings, layout, batch):
+    checkpoint = checkpoints.newest(source)
     with megatron(layout):
-        policy = _policy(folder, layout, _settings("float32", True))
-        try:
-            checkpoints.load_trainer(policy, checkpoints.newest(Path(run_dir)))
-        except RoutingReplayError as error:
-            return str(error)
-    return None
+        policy = _policy(checkpoint, layout, settings)
+        checkpoints.load_trainer(policy, checkpoint)
+        checkpoints.save(policy, target, checkpoints.read_progress(checkpoint), checkpoint)
+        _step(policy, batch)
+        save_hf(policy.chunks, target / "after", source=checkpoint)
+
+
+def damaged(rank, folder, runs, file):
+    """The error of a resume after a file was removed or overwritten, and with another dtype."""
+    errors = {}
+    for run_dir in Path(runs).iterdir():
+        checkpoint = checkpoints.newest(run_dir)
+        if run_dir.name == "removed":
+            (checkpoint / "trainer" / file).unlink()
+        elif run_dir.name == "overwritten":
+            (checkpoint / "trainer" / file).write_bytes(b"damaged")
+        dtype = "bfloat16" if run_dir.name == "type" else "float32"
+        with megatron(ParallelLayout()):
+            policy = _policy(folder, ParallelLayout(), _settings(dtype, True))
+            try:
+                checkpoints.load_trainer(policy, checkpoint)
+            except RoutingReplayError as error:
+                errors[run_dir.name] = str(error)
+    return errors
 
 
 def _settings(dtype, is_distributed):
+    # With an epsilon far above every gradient Adam is gradient descent with momentum. With the
+    # usual one a gradient of nearly zero that turns its sign, as sums in another order do, would
+    # move a weight by twice the learning rate.
     return TrainingSettings(
-        trainer_dtype=dtype, distributed_optimizer=is_distributed, learning_rate=1e-2
+        trainer_dtype=dtype,
+        distributed_optimizer=is_distributed,
+        learning_rate=1.0,
+        adam_eps=10.0,
     )
 
 
@@ -79,6 +125,7 @@ def _compare(folder, run_dir, settings, layout, batch):
         checkpoint = checkpoints.save(policy, run_dir, progress, folder)
         saved = _weights(policy)
         norm, uninterrupted = _step(policy, batch), _weights(policy)
+        save_hf(policy.chunks, run_dir / "after", source=folder)
         # Memory that Megatron does not initialize must not hold the right values by chance.
         policy = _policy(checkpoint, layout, settings)
         checkpoints.load_trainer(policy, checkpoint)

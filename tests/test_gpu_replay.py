@@ -9,12 +9,12 @@ import functools
 import pytest
 import torch
 from megatron_worlds import run_world
-from replay_cases import cases
+from replay_cases import cases as replay_cases
 from tiny_models import tiny_qwen3_moe
 
 from recipes.model.parallel import ParallelLayout
 
-NAMES = [case.name for case in cases(1)]
+NAMES = [case.name for case in replay_cases(1)]
 
 
 @functools.cache
@@ -44,7 +44,8 @@ def test_a_resumed_step_is_the_uninterrupted_one_with_bfloat16_and_the_distribut
 ):
     generator = torch.Generator().manual_seed(0)
     batch = [[torch.randint(0, 128, (16,), generator=generator) for _ in range(2)]] * 2
-    arguments = tiny_qwen3_moe(), str(tmp_path), {"one": ParallelLayout()}, batch
+    cases = [("one", ParallelLayout(), dtype, True) for dtype in ("bfloat16", "float32")]
+    arguments = tiny_qwen3_moe(), str(tmp_path), cases, batch
     (result,) = run_world("resume_checks:resume", 1, *arguments)
     for case in result.values():
         assert case["loaded"]

@@ -2,15 +2,15 @@
 
 checkpoints/step_000010/           loads in transformers, SGLang, Megatron (`load_hf`)
     config.json, tokenizer, *.safetensors
-    trainer/state.json             step, data position, layout
-    trainer/rank_00000.pt          optimizer state of one rank
+    trainer/state.json             step, data position, the optimizer's step
+    trainer/rank_00000_000.safetensors   optimizer state of one rank, see `optimizer_shards`
+
+A run resumes in any layout and on any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from recipes.model.collective import on_every_rank
-from recipes.model.optimizer_state import State, optimizer_state, restore_optimizer
+from recipes.model.optimizer_shards import num_steps, restore_shards, save_shards
 from recipes.model.weights import save_hf
 from routing_replay.errors import CheckpointError
 
@@ -94,7 +94,8 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         CheckpointError: Its state cannot be read.
     """
-    return Progress(**{k: v for k, v in _state(checkpoint).items() if k != "layout"})
+    state = _state(checkpoint)
+    return Progress(step=state["step"], prompts_consumed=state["prompts_consumed"])
 
 
 def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Path:
@@ -115,8 +116,7 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
         save_hf(policy.chunks, partial, source=source)
         # The state is loaded into experts that lie where Megatron puts them.
         with policy.natural_experts():
-            state = optimizer_state(policy.optimizer)
-            on_every_rank(lambda: _save_state(policy, state, partial / "trainer", progress))
+            on_every_rank(lambda: _save_state(policy, partial / "trainer", progress))
         on_every_rank(lambda: _finish(partial, final, policy.config.run.keep_checkpoints))
     except CheckpointError:
         if dist.get_rank() == 0:
@@ -129,41 +129,37 @@ def load_trainer(policy: Policy, checkpoint: Path) -> None:
     """Restore this rank's optimizer; the weights are loaded with the model; collective.
 
     Raises:
-        CheckpointError: Another parallel layout or number of ranks, or an unreadable state (on
-            every rank).
+        CheckpointError: Another type of the trainer's parameters, or an unreadable or incomplete
+            state (on every rank).
     """
     on_every_rank(lambda: _load_state(policy, checkpoint))
 
 
 def _load_state(policy: Policy, checkpoint: Path) -> None:
-    layout = _state(checkpoint)["layout"]
-    if layout != _layout(policy):
+    state, dtype = _state(checkpoint), policy.config.training.trainer_dtype
+    if state["trainer_dtype"] != dtype:
         raise CheckpointError(
-            "the optimizer state is of another parallel layout",
-            expected=_layout(policy),
-            got=layout,
+            "the optimizer state is of parameters of another type",
+            expected=dtype,
+            got=state["trainer_dtype"],
             where=checkpoint,
-            fix="Resume with the layout of the first start, or start a new run from its weights",
+            fix="Resume with the --trainer-dtype of the first start, or start a new run from its "
+            "weights",
         )
-    path = _rank_file(checkpoint / "trainer")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            "the optimizer state cannot be read", got=error, where=path
-        ) from error
-    restore_optimizer(policy.optimizer, state)
+    folder = checkpoint / "trainer"
+    restore_shards(policy.chunks, policy.optimizer, folder, state["optimizer_step"])
 
 
-def _save_state(policy: Policy, state: State, folder: Path, progress: Progress) -> None:
+def _save_state(policy: Policy, folder: Path, progress: Progress) -> None:
     with _writing(folder):
         folder.mkdir(exist_ok=True)
-        with open(_rank_file(folder), "wb") as file:
-            torch.save(state, file)
-            os.fsync(file.fileno())
+        save_shards(policy.chunks, policy.optimizer, folder / f"rank_{dist.get_rank():05d}")
         if dist.get_rank() == 0:
-            text = json.dumps(asdict(progress) | {"layout": _layout(policy)}, indent=2)
-            (folder / "state.json").write_text(text + "\n")
+            state = asdict(progress) | {
+                "optimizer_step": num_steps(policy.optimizer),
+                "trainer_dtype": policy.config.training.trainer_dtype,
+            }
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def _finish(partial: Path, final: Path, keep: int) -> None:
@@ -188,29 +184,16 @@ def _remove(checkpoint: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn what a full disk raises into our error; torch reports it as RuntimeError."""
+    """Turn what a full disk raises into our error; safetensors has an error of its own."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             "the checkpoint could not be written",
             got=f"{type(error).__name__}: {error}",
             where=f"{folder}, rank {dist.get_rank()}",
             fix="Free space and start again with --resume; earlier checkpoints are whole",
         ) from error
-
-
-def _layout(policy: Policy) -> dict[str, Any]:
-    t = policy.config.training
-    return asdict(policy.layout) | {
-        "ranks": dist.get_world_size(),
-        "trainer_dtype": t.trainer_dtype,
-        "distributed_optimizer": t.distributed_optimizer,
-    }
-
-
-def _rank_file(folder: Path) -> Path:
-    return folder / f"rank_{dist.get_rank():05d}.pt"
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

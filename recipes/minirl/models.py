@@ -8,7 +8,7 @@ import torch
 
 from recipes.model import parallel
 from recipes.model.model import ModelConfig, build_model
-from recipes.model.optimizer_state import require_resumable
+from recipes.model.optimizer_shards import require_resumable
 from recipes.model.weights import load_hf
 
 # isort: split

@@ -174,8 +174,8 @@ class CheckpointWriter:
         self._copy_side_files()
         for path in self.partial.iterdir():
             if path.suffix != ".safetensors":
-                _sync(path)
-        _sync(self.partial)
+                sync(path)
+        sync(self.partial)
         self._replace()
 
     def abandon(self) -> None:
@@ -190,7 +190,7 @@ class CheckpointWriter:
             save_file(self._pending, path, metadata={"format": "pt"})
             # Here rather than at the end: the other ranks wait in a collective, whose time limit
             # must not depend on the size of the whole model.
-            _sync(path)
+            sync(path)
             self._shards.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
 
@@ -235,7 +235,7 @@ class CheckpointWriter:
                 earlier.rename(self.folder)
             raise
         shutil.rmtree(earlier, ignore_errors=True)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
 
 
 def natural_order(name: str) -> list[int | str]:
@@ -243,7 +243,8 @@ def natural_order(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

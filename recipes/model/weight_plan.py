@@ -25,12 +25,26 @@ from .model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One Megatron parameter of this rank and the pieces that it is made of."""
+    """One Megatron parameter of this rank and the pieces that it is made of.
+
+    Args:
+        name: Megatron's, with the layer's global index.
+        stored: The module's parameter, or its buffer.
+        pieces: Slices of Hugging Face tensors, one below the other.
+        is_own_shard: Whether no other tensor-parallel rank or pipeline stage holds the same.
+        is_primary: Whether this rank saves it, of all ranks with the same content.
+    """
 
     name: str
-    tensor: torch.Tensor
+    stored: torch.Tensor
     pieces: list[weight_names.Piece]
-    is_primary: bool  # whether this rank saves it, of those with the same content
+    is_own_shard: bool
+    is_primary: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The values, outside of autograd."""
+        return self.stored.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +69,16 @@ def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
     parameters = []
     for chunk in chunks:
         tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
-        for name, tensor in _named_tensors(chunk):
-            is_primary = _is_first_replica(name) and not (tied_copy and "output_layer" in name)
-            pieces = weight_names.pieces(name, chunk.config, position)
-            parameters.append(
-                Parameter(name=name, tensor=tensor, pieces=pieces, is_primary=is_primary)
+        for name, stored in _named_tensors(chunk):
+            is_own_shard = _is_own_shard(name) and not (tied_copy and "output_layer" in name)
+            parameter = Parameter(
+                name=name,
+                stored=stored,
+                pieces=weight_names.pieces(name, chunk.config, position),
+                is_own_shard=is_own_shard,
+                is_primary=is_own_shard and _is_first_replica(name),
             )
+            parameters.append(parameter)
     return parameters
 
 
@@ -73,7 +91,7 @@ def _named_tensors(chunk: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
             index, _, rest = name.removeprefix("decoder.layers.").partition(".")
             name = f"decoder.layers.{int(index) + offset}.{rest}"
         if tensor is not None:
-            yield name, tensor.data
+            yield name, tensor
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
@@ -110,8 +128,12 @@ def _placed_experts(chunks: list[GPTModel]) -> dict[int, tuple[int, ...]]:
 def _is_first_replica(name: str) -> bool:
     if weight_names.is_expert(name):
         return parallel_state.get_expert_data_parallel_rank() == 0
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
-        return False
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def _is_own_shard(name: str) -> bool:
+    if weight_names.is_expert(name):
+        return True
     return not weight_names.is_whole(name) or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
