@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ReplayError
 from ..metrics.sinks import scalars
 from . import contracts
 from .batch import StepBatch
@@ -70,9 +71,20 @@ class _Policy:
         return get_forward_backward_func
 
     def batch_of(self, call: ScheduleCall) -> StepBatch | None:
-        """Return the batch of a pass of the policy; its microbatches get numbers for routes."""
+        """Return the batch of a pass of the policy; its microbatches get numbers for routes.
+
+        Raises:
+            ReplayError: A model without the key is trained.
+        """
         if not self.module.get_model_config(call.chunks[0]).moe_enable_routing_replay:
-            return None
+            if call.forward_only:  # a reference
+                return None
+            raise ReplayError(
+                "the policy trains without replay",
+                expected="trainer.policy.megatron_config.moe_enable_routing_replay=true",
+                got="false",
+                fix="Set it, or unset ROUTING_REPLAY_MODE",
+            )
         iterator = call.data_iterator
         micro_batches = list(copy.copy(iterator[0] if isinstance(iterator, list) else iterator))
         tokens, routed = [], []

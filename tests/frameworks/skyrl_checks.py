@@ -107,6 +107,10 @@ def bad_inputs(checkpoint: str, layout: ParallelLayout, rank: int) -> dict[str, 
             name: _error(lambda r=r: log_probs(made, micro_batches(2, r)))
             for name, r in cases.items()
         }
+        config = skyrl_model.megatron_model_wrapper.get_model_config(made.actor_module[0])
+        config.moe_enable_routing_replay = False
+        errors["key"] = _error(lambda: gradients(made, micro_batches(2, routed)))
+        config.moe_enable_routing_replay = True
         witness = Witness(made.actor_module, tiny_batch.expected_maps(tokens))
         log_probs(made, micro_batches(2, routed)[::2])  # a filter dropped the others
         errors["after_drop"] = witness.counts()

@@ -102,6 +102,7 @@ ERRORS = {
     "layers": "the expert ids are of another number of layers",
     "none": "a batch of the actor has no routes",
     "uncovered": "has routes: it would train without replay",
+    "key": "the policy trains without replay",
     "none_of_these": "no error",
 }
 
