@@ -1,6 +1,6 @@
 """What replay costs in verl and SkyRL: theirs, ours, and none, on the tiny model.
 
-    .venv-frameworks/bin/python tests/frameworks/measure_replays.py [--rounds 6]
+    .venv-frameworks/bin/python tests/frameworks/measure_replays.py [--rounds 5]
 
 Each framework's own replay patches Megatron for good, so every arm of a round is a process of its
 own; the arms take turns, every other round in reverse order. Times are of the processor, memory is
@@ -29,12 +29,12 @@ from megatron_worlds import run_world  # noqa: E402
 from tools.bench.paired import spread  # noqa: E402
 
 ARMS = ("none", "theirs", "ours")
-NUM_SEQUENCES, LENGTH, MICRO_BATCH = 16, 256, 4
-REPEATS = 3  # of a pass within a round; the first one warms up
+NUM_SEQUENCES, LENGTH, MICRO_BATCH = 8, 128, 2
+REPEATS = 2  # of a pass within a round, after one that warms up
 
 
 def verl_passes(arm: str, checkpoint: str) -> dict[str, Callable[[], Any]]:
-    """verl's passes over one batch; its micro-batches hold four sequences."""
+    """verl's passes over one batch; its micro-batches hold two sequences."""
     import verl_worker
 
     from recipes.model.parallel import ParallelLayout
@@ -102,7 +102,7 @@ def run_arm(rank: int, framework: str, arm: str, checkpoint: str) -> dict[str, A
             output = one_pass()
             seconds.append(time.process_time() - started)
         results[name] = {
-            "seconds": sorted(seconds[1:])[REPEATS // 2],
+            "seconds": min(seconds[1:]),
             "tensor_bytes": peak_of_tensors(one_pass),
             "array_bytes": peak_of_arrays(one_pass),
             "output": output,
@@ -165,7 +165,7 @@ def report(framework: str, rounds: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--frameworks", nargs="*", default=list(PASSES))
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
