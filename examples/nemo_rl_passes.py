@@ -16,6 +16,7 @@ os.environ["ROUTING_REPLAY_MODE"] = "R3"
 import frameworks_on_cpu  # noqa: F401
 
 # isort: split
+import checkouts
 import nemo_step
 from nemo_rl.models.megatron import data, train
 from tiny_models import write_tiny_qwen3_moe
@@ -26,6 +27,7 @@ from routing_replay.adapters import nemo_rl
 
 
 def main() -> None:
+    checkouts.put_on_path("nemo_rl")
     parallel.initialize(ParallelLayout(), seed=1)
     with tempfile.TemporaryDirectory() as folder:
         model = nemo_step.model_of(str(write_tiny_qwen3_moe(folder, vocab=256)), ParallelLayout())

@@ -157,6 +157,7 @@ def passes(
 
 def run(rank: int, checkpoint: str, layouts: list[dict[str, int]]) -> list[dict[str, Any]]:
     """What NeMo-RL's own replay gives in each layout, and then ours."""
+    checkouts.put_on_path("nemo_rl")  # a forked rank has the path of the process that asked for it
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it beside TP and CP
     router_replay._install_missing_route_fallback_patch()
     # The name by which the worker's module, which cannot be imported here, calls the iterator.

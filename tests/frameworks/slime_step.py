@@ -155,7 +155,8 @@ def arguments(job: Job) -> list[str]:
         *("debug-train-only", "group-query-attention", "swiglu", "disable-bias-linear"),
         *("untie-embeddings-and-output-weights", "qk-layernorm", "no-gradient-accumulation-fusion"),
         *("no-masked-softmax-fusion", "no-bias-swiglu-fusion", "no-persist-layer-norm"),
-        *("no-rope-fusion", "use-dynamic-batch-size", "use-tensorboard"),
+        *("no-rope-fusion", "use-tensorboard"),
+        *([] if "bshd" in job.flags else ["use-dynamic-batch-size"]),
     )
     pairs = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     spec = ["--spec", "slime_step", "layer_spec"]

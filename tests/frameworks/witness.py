@@ -29,7 +29,8 @@ class Witness:
         self.seen_VLE = torch.zeros_like(maps_VLE)
         self.routers: list[TopKRouter] = []
         self.reset()
-        self._tokens = torch.empty(0, dtype=torch.int64)
+        self._ids = torch.empty(1, 0, dtype=torch.int64)  # [b, s] of the running forward
+        self._is_cut = False
         for chunk in chunks:
             chunk.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
             for module in chunk.modules():
@@ -63,27 +64,32 @@ class Witness:
 
     def _see_tokens(self, chunk, args, kwargs) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
-            # The frameworks do not pack what a stage does not embed.
-            ids = ids.values()[None] if ids.is_nested else ids[ids > 0][None]
-        # Megatron's order is sequence-major; sequence parallelism cuts it.
-        tokens = ids.t().flatten()
-        if chunk_config(chunk).sequence_parallel:
-            size = parallel_state.get_tensor_model_parallel_world_size()
+        self._ids = ids.values()[None] if ids.is_nested else ids
+        self._is_cut = chunk_config(chunk).sequence_parallel
+
+    def _local_tokens(self, num_rows: int) -> torch.Tensor:
+        """The tokens of a router's rows."""
+        size = parallel_state.get_tensor_model_parallel_world_size() if self._is_cut else 1
+        tokens = self._ids.t().flatten()  # Megatron's order is sequence-major
+        if len(tokens) != num_rows * size:
+            # A framework need not pack what a pipeline stage does not embed.
+            tokens = self._ids[self._ids > 0]
+        if self._is_cut:
             tokens = tokens.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
-        self._tokens = tokens
+        return tokens
 
     def _see_dispatch(self, router, args, output) -> None:
         dispatched_TE = output[1].reshape(-1, self.maps_VLE.shape[-1]).bool()
-        expected_TE = self.maps_VLE[self._tokens, router.layer_number - 1]
+        tokens = self._local_tokens(len(dispatched_TE))
+        expected_TE = self.maps_VLE[tokens, router.layer_number - 1]
         demanded_T = expected_TE.any(1)
         wrong_T = (dispatched_TE != expected_TE).any(1)
         self.num_rows += int(demanded_T.sum())
         self.num_wrong += int((wrong_T & demanded_T).sum())
-        live_T = ~demanded_T & (self._tokens > 0)
+        live_T = ~demanded_T & (tokens > 0)
         self.num_live += int(live_T.sum())
         self.num_short += int((live_T & (dispatched_TE.sum(1) < router.topk)).sum())
-        self.seen_VLE[self._tokens, router.layer_number - 1] = dispatched_TE
+        self.seen_VLE[tokens, router.layer_number - 1] = dispatched_TE
 
 
 def chunk_config(chunk):
