@@ -28,7 +28,8 @@ from megatron_worlds import run_world  # noqa: E402
 
 from tools.bench.paired import spread  # noqa: E402
 
-ARMS = ("none", "theirs", "ours")
+# "blind": ours, without the comparison of live with replayed routes.
+ARMS = ("none", "theirs", "blind", "ours")
 NUM_SEQUENCES, LENGTH, MICRO_BATCH = 8, 128, 2
 REPEATS = 2  # of a pass within a round, after one that warms up
 
@@ -41,7 +42,7 @@ def verl_passes(arm: str, checkpoint: str) -> dict[str, Callable[[], Any]]:
 
     settings = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": MICRO_BATCH}
     own = verl_worker.own_replay("R3") if arm == "theirs" else {}
-    made = verl_worker.worker(checkpoint, ParallelLayout(), stock=arm != "ours", **own)
+    made = verl_worker.worker(checkpoint, ParallelLayout(), stock=arm in ("none", "theirs"), **own)
     tokens, routed = sequences()
     if arm == "theirs":
         settings["enable_routing_replay"] = True
@@ -60,7 +61,7 @@ def skyrl_passes(arm: str, checkpoint: str) -> dict[str, Callable[[], Any]]:
     from recipes.model.parallel import ParallelLayout
     from routing_replay.adapters import skyrl
 
-    if arm == "ours":
+    if arm in ("blind", "ours"):
         skyrl.patch_wrapper(megatron_model_wrapper)
     made = skyrl_model.wrapper(checkpoint, ParallelLayout(), packed=True)
     tokens, routed = sequences()
@@ -92,6 +93,7 @@ def run_arm(rank: int, framework: str, arm: str, checkpoint: str) -> dict[str, A
     from recipes.model import parallel
     from recipes.model.parallel import ParallelLayout
 
+    os.environ["ROUTING_REPLAY_AGREEMENT_EVERY"] = "0" if arm == "blind" else "1"
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     parallel.initialize(ParallelLayout(), seed=1)
     results: dict[str, Any] = {}
@@ -175,9 +177,12 @@ def main() -> None:
             for number in range(arguments.rounds):
                 order = ARMS if number % 2 else ARMS[::-1]
                 entry = "measure_replays:run_arm"
-                rounds.append(
-                    {arm: run_world(entry, 1, framework, arm, checkpoint)[0] for arm in order}
-                )
+                results = {}
+                for arm in order:
+                    (results[arm],) = run_world(entry, 1, framework, arm, checkpoint)
+                    seconds = {name: r["seconds"] for name, r in results[arm].items()}
+                    print(f"{framework}, round {number}, {arm}: {seconds} s", flush=True)
+                rounds.append(results)
             report(framework, rounds)
 
 
