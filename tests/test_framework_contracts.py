@@ -1,8 +1,6 @@
 """What adapters rely on: sources that changed and jobs that contradict are named, one line each."""
 
-import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +9,6 @@ from routing_replay.adapters.seams import Framework, Seam, Switch
 from routing_replay.cli import frameworks, main
 from routing_replay.errors import ConfigError, PreflightError
 
-ROOT = Path(__file__).parent.parent
 SOURCE = """
 from other.place import imported
 try:
@@ -239,11 +236,3 @@ def test_the_megatron_of_this_environment_has_what_its_adapter_needs():
 def test_a_job_without_its_framework_is_refused(capsys):
     assert main(["doctor", "--job", "run.sh"]) == 1
     assert "--job is read for a framework; expected --framework NAME" in capsys.readouterr().err
-
-
-def test_every_test_that_a_page_names_exists():
-    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-    functions = set(re.findall(r"def (test_\w+)\(", sources))
-    pages = "\n".join(path.read_text() for path in (ROOT / "docs/adopt").glob("*.md"))
-    named = set(re.findall(r"`(test_\w+)`", pages))
-    assert named and named - functions == set()

@@ -6,7 +6,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 FAILURES = (DOCS / "failures.md").read_text()
-PAGES = FAILURES + (DOCS / "replay.md").read_text() + (DOCS / "gpu.md").read_text()
+OTHERS = [DOCS / "replay.md", DOCS / "gpu.md", *(DOCS / "adopt").glob("*.md")]
+PAGES = FAILURES + "".join(page.read_text() for page in OTHERS)
 DEFINED = {
     name
     for path in [*TESTS.glob("*.py"), *TESTS.glob("frameworks/*.py")]
