@@ -29,7 +29,8 @@ class ClientOptions:
     Args:
         request_timeout_s: For one generation, from its dispatch to its answer.
         control_timeout_s: For one control call: abort, pause, weight update.
-        connect_timeout_s: For the connection alone: a dead machine should not cost a generation.
+        connect_timeout_s: For the connection alone: a dead machine should not cost a generation,
+            nor thousands of connections at once on a loaded machine a failure.
         num_retries: Further tries of a request that met a dead, full or hanging server, or whose
             answer was damaged.
         retry_wait_s: Before the first retry; doubled for each further one.
@@ -48,7 +49,7 @@ class ClientOptions:
 
     request_timeout_s: float = 1800.0
     control_timeout_s: float = 600.0
-    connect_timeout_s: float = 10.0
+    connect_timeout_s: float = 30.0
     num_retries: int = 3
     retry_wait_s: float = 0.5
     max_in_flight: int = 512

@@ -34,6 +34,7 @@ class ServerState:
         reason: Why it gets none.
         is_loading: It is healthy again, and gets the current weights.
         check_at: When its health is asked next, by `time.monotonic`.
+        answered_at: When it last answered a request well, by the same clock.
     """
 
     url: str
@@ -46,6 +47,7 @@ class ServerState:
     reason: str = ""
     is_loading: bool = False
     check_at: float = 0.0
+    answered_at: float = 0.0
 
     @property
     def is_out(self) -> bool:
@@ -127,6 +129,7 @@ class Servers:
     def answered(self, server: ServerState) -> None:
         """Note an answer that was right."""
         server.faults = 0
+        server.answered_at = time.monotonic()
 
     def failed(self, server: ServerState, error: ServerError) -> None:
         """Note a failed request; leave the server out after too many in a row.
