@@ -60,14 +60,20 @@ def records(run_dir):
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
-def kill_after_step(process, run_dir, step, is_victim):
-    """Kill one process of the run once a step is on record; what the launcher then says."""
+def num_stored(run_dir, step):
+    """Responses of a step that are on the disk."""
+    path = run_dir / "answers" / f"step_{step:06d}.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_when(process, is_time, is_victim):
+    """Kill one process of the run when it is time; what the launcher then says."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not any(record["step"] >= step for record in records(run_dir)):
+    while not is_time():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"no step was finished:\n{process.communicate()[0]}", pytrace=False)
-        time.sleep(0.1)
+            pytest.fail(f"it was never time:\n{process.communicate()[0]}", pytrace=False)
+        time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in children if is_victim(child)]
     victim.kill()
@@ -96,7 +102,7 @@ def run(folder):
     with contextlib.ExitStack() as stack:
         process = start(run_dir, *flags)
         stack.callback(process.kill)
-        return run_dir, kill_after_step(process, run_dir, 1, is_server)
+        return run_dir, kill_when(process, lambda: len(records(run_dir)) > 1, is_server)
 
 
 @pytest.fixture(scope="module")
@@ -203,20 +209,29 @@ MASKED = [
 
 @pytest.fixture(scope="module")
 def masked(folder, server_url):
-    """A run with masks, penalties and replaced groups, whose trainer is killed after step 1."""
+    """A run with masks, penalties and replaced groups, whose trainer is killed in rollout 2."""
     run_dir = folder / "masked"
     with contextlib.ExitStack() as stack:
         process = start(run_dir, *flags_of_two_steps(folder, server_url), *MASKED)
         stack.callback(process.kill)
-        without_trainer = kill_after_step(process, run_dir, 1, is_trainer)
-    return run_dir, without_trainer, finish(start(run_dir, "--resume"))
+        without_trainer = kill_when(process, lambda: num_stored(run_dir, 2) > 4, is_trainer)
+    stored = num_stored(run_dir, 2)
+    return run_dir, (*without_trainer, stored), finish(start(run_dir, "--resume"))
 
 
 def test_a_killed_trainer_ends_the_run_with_one_message_that_says_how_to_go_on(masked):
-    run_dir, (output, status), _ = masked
+    run_dir, (output, status, _), _ = masked
     assert status == 1
     assert "error: the trainer ended with status" in output
     assert f"--run-dir {run_dir} --resume" in output
+
+
+def test_a_resumed_run_does_not_sample_again_what_it_had_stored(masked):
+    run_dir, (_, _, stored), (output, status) = masked
+    assert status == 0, output
+    assert [step["rollout/stored_responses"] for step in records(run_dir)[1:]] == [0, stored]
+    # A checkpoint covers every step.
+    assert not list((run_dir / "answers").iterdir())
 
 
 def test_masks_penalties_and_replaced_groups_survive_the_resume(masked):

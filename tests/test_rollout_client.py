@@ -367,6 +367,18 @@ def test_a_server_that_answers_requests_is_well_even_if_it_answers_no_checks():
     assert client.counts == {}
 
 
+@pytest.mark.parametrize("garbage", [[1], "text", {"meta_info": [], "dp_size": "two"}])
+def test_a_server_that_answers_garbage_to_everything_is_left_out(garbage):
+    with FakeServer() as good, FakeServer(lambda *_: (200, garbage)) as bad:
+        client = RolloutClient([bad.url, good.url], MODEL, QUICK)
+        client.update_weights("/checkpoint", 1)
+        assert [server.url for server in client.servers.in_use] == [good.url]
+        assert {c.url for c in client.generate([asked()] * 6)} == {good.url}
+        fresh = RolloutClient([bad.url, good.url], MODEL, QUICK)
+        assert {c.url for c in fresh.generate([asked()] * 6)} == {good.url}
+        assert fresh.faults[good.url] == 0
+
+
 def test_one_dead_server_does_not_end_a_weight_update():
     with FakeServer() as good, FakeServer() as dead:
         client = RolloutClient([dead.url, good.url], MODEL, QUICK)

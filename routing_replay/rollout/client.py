@@ -260,9 +260,10 @@ class RolloutClient:
         async def ask(server: ServerState) -> None:
             try:
                 info = await http.call("GET", server.url, "/server_info", timeout_s=INFO_TIMEOUT_S)
-                server.num_replicas = max(1, int(info.get("dp_size") or 1))
             except ServerError:
                 return
+            size = info.get("dp_size")
+            server.num_replicas = size if isinstance(size, int) and size > 0 else 1
 
         await _all(ask(s) for s in self.servers.in_use if s.num_replicas is None)
 

@@ -191,7 +191,7 @@ def _completion(
     answer = read_reply(reply, url, "/generate")
     try:
         return completion_of(answer, request, url, model)
-    except (RoutingReplayError, TypeError, ValueError, AttributeError) as error:
+    except (RoutingReplayError, TypeError, ValueError, LookupError) as error:
         # What a gateway has mixed up can have any form.
         raise TransientError("the answer is damaged", got=error, where=url) from error
 

@@ -112,13 +112,17 @@ class Transport:
         Raises:
             ServerError: There is none, or it says no.
         """
-        return read_reply(
-            await self.send(method, url, route, body, timeout_s=timeout_s), url, route
-        )
+        reply = await self.send(method, url, route, body, timeout_s=timeout_s)
+        answer = read_reply(reply, url, route)
+        if not isinstance(answer, dict):
+            raise TransientError(
+                "the answer is damaged", expected="a JSON object", got=repr(answer)[:80], where=url
+            )
+        return answer
 
 
-def read_reply(reply: Reply, url: str, route: str) -> dict[str, Any]:
-    """Return the JSON of an answer.
+def read_reply(reply: Reply, url: str, route: str) -> Any:
+    """Return the JSON of an answer, of any type.
 
     Raises:
         TransientError: Its status is one of `RETRIED`.

@@ -72,11 +72,13 @@ class Watch:
                 await self._bring_up_to_date(server, self._servers.weights)
         except ServerError as error:
             # Under load a check may come late where answers do not.
-            if was_out or server.answered_at < start:
+            is_well = not was_out and server.answered_at >= start
+            if not is_well:
                 self._servers.missed(server, error)
-            else:
-                self._servers.passed(server)
         else:
+            is_well = True
+        # A server that was left out meanwhile has not been given the weights.
+        if is_well and server.is_out == was_out:
             self._servers.passed(server)
         if server.is_out != was_out:
             self._on_change(server)
