@@ -22,25 +22,29 @@ def dispatched(witness, layer: int, microbatch: int, batch_size: int) -> np.ndar
     return map_TE.reshape(-1, batch_size, EXPERTS).transpose(0, 1).numpy()
 
 
-def own_routes(witness) -> list[Routes]:
-    """What the routers of a job on one rank chose for each sample."""
+def own_routes(*ranks) -> list[Routes]:
+    """What the decoder's routers chose for each sample; the ranks share every sample."""
+    layers = sorted(layer for layer in ranks[0]["maps"] if layer != "mtp")
     routes = []
-    for microbatch, batch in enumerate(witness["tokens"]):
-        maps = [dispatched(witness, layer, microbatch, len(batch)) for layer in range(LAYERS)]
-        for row in range(len(batch)):
-            ids = [np.nonzero(m[row])[1].reshape(LENGTH, TOP_K) for m in maps]
-            routes.append(routes_of(np.stack(ids, 1)))
+    for microbatch, batch in enumerate(ranks[0]["tokens"]):
+        ids_BTLK = np.empty((len(batch), LENGTH, len(layers), TOP_K), np.uint8)
+        for rank in ranks:
+            for index, layer in enumerate(layers):
+                maps_BSE = dispatched(rank, layer, microbatch, len(batch))
+                ids = np.nonzero(maps_BSE)[-1].reshape(len(batch), -1, TOP_K)
+                ids_BTLK[:, rank["positions"].numpy(), index] = ids
+        routes += [routes_of(ids_TLK, layers) for ids_TLK in ids_BTLK]
     return routes
 
 
-def routes_of(ids_TLK) -> Routes:
+def routes_of(ids_TLK, layers=range(LAYERS)) -> Routes:
     ids_TLK = np.ascontiguousarray(ids_TLK.astype(np.uint8))
-    return Routes(expert_ids_TLK=ids_TLK, layers=tuple(range(LAYERS)), num_experts=EXPERTS)
+    return Routes(expert_ids_TLK=ids_TLK, layers=tuple(layers), num_experts=EXPERTS)
 
 
-def random_routes(number: int) -> list[Routes]:
-    scores = np.random.default_rng(3).random((number, LENGTH, LAYERS, EXPERTS))
-    return [routes_of(np.argsort(s, -1)[..., :TOP_K]) for s in scores]
+def random_routes(number: int, layers=range(LAYERS)) -> list[Routes]:
+    scores = np.random.default_rng(3).random((number, LENGTH, len(layers), EXPERTS))
+    return [routes_of(np.argsort(s, -1)[..., :TOP_K], layers) for s in scores]
 
 
 def save(path: Path, routes, samples) -> str:
@@ -51,7 +55,7 @@ def save(path: Path, routes, samples) -> str:
 
 
 def check_dispatch(witness, samples, routes, batches=None) -> int:
-    """Compare every router call with the routes of its tokens; return the rows compared.
+    """Compare every call of a decoder's router with the routes of its tokens; return the rows.
 
     Args:
         witness: A rank's.
@@ -63,6 +67,8 @@ def check_dispatch(witness, samples, routes, batches=None) -> int:
     batches, positions = batches or witness["tokens"], witness["positions"].numpy()
     rows = 0
     for layer, calls in witness["maps"].items():
+        if layer == "mtp":
+            continue
         assert len(calls) == len(batches)
         for microbatch, batch in enumerate(batches):
             maps_BSE = dispatched(witness, layer, microbatch, len(batch))
@@ -70,7 +76,7 @@ def check_dispatch(witness, samples, routes, batches=None) -> int:
                 own = by_tokens.get(tokens.numpy().tobytes())
                 if own is None:
                     continue
-                ids_SK = own.expert_ids_TLK[positions, layer].astype(int)
+                ids_SK = own.expert_ids_TLK[positions, own.layers.index(layer)].astype(int)
                 expected_SE = np.zeros_like(map_SE)
                 np.put_along_axis(expected_SE, ids_SK, True, 1)
                 assert (map_SE == expected_SE).all()

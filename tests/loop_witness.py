@@ -21,7 +21,7 @@ class Witness:
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.tokens: list[torch.Tensor] = []  # whole samples [b, s], before any slicing
-        self.maps: dict[int, list[torch.Tensor]] = {}
+        self.maps: dict[int | str, list[torch.Tensor]] = {}  # of layers, and of "mtp"
         self.losses: list[float] = []
         self.is_training = False
         self.model: torch.nn.Module | None = None
@@ -30,17 +30,20 @@ class Witness:
     def watch_routers(self) -> None:
         from megatron.core.transformer.moe.router import TopKRouter
 
-        stock = TopKRouter.forward
+        # Not `forward`: a router with an adapter (LoRA) is called by its parts.
+        stock = TopKRouter.routing
 
         @functools.wraps(stock)
-        def forward(router, *args, **kwargs):
+        def routing(router, *args, **kwargs):
             probs, routing_map = stock(router, *args, **kwargs)
             is_recompute = torch._C._current_graph_task_id() != -1
             if self.is_training and not is_recompute:
-                self.maps.setdefault(router.layer_number - 1, []).append(routing_map.clone())
+                is_mtp = getattr(router, "is_mtp_layer", False)  # they count from layer 1 again
+                key = "mtp" if is_mtp else router.layer_number - 1
+                self.maps.setdefault(key, []).append(routing_map.clone())
             return probs, routing_map
 
-        TopKRouter.forward = forward
+        TopKRouter.routing = routing
 
     def begin(self, model, tokens) -> None:
         """A forward of a chunk begins; `tokens` is None where the chunk sees none."""

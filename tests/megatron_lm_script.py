@@ -25,6 +25,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain, training
 
@@ -112,6 +113,23 @@ def provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg
     )
 
 
+def draw_routers_alike() -> None:
+    """Give routers the same first weights under every layout.
+
+    Megatron draws them from the process's own generator: under context parallelism they are others
+    than on one rank, while all other weights are the same.
+    """
+    stock = TopKRouter.reset_parameters
+
+    def reset_parameters(router):
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(1)
+        stock(router)
+        torch.set_rng_state(state)
+
+    TopKRouter.reset_parameters = reset_parameters
+
+
 def train(step) -> None:
     """Call pretrain as each version wants it."""
     names = inspect.signature(pretrain).parameters
@@ -133,6 +151,7 @@ def train(step) -> None:
 
 def main() -> None:
     megatron_lm_on_cpu.allow_no_cuda()
+    draw_routers_alike()
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--witness")
     parser.add_argument("--own-loop")

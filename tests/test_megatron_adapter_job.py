@@ -1,5 +1,8 @@
 """A loop under `Job`: R3 and R2 on two ranks with tables of their own, and bad input."""
 
+import subprocess
+import sys
+
 import adapter_jobs
 import pytest
 from megatron_worlds import run_world
@@ -70,3 +73,21 @@ def test_a_pass_without_a_replayed_row_is_an_error_at_any_time(results):
 
 def test_a_second_model_needs_a_job_of_its_own(results):
     assert "another model" in results["failures"]["other"]
+
+
+ENDS_AT_ONCE = """
+from recipes.model import cpu
+from routing_replay.adapters.job import Job
+from routing_replay.adapters.settings import AdapterSettings
+Job(AdapterSettings(mode="R2"), "framework 1.0").require_replayed_at_exit()
+"""
+
+
+def test_a_process_that_ends_without_a_replayed_row_fails():
+    done = subprocess.run([sys.executable, "-c", ENDS_AT_ONCE], text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "error: the job ended without a single replayed row" in done.stderr
+    failed = ENDS_AT_ONCE + "raise ValueError('another error')"
+    done = subprocess.run([sys.executable, "-c", failed], text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "another error" in done.stderr and "replayed row" not in done.stderr

@@ -7,17 +7,24 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from loop_routes import LAYERS, LENGTH, check_dispatch, random_routes, samples_of, save
+from loop_routes import (
+    LAYERS,
+    LENGTH,
+    check_dispatch,
+    own_routes,
+    random_routes,
+    samples_of,
+    save,
+)
 from megatron_lm_job import OWN_SPEC, STEPS
 from megatron_worlds import RankError, run_world
 
 CORE = tuple(int(part) for part in version("megatron-core").split(".")[:2])
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CORE < (0, 19), reason="--spec: called by the loop from 0.19 on"),
-]
+pytestmark = pytest.mark.skipif(CORE < (0, 19), reason="--spec: called by the loop from 0.19 on")
+slow = pytest.mark.slow  # all but a layout and an error
+CP2 = "--context-parallel-size 2"
 LAYOUTS = {
-    "cp2": (2, "--context-parallel-size 2"),
+    "cp2": (2, CP2),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "ep2": (2, "--expert-model-parallel-size 2"),
     "dp2-recompute": (
@@ -26,6 +33,21 @@ LAYOUTS = {
     ),
     "vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "pp4": (4, "--pipeline-model-parallel-size 4"),
+    "tp2-sp-vpp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "dp2-distributed-optimizer": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+}
+# Ranks, flags, and the layers whose routers replay.
+MODELS = {
+    "cp2": (2, CP2, range(LAYERS)),
+    "a dense layer": (1, "--moe-layer-freq [0]+[1]*3", range(1, LAYERS)),
+    "multi-token prediction": (1, "--mtp-num-layers 1", range(LAYERS)),
 }
 
 
@@ -57,6 +79,7 @@ def own_loop(table, tmp_path_factory):
     return job(folder, flags=["--own-loop", table[0]])[0]
 
 
+@slow
 def test_losses_and_trained_weights_are_those_of_a_loop_of_our_own(
     samples, table, own_loop, tmp_path
 ):
@@ -67,6 +90,7 @@ def test_losses_and_trained_weights_are_those_of_a_loop_of_our_own(
     assert all(map(torch.equal, witness["weights"], own_loop["weights"]))
 
 
+@slow
 def test_packed_segments_have_routes_of_their_own(samples, tmp_path):
     halves = [half for sample in samples for half in np.split(sample, 2)]
     routes = [one[: LENGTH // 2] for one in random_routes(len(halves))]
@@ -83,6 +107,7 @@ def test_packed_segments_have_routes_of_their_own(samples, tmp_path):
             assert torch.equal(map_SE, expected_SE)
 
 
+@slow
 def test_a_resumed_job_goes_on_with_the_routes_of_its_step(samples, table, tmp_path):
     routes = table[1]
     for step in range(STEPS):
@@ -105,7 +130,9 @@ def test_a_routes_file_of_other_samples_ends_the_first_step(tmp_path):
         job(tmp_path / "run", routes=path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name if name == "cp2" else pytest.param(name, marks=slow) for name in LAYOUTS]
+)
 def test_a_layout_dispatches_exactly_the_routes(samples, table, own_loop, layout, tmp_path):
     path, routes = table
     nproc, flags = LAYOUTS[layout]
@@ -113,8 +140,34 @@ def test_a_layout_dispatches_exactly_the_routes(samples, table, own_loop, layout
     batches = ranks[0]["tokens"] if "pipeline" in flags else None
     rows = sum(check_dispatch(rank, samples, routes, batches) for rank in ranks)
     assert rows == len(samples) * LENGTH * LAYERS
-    # Megatron draws other initial weights where it shards them, and other sums where it shards
-    # tokens: only data-parallel ranks have the losses of one.
-    if layout == "dp2-recompute":  # a step's microbatches lie on two ranks
-        in_order = np.stack([rank["losses"] for rank in ranks], 1).reshape(-1).tolist()
-        assert in_order == pytest.approx(own_loop["losses"], rel=1e-5)
+    # Megatron draws other first weights where it shards them, and sums other microbatches where it
+    # shards samples: the losses of one rank come back where every rank has all weights.
+    losses = [rank["losses"] for rank in ranks]
+    if layout.startswith("dp2"):  # a step's microbatches lie on two ranks
+        assert np.stack(losses, 1).ravel() == pytest.approx(own_loop["losses"], rel=1e-6)
+    if layout == "cp2":  # a sample's tokens lie on two ranks
+        assert np.sum(losses, 0) == pytest.approx(own_loop["losses"], rel=1e-6)
+
+
+@slow
+@pytest.mark.parametrize("model", MODELS)
+def test_a_job_that_replays_its_own_routes_is_the_stock_job(samples, model, tmp_path):
+    nproc, flags, layers = MODELS[model]
+    stock = job(tmp_path / "stock", nproc, flags.split())
+    path = save(tmp_path / "own.safetensors", own_routes(*stock), samples)
+    ranks = job(tmp_path / "run", nproc, flags.split(), path)
+    for rank, expected in zip(ranks, stock, strict=True):
+        assert set(rank["maps"]) - {"mtp"} == set(layers)
+        assert rank["losses"] == expected["losses"]
+        assert all(map(torch.equal, rank["weights"], expected["weights"]))
+
+
+@slow
+@pytest.mark.parametrize("model", ["a dense layer", "multi-token prediction"])
+def test_a_model_with_other_layers_dispatches_exactly_the_routes(samples, model, tmp_path):
+    _, flags, layers = MODELS[model]
+    routes = random_routes(len(samples), layers)
+    path = save(tmp_path / "routes.safetensors", routes, samples)
+    (rank,) = job(tmp_path / "run", flags=flags.split(), routes=path)
+    assert check_dispatch(rank, samples, routes) == len(samples) * LENGTH * len(layers)
+    assert ("mtp" in rank["maps"]) == (model == "multi-token prediction")

@@ -131,3 +131,13 @@ def test_a_script_that_never_trains_by_the_loop_is_an_error(tmp_path):
         [*run, "--routing-replay-routes", "x"], text=True, capture_output=True, cwd=TESTS.parent
     )
     assert done.returncode != 0 and "the script ended without replay" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [True, pytest.param(False, marks=has_spec)])
+def test_a_job_that_trains_no_step_ends_with_an_error(launcher, tmp_path):
+    flags = ["--skip-train", *([] if launcher else SPEC)]
+    run = Run(tmp_path / "run", 1, flags, "routes.safetensors", launcher=launcher)
+    assert run.status != 0
+    assert "error: the job ended without a single replayed row" in run.output
+    assert "no update that routing replay saw" in run.output

@@ -93,7 +93,6 @@ class Job:
         self._recorded = RecordedRoutes()
         self._covered_R: np.ndarray | None = None
         self._is_entered = False
-        self._is_checked_at_exit = False
         self._num_updates = 0
         self._num_replayed_rows = 0.0
 
@@ -250,9 +249,7 @@ class Job:
 
     def require_replayed_at_exit(self) -> None:
         """Check `require_replayed` when the process ends: its message, and exit status 1."""
-        if not self._is_checked_at_exit:
-            self._is_checked_at_exit = True
-            atexit.register(self._check_at_exit)
+        atexit.register(self._check_at_exit)
 
     def _check_at_exit(self) -> None:
         if hasattr(sys, "last_value"):  # an exception ended the process: it says why

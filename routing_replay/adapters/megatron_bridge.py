@@ -42,12 +42,12 @@ class RoutingReplay:
         self._replay = FileReplay(self._job, RoutesFile(self._settings.routes))
         self._scope = contextlib.ExitStack()
         self._state: Any = None
+        self._job.require_replayed_at_exit()
 
     def on_train_step_start(self, context: Any) -> None:
         """Open the scope; Bridge calls it on every rank, before it runs the schedule."""
         if self._settings.is_enabled:
             self._state = context.state
-            self._job.require_replayed_at_exit()
             self._scope.enter_context(self._replay.step(context.model, self._step()))
 
     def on_train_step_end(self, context: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from ..metrics.sinks import Sink, TensorBoardSink, WandbSink
@@ -43,28 +44,23 @@ def _install_once() -> None:
         wrap_loop(importlib.import_module(LOOP), settings)
 
 
-def wrap_loop(loop: Any, settings: AdapterSettings) -> Job:
+def wrap_loop(loop: Any, settings: AdapterSettings) -> None:
     """Replay in the loop of an imported `megatron.training.training`.
 
-    Returns:
-        The job, to ask whether anything was replayed in the end.
+    A process that ends without a replayed row fails.
 
     Raises:
         PreflightError: A loop or a schedule with another signature.
     """
     contracts.require("megatron-lm")
     job = Job(settings, "megatron.training", _open_sinks, _iteration)
+    job.require_replayed_at_exit()
     replay = FileReplay(job, RoutesFile(settings.routes))
 
-    def replacement(stock: Any) -> Any:
-        def get_forward_backward_func(*args: Any, **named: Any) -> Schedule:
-            job.require_replayed_at_exit()
-            return _wrap(stock(*args, **named), replay)
-
-        return get_forward_backward_func
+    def replacement(stock: Callable[..., Schedule]) -> Callable[..., Schedule]:
+        return lambda *args, **named: _wrap(stock(*args, **named), replay)
 
     rebind(loop, "get_forward_backward_func", replacement)
-    return job
 
 
 def _wrap(schedule: Schedule, replay: FileReplay) -> Schedule:

@@ -11,15 +11,10 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ReplayError, RoutingReplayError
 from .patches import after_import
 from .settings import AdapterSettings
-
-if TYPE_CHECKING:
-    from .job import Job
 
 LOOP = "megatron.training.training"
 ADAPTER = "routing_replay.adapters.megatron_lm"
@@ -30,6 +25,8 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         ConfigError: No script is named, or a setting cannot work.
+        ReplayError: The script does not train by Megatron's loop. A job that replays nothing in it
+            fails when the process ends (`Job.require_replayed_at_exit`).
     """
     settings, rest = AdapterSettings.from_arguments(arguments)
     settings.require_routes_file()
@@ -39,38 +36,18 @@ def main(arguments: list[str]) -> None:
             expected="torchrun ... -m routing_replay.adapters.run SCRIPT.py ARGUMENTS",
             got=rest[0] if rest else "nothing",
         )
-    jobs = _install(settings)
+    if settings.is_enabled:
+        # Megatron's import is left to the script, which may prepare the process for it first.
+        after_import(LOOP, lambda loop: importlib.import_module(ADAPTER).wrap_loop(loop, settings))
     sys.argv = rest
     sys.path.insert(0, str(Path(rest[0]).resolve().parent))  # as `python SCRIPT.py` does
     runpy.run_path(rest[0], run_name="__main__")
-    _require_replayed(settings, jobs)
-
-
-def _install(settings: AdapterSettings) -> list[Job]:
-    """Leave the import of Megatron to the script, which may prepare the process for it first.
-
-    Returns:
-        The job, once the script has imported the loop.
-    """
-    jobs: list[Job] = []
-
-    def patch(loop: ModuleType) -> None:
-        jobs.append(importlib.import_module(ADAPTER).wrap_loop(loop, settings))
-
-    if settings.is_enabled:
-        after_import(LOOP, patch)
-    return jobs
-
-
-def _require_replayed(settings: AdapterSettings, jobs: list[Job]) -> None:
-    if settings.is_enabled and not jobs:
+    if settings.is_enabled and LOOP not in sys.modules:
         raise ReplayError(
             "the script ended without replay",
             expected=f"a script that trains by {LOOP}",
             got="the module was never imported",
         )
-    for job in jobs:
-        job.require_replayed()
 
 
 if __name__ == "__main__":
