@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,9 @@ def test_a_job_that_replays_its_own_routes_has_the_stock_losses(stock, samples, 
     (witness,) = job(tmp_path / "run", routes=path)
     assert witness["losses"] == stock["losses"]
     assert all(map(torch.equal, witness["weights"], stock["weights"]))
+    printed = (tmp_path / "run" / "output0").read_text()
+    assert f"mode R3, routes of {path}, {LAYERS} routed layers" in printed
+    assert f"the first pass replayed {4 * LENGTH * LAYERS} rows" in printed
 
 
 def test_losses_and_trained_weights_are_those_of_a_loop_of_our_own(stock, samples, table, tmp_path):
@@ -83,10 +89,56 @@ def logged(folder: Path) -> set[str]:
     return set(events.Tags()["scalars"])
 
 
-def test_the_callback_has_the_events_that_bridge_calls_around_its_step():
-    import bridge_job
+@pytest.mark.parametrize(
+    ("sizes", "layers"),
+    [({"moe_layer_freq": [0, 1, 1, 1]}, range(1, LAYERS)), ({"mtp_num_layers": 1}, range(LAYERS))],
+    ids=["a dense layer", "multi-token prediction"],
+)
+def test_a_model_with_other_layers_dispatches_exactly_the_routes(samples, sizes, layers, tmp_path):
+    routes = random_routes(len(samples), layers)
+    path = save(tmp_path / "routes.safetensors", routes, samples)
+    (witness,) = job(tmp_path / "run", sizes=sizes, routes=path)
+    assert check_dispatch(witness, samples, routes) == len(samples) * LENGTH * len(layers)
+    assert set(witness["maps"]) == {*layers, *(["mtp"] if "mtp_num_layers" in sizes else [])}
 
-    bridge_job.prepare()
+
+def test_adapters_of_lora_train_under_exactly_the_routes(samples, table, tmp_path):
+    path, routes = table
+    lora = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router")
+    (witness,) = job(tmp_path / "run", routes=path, own_loop="", lora=lora)
+    assert check_dispatch(witness, samples, routes) == len(samples) * LENGTH * LAYERS
+
+
+NEVER_CALLED = """
+import bridge_on_cpu
+bridge_on_cpu.prepare()
+from routing_replay.adapters.megatron_bridge import RoutingReplay
+from routing_replay.adapters.settings import AdapterSettings
+RoutingReplay(AdapterSettings(routes="routes.safetensors"))
+"""
+
+
+def test_a_process_whose_callback_never_ran_fails():
+    command = [sys.executable, "-W", "ignore", "-c", NEVER_CALLED]
+    done = subprocess.run(command, text=True, capture_output=True, env=os.environ)
+    assert done.returncode == 1
+    assert "error: the job ended without a single replayed row" in done.stderr
+    assert "no update that routing replay saw" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_replays_the_samples_that_it_trains_on(tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "megatron_bridge.py"
+    command = [sys.executable, "-W", "ignore", str(example)]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "routing_replay: the first pass replayed" in done.stdout
+
+
+def test_the_callback_has_the_events_that_bridge_calls_around_its_step():
+    import bridge_on_cpu
+
+    bridge_on_cpu.prepare()
     from megatron.bridge.training import callbacks, train
 
     from routing_replay.adapters.megatron_bridge import RoutingReplay
