@@ -124,5 +124,10 @@ def test_a_gpu_that_the_machine_does_not_have_is_named():
         parse([*divided, "--plan-gpu-gb", "80", "--plan-gpus-per-node", "4"])
 
 
+def test_megatron_bridge_does_not_convert_experts_that_have_moved():
+    with pytest.raises(ConfigError, match="Bridge's converter.*got weights: bridge, plan: both"):
+        parse(["--weights", "bridge", "--plan", "both"])
+
+
 def test_a_resolved_configuration_with_its_ranks_is_accepted():
     require_ready(parse(["--nnodes", "2", "--nproc", "2"]), 4, Path("run/config.json"))

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 
 from recipes.model.collective import on_every_rank
 from recipes.model.optimizer_shards import num_steps, restore_shards, save_shards
-from recipes.model.weights import save_hf
 from routing_replay.errors import CheckpointError
 
+from . import models
 from .policy import Policy
 
 PREFIX = "step_"
@@ -113,7 +113,7 @@ def save(policy: Policy, run_dir: Path, progress: Progress, source: Path) -> Pat
     final = checkpoint_of_step(run_dir, progress.step)
     partial = final.with_name(f".{final.name}.partial")
     try:
-        save_hf(policy.chunks, partial, source=source)
+        models.save(policy.chunks, partial, source, policy.config.training)
         # The state is loaded into experts that lie where Megatron puts them.
         with policy.natural_experts():
             on_every_rank(lambda: _save_state(policy, partial / "trainer", progress))

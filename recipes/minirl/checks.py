@@ -63,6 +63,12 @@ def check_replay(config: RecipeConfig) -> None:
             expected="--routing-replay-capture weights",
             got=f"{config.telemetry.capture}, and --routing-replay-weights {config.replay.weights}",
         )
+    if config.training.weights == "bridge" and config.training.plan in ("placement", "both"):
+        raise ConfigError(
+            "Megatron-Bridge's converter does not know of experts on other ranks than their own",
+            expected="weights: own, or a plan without placement",
+            got=f"weights: bridge, plan: {config.training.plan}",
+        )
 
 
 def check_balance(config: RecipeConfig) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from recipes.model import parallel
+from recipes.model import bridge, parallel
 from recipes.model.model import ModelConfig, build_model
 from recipes.model.optimizer_shards import require_resumable
-from recipes.model.weights import load_hf
+from recipes.model.weights import load_hf, save_hf
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -26,28 +26,45 @@ def trained(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=t.distributed_optimizer
     )
-    chunks = _loaded(config, layout, checkpoint)
+    chunks = _loaded(config, layout, checkpoint, t)
     return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
 
 
 def frozen(
-    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path
+    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path, t: TrainingSettings
 ) -> list[torch.nn.Module]:
     """Return chunks of the same architecture with a checkpoint's weights, without gradients."""
-    chunks = _loaded(config, layout, checkpoint)
+    chunks = _loaded(config, layout, checkpoint, t)
     for chunk in chunks:
         chunk.requires_grad_(False)
     return chunks
 
 
+def save(
+    chunks: list[torch.nn.Module],
+    folder: Path,
+    source: Path,
+    t: TrainingSettings,
+    dtype: torch.dtype | None = None,
+    is_fp8: bool = False,
+) -> None:
+    """Write the weights as a Hugging Face checkpoint, by the converter of the settings; collective.
+
+    The arguments are those of `save_hf`.
+    """
+    tensors = bridge.named_hf_tensors(chunks, source, dtype) if t.weights == "bridge" else None
+    save_hf(chunks, folder, source=source, dtype=dtype, is_fp8=is_fp8, tensors=tensors)
+
+
 def _loaded(
-    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path
+    config: ModelConfig, layout: parallel.ParallelLayout, checkpoint: Path, t: TrainingSettings
 ) -> list[torch.nn.Module]:
     chunks = build_model(config, layout)
     if config.bf16:
         # Before the weights are loaded: the wrapper rounds routing biases, which must stay float32.
         chunks = [Float16Module(config, chunk) for chunk in chunks]
-    load_hf(chunks, checkpoint)
+    load = bridge.load_hf if t.weights == "bridge" else load_hf
+    load(chunks, checkpoint)
     return chunks
 
 

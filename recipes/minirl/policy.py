@@ -103,7 +103,7 @@ class Policy:
         self.reference = None
         if config.needs_reference:
             folder = reference or checkpoint
-            self.reference = models.frozen(self.model_config, self.layout, folder)
+            self.reference = models.frozen(self.model_config, self.layout, folder, t)
         self.scorer = Scorer(
             temperature=config.rollout.temperature,
             tensor_group=parallel_state.get_tensor_model_parallel_group()

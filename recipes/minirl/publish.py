@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from recipes.model.fp8 import E4M3_MAX
-from recipes.model.weights import save_hf
 
+from . import models
 from .policy import Policy
 
 
@@ -26,10 +26,11 @@ def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
         The folder.
     """
     rollout = policy.config.rollout
-    save_hf(
+    models.save(
         policy.chunks,
         folder,
-        source=checkpoint,
+        checkpoint,
+        policy.config.training,
         dtype=getattr(torch, rollout.rollout_dtype),
         is_fp8=rollout.rollout_weights == "fp8",
     )

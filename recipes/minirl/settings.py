@@ -187,6 +187,11 @@ class TrainingSettings:
     layer_spec: Literal["auto", "te", "local"] = setting(
         "auto", "modules of the layers; local is slow on GPUs", ("auto", "te", "local")
     )
+    weights: Literal["own", "bridge"] = setting(
+        "own",
+        "converter between Hugging Face's weights and Megatron's: own, or Megatron-Bridge's",
+        ("own", "bridge"),
+    )
     distributed_optimizer: bool = setting(False, "shard the optimizer state over data parallelism")
     plan: str = setting(
         "none",

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recipes.model import parallel
+from recipes.model import bridge, parallel
 from recipes.model.collective import on_every_rank
 from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
@@ -108,6 +108,8 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     """Run all steps, from the newest checkpoint if there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
+    if config.training.weights == "bridge":
+        bridge.require_installed()
     devices.require_gpu(config, devices.why_no_cuda())
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     devices.require_gpu_per_rank(torch.cuda.device_count(), num_local_ranks)

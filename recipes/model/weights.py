@@ -94,6 +94,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     is_fp8: bool = False,
     max_shard_bytes: int = 4 << 30,
+    tensors: Iterator[tuple[str, torch.Tensor | None]] | None = None,
 ) -> None:
     """Write the model as a Hugging Face checkpoint, whole or not at all; collective.
 
@@ -107,6 +108,7 @@ def save_hf(
         dtype: Of the saved weights; None keeps the parameters'.
         is_fp8: Whether the projections are saved in block FP8 (see `fp8`).
         max_shard_bytes: Size limit of a file, and of rank 0's additional memory.
+        tensors: What is saved, in this dtype; None takes `named_hf_tensors` of the chunks.
 
     Raises:
         CheckpointError: The files cannot be written (on every rank).
@@ -126,7 +128,7 @@ def save_hf(
         max_shard_bytes=max_shard_bytes,
     )
     error = _attempt(writer.start)
-    for name, tensor in named_hf_tensors(model_chunks, dtype):
+    for name, tensor in tensors or named_hf_tensors(model_chunks, dtype):
         # After a failure the other ranks still send what was planned: receive it all.
         if error is None and tensor is not None:
             error = _attempt(functools.partial(_add, writer, name, tensor, is_fp8))
