@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
 TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "plan_solver", "replay", "tables"]
+TIMED += ["step"]
 # Two processes of Megatron.
 LONG = [pytest.param("plan_step", marks=pytest.mark.slow)]
 
