@@ -19,7 +19,8 @@ minutes on an H100 or H200, and each is useful alone:
        dispatches its own rows, also where backwards come late. SGLang's own select_experts, where
        SGLang is installed.
     3  Time. Replay against live routing and Megatron's own replay; log-probs by chunk size; the
-       metrics' share of a step; recording's copies; permutation, its noise and error.
+       metrics' share of a step; recording's copies; permutation, its noise and error; the local
+       spec's attention against a causal kernel.
     4  Kernels and memory. The replay router and the gates of the capture against the limit of the
        memory's bandwidth and against torch's forms; a profiler's trace of a replayed microbatch;
        the plan's memory estimate against what is allocated.
@@ -82,10 +83,17 @@ class Outcome:
     figures: Any = None
 
 
-def _tests(name: str, *arguments: str, timeout_s: int = 300) -> Command:
+def _tests(name: str, file: str, names: str = "", quick: str = "", timeout_s: int = 300) -> Command:
+    """A command that runs the tests of a file whose names match; in a dry run those of `quick`."""
     # Warnings of engines would fill what is kept of the output.
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments)
-    return Command(name=name, arguments=command, timeout_s=timeout_s)
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", file)
+    selection = ("-k", names) if names else ()
+    return Command(
+        name=name,
+        arguments=(*command, *selection),
+        quick=(*command[2:], "-k", quick) if quick else (),
+        timeout_s=timeout_s,
+    )
 
 
 def _benchmark(name: str, module: str, *arguments: str) -> Command:
@@ -95,15 +103,21 @@ def _benchmark(name: str, module: str, *arguments: str) -> Command:
 
 _LAYERS = ("--layers", "4", "--hidden", "2048", "--expert-width", "768")
 _VOCABULARY = ("--tokens", "16384", "--vocabulary", "75968")
+# One of each kind: the whole matrix takes a CPU half an hour, and `make test-matrix` runs it.
+_FEW_CASES = (
+    "recompute_full-packed or recompute_moe-sigmoid_bias-padded or padded-mtp or "
+    "recompute_full-groups-padded-latent or padded-hybrid"
+)
+_REPLAY, _GRAPHS = "tests/test_gpu_replay.py", "tests/test_gpu_graphs.py"
 PARTS: dict[int, tuple[Command, ...]] = {
     1: (
-        _tests("replay matrix", "tests/test_gpu_replay.py", "-k", "deterministic", timeout_s=400),
-        _tests("syncs, noise, resume", "tests/test_gpu_replay.py", "-k", "not deterministic"),
-        _tests("pipelines by hand", "tests/test_gpu_graphs.py", "-k", "pipelines"),
+        _tests("replay matrix", _REPLAY, "deterministic", quick=_FEW_CASES, timeout_s=400),
+        _tests("syncs, noise, resume", _REPLAY, "not deterministic"),
+        _tests("pipelines by hand", _GRAPHS, "pipelines"),
     ),
     2: (
         _tests("captured rows", "tests/test_gpu_capture.py"),
-        _tests("routers in graphs", "tests/test_gpu_graphs.py", "-k", "not pipelines"),
+        _tests("routers in graphs", _GRAPHS, "not pipelines"),
     ),
     3: (
         _benchmark("replay, 16384 tokens", "replay", "--tokens", "16384", *_LAYERS),
@@ -121,6 +135,7 @@ PARTS: dict[int, tuple[Command, ...]] = {
         _benchmark("metrics", "metrics"),
         _benchmark("recording", "recording"),
         _benchmark("permute", "permute"),
+        _benchmark("attention", "attention"),
     ),
     4: (
         *(
