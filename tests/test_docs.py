@@ -82,3 +82,14 @@ def test_the_architecture_page_names_every_folder_and_no_other():
     folders = {folder for folder in folders if "stubs" not in folder}
     assert folders - named <= {"recipes"}
     assert named - folders == set()
+
+
+@pytest.mark.parametrize("page", ["gpu.md", "gpu_points.md"])
+def test_the_evidence_that_the_pages_of_gpus_name_exists(page):
+    text = (ROOT / "docs" / page).read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", text))
+    assert names and {name for name in names if f"def {name}(" not in tests} == set()
+    files = re.findall(r"`(tests/\w+\.py)`", text)
+    files += [name.replace(".", "/") + ".py" for name in re.findall(r"`(tools\.bench\.\w+)`", text)]
+    assert [name for name in files if not (ROOT / name).is_file()] == []
