@@ -105,9 +105,9 @@ class Step:
 
     def __init__(self, folder, checkpoint, *flags, mode="R3", reference=None):
         from recipes.minirl.batch import Batch
+        from recipes.minirl.old_pass import score_old
         from recipes.minirl.policy import Policy
         from recipes.minirl.shaping import with_advantages
-        from recipes.minirl.train import score_old
         from routing_replay.routes.table import RouteTable
 
         config = configuration("--routing-replay-mode", mode, "--learning-rate", "1e-2", *flags)
@@ -122,9 +122,9 @@ class Step:
         self.chosen = []
 
     def update(self, number, objective=None, old=None):
+        from recipes.minirl.old_pass import replaying
         from recipes.minirl.policy import FixedScores
         from recipes.minirl.step_choices import choose
-        from recipes.minirl.train import replaying
 
         old = old or self.old.scores
         objective = objective or self.policy.config.make_objective()
@@ -242,7 +242,7 @@ def with_a_reference(folder, checkpoints):
 
 def of_an_inner_layer(folder, checkpoints):
     """BuPO's first step: the scores of an inner layer's policy, and which weights it moves."""
-    from recipes.minirl.train import score_replayed
+    from recipes.minirl.old_pass import score_replayed
 
     flags = ["--objective", "grpo", "--internal-layer", str(INNER_LAYER)]
     step = Step(folder / "plain", checkpoints[0], *flags)

@@ -130,10 +130,10 @@ def likely_tokens(rng, response):
 
 def take_step(policy, folder):
     """The old pass and both updates; the metrics over all ranks."""
+    from recipes.minirl.old_pass import replaying, score_old
     from recipes.minirl.policy import FixedScores
     from recipes.minirl.shaping import with_advantages
     from recipes.minirl.step_choices import choose
-    from recipes.minirl.train import replaying, score_old
     from routing_replay.metrics.typed import merge, to_floats
 
     batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)

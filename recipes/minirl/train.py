@@ -7,23 +7,20 @@ reach the others as memory-mapped files in the scratch folder of their node.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from recipes.model import bridge, parallel
 from recipes.model.collective import on_every_rank
 from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
-from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, Value, merge, to_floats
 from routing_replay.objectives import Objective
@@ -38,11 +35,12 @@ from .first_rank import FirstRank
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
 from .node import require_alike
+from .old_pass import OldPass, averaged, replaying, score_live, score_old, score_replayed
 from .policy import FixedScores, Policy
 from .prompts import Prompt, take
 from .publish import write_weights
 from .rollout import Groups, Rollout, mean_reward, sample_groups
-from .scoring import Scores, mean_scores
+from .scoring import Scores
 from .shaping import with_advantages
 from .step_choices import choose
 
@@ -87,21 +85,6 @@ class Job:
             return {"eval/reward": mean_reward(samples)}
 
         return self.first_rank.run(f"evaluated_{step}", sample)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OldPass:
-    """Results of the old policy's pass that the updates need.
-
-    Args:
-        scores: log pi_old.
-        table: The routes that the updates replay; None if they route live.
-        token_rows_ST: The rows of the table that belong to the positions, or -1.
-    """
-
-    scores: Scores
-    table: RouteTable | None
-    token_rows_ST: torch.Tensor
 
 
 def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
@@ -318,64 +301,6 @@ def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[
     return metrics
 
 
-def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass:
-    """Score with pi_old in the configured mode; decide what the updates replay."""
-    all_live = batch.token_rows(None)
-    match policy.config.replay.mode:
-        case "R3":
-            assert table is not None
-            token_rows_ST = batch.token_rows(table)
-            with (
-                policy.replay.replaying(table, dispatch=policy.dispatch()),
-                policy.remembering_routers(table.num_rows),
-            ):
-                scores = policy.score(batch, token_rows_ST)
-            return OldPass(scores=scores, table=table, token_rows_ST=token_rows_ST)
-        case "R2":
-            scores, recorded = score_and_record(policy, batch)
-            table = recorded.own_table()  # an update shards the batch as this pass did
-            return OldPass(scores=scores, table=table, token_rows_ST=batch.token_rows(table))
-        case "disabled" if policy.router_shift is not None:
-            scores, _ = score_and_record(policy, batch)
-        case "disabled":
-            scores = policy.score(batch, all_live)
-        case mode:
-            raise AssertionError(f"the mode {mode!r} is not resolved")
-    return OldPass(scores=scores, table=None, token_rows_ST=all_live)
-
-
-def averaged(policy: Policy, batch: Batch, old: OldPass) -> OldPass:
-    """Return the mean of `logprob_passes` passes under the old pass's routes, itself among them."""
-    passes = [old.scores]
-    for _ in range(policy.config.training.logprob_passes - 1):
-        with replaying(policy, old.table):
-            passes.append(policy.score(batch, old.token_rows_ST))
-    return replace(old, scores=mean_scores(passes)) if len(passes) > 1 else old
-
-
-def score_live(policy: Policy, batch: Batch, old: Scores) -> Scores:
-    """Return pi_old's scores without replay; except in R3 its own pass has already routed live."""
-    if policy.config.replay.mode != "R3":
-        return old
-    return policy.score(batch, batch.token_rows(None))
-
-
-def score_replayed(policy: Policy, batch: Batch, old: OldPass) -> Scores:
-    """Score with the routes of the updates, for BuPO's pi_old of an inner layer."""
-    with replaying(policy, old.table):
-        return policy.score(batch, old.token_rows_ST)
-
-
-def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
-    """Score under live routing and record it."""
-    with (
-        policy.replay.recording(batch.lengths_S.numpy()) as recorded,
-        policy.remembering_routers(recorded.num_rows),
-    ):
-        old = policy.score(batch, batch.token_rows(recorded))
-    return old, recorded
-
-
 def scratch_folder(config: RecipeConfig, run_dir: Path) -> Path:
     """Return the folder of a step's files; on a disk of the node it carries the run's name."""
     scratch_dir = config.run.scratch_dir
@@ -393,15 +318,6 @@ def inner_layer(config: RecipeConfig, step: int) -> int:
     """Return the layer whose policy is trained in a step; -1: the whole policy."""
     o = config.objective
     return o.internal_layer if step <= o.internal_steps else -1
-
-
-def replaying(
-    policy: Policy, table: RouteTable | None, dispatch: np.ndarray | None = None
-) -> contextlib.AbstractContextManager[object]:
-    """Open the scope of an update."""
-    if table is None:
-        return contextlib.nullcontext()
-    return policy.replay.replaying(table, dispatch=dispatch)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
