@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import threading
@@ -162,7 +163,8 @@ async def _cut(request: web.Request, content: bytes) -> web.StreamResponse:
     """Promise the whole answer and send half of it."""
     response = web.StreamResponse()
     response.content_length = len(content)
-    await response.prepare(request)
-    await response.write(content[: len(content) // 2])
+    with contextlib.suppress(ConnectionError):  # the client has left before
+        await response.prepare(request)
+        await response.write(content[: len(content) // 2])
     _closed(request)
     return response
