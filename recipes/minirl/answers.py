@@ -101,7 +101,7 @@ def remove_covered(shared_dir: Path, step: int) -> None:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """Return the records by key, and cut off what a crash left of the last line."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     records = {}
     with open(path, "rb") as file:

@@ -167,6 +167,9 @@ def _compare(disturbed: Path, plain: Path, num_steps: int) -> None:
     steps = [[record["step"] for record in each] for each in records]
     if steps != [list(range(num_steps + 1))] * 2:
         raise ChaosError(f"the steps on record are {steps}")
+    stored = [record.get("rollout/stored_responses") for record in records[1][1:]]
+    if stored != [PROMPTS * SAMPLES] * num_steps:
+        raise ChaosError(f"the undisturbed run sampled for itself; it had {stored} responses")
     for one, other in zip(*records, strict=True):
         for name in sorted(one.keys() | other.keys()):
             if not name.startswith(OWN) and one.get(name) != other.get(name):

@@ -62,7 +62,7 @@ class World:
 
 def kill_server(world: World) -> None:
     """Kill a server's first process; its guard ends the others."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error, IndexError):
         world.rng.choice(_first_processes(world)).kill()
 
 
