@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
 TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "plan_solver", "replay", "tables"]
-TIMED += ["step"]
-# Two processes of Megatron.
-LONG = [pytest.param("plan_step", marks=pytest.mark.slow)]
+TIMED += ["attention", "publish", "step"]
+# Several processes of Megatron.
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("plan_step", "step_memory")]
 
 
 @pytest.mark.parametrize("name", TIMED + KERNELS + LONG)

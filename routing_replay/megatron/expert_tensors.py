@@ -133,14 +133,12 @@ def optimizer_parts(optimizer: MegatronOptimizer | None) -> list[MegatronOptimiz
     return [optimizer]
 
 
-def stored_shards(
-    parts: list[MegatronOptimizer], parameter: torch.nn.Parameter
-) -> dict[str, Shard]:
+def stored_shards(parts: list[MegatronOptimizer], parameter: torch.Tensor) -> dict[str, Shard]:
     """Return all that this rank stores of a parameter: its values, main values and moments.
 
     Args:
         parts: From `optimizer_parts`.
-        parameter: Of an expert.
+        parameter: Of the model.
     """
     shards = {WEIGHT: Shard(values_N=parameter.data.view(-1), start=0)}
     for part in parts:
@@ -153,7 +151,7 @@ def stored_shards(
 
 
 def _states_of(
-    part: MegatronOptimizer, parameter: torch.nn.Parameter
+    part: MegatronOptimizer, parameter: torch.Tensor
 ) -> tuple[int, int, dict[str, torch.Tensor]]:
     """First value, number of values, and states that an optimizer keeps of a parameter."""
     if isinstance(part, DistributedOptimizer):
@@ -168,6 +166,6 @@ def _states_of(
     return 0, parameter.numel(), {"param": main} | tensors
 
 
-def _shares_memory(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> bool:
+def _shares_memory(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     first, second = tensor.untyped_storage(), parameter.untyped_storage()
     return first.data_ptr() == second.data_ptr()

@@ -46,8 +46,10 @@ def local_attention(arguments: argparse.Namespace) -> AllGatherAttention:
 
 def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend with `is_causal`, shapes as Megatron's: [s, b, heads, d] -> [s, b, heads * d]."""
-    heads = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-    output = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    output = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
