@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 FRAMEWORKS_ARGS ?=
 
-.PHONY: help env recipe test-fast test test-matrix test-versions test-frameworks check docs gpu bench clean
+.PHONY: help env recipe test-fast test test-matrix test-versions test-frameworks check docs gpu soak bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +61,9 @@ docs: env  ## the documentation as a site, in site/; a broken link or reference 
 
 gpu: env  ## what one GPU can prove, in gpu.json; `python -m tools.gpu --help` says what (not run on a GPU yet)
 	$(PY) -m tools.gpu $(GPU_ARGS)
+
+soak: env  ## load on a real server, every row of every answer compared with a reference; 10 minutes (SOAK_ARGS="--seconds 3600")
+	$(PY) -m tools.soak $(SOAK_ARGS)
 
 bench: env  ## the benchmarks of tools/bench/, one after another
 	@set -e; for file in $(filter-out %/__init__.py %/paired.py,$(wildcard tools/bench/*.py)); do \

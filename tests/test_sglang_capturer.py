@@ -13,8 +13,10 @@ import torch
 from recipes.serving import cpu
 from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ServerError
+from routing_replay.routes.origin import Origin
 from routing_replay.sglang.gates import unpack
 from routing_replay.sglang.logits import LogitSampler
+from routing_replay.sglang.slots import SlotRows
 from routing_replay.sglang.weights import CombineWeights
 
 pytestmark = [
@@ -53,7 +55,7 @@ def capturer():
     capturer.num_fused_shared_experts, capturer.topk_size = 0, TOP_K
     capturer.device_cache = BaseDeviceCache(8, NUM_LAYERS, TOP_K, "cpu", "test")
     capturer.sampler = LogitSampler((8, NUM_LAYERS, NUM_EXPERTS), 16, 1.0, "cpu")
-    capturer._router, capturer.weights = None, None
+    capturer._router, capturer.weights, capturer.is_pipelined = None, None, False
     set_global_experts_capturer(capturer)
     yield capturer
     set_global_experts_capturer(None)
@@ -174,6 +176,84 @@ def test_a_router_that_passes_the_post_processing_by_has_no_weights(capturer):
     capturer.weights = CombineWeights(capturer.device_cache.buffer, TOP_K)
     capturer.capture(0, IDS_TK)
     assert capturer.weights.step_TLK[:3, 0].isnan().all()
+
+
+@pytest.fixture
+def verified(capturer):
+    """A step that verified trees of three drafts of two requests; draft n chose expert n % 4."""
+    from routing_replay.sglang.capturer import CaptureOutput
+
+    capturer.settings, capturer.sampler = CaptureSettings(level="weights"), None
+    capturer.weight_version, capturer.host_rows = 4, None
+    capturer.weights = CombineWeights(capturer.device_cache.buffer, TOP_K)
+    capturer.slots = SlotRows((32, NUM_LAYERS, TOP_K), NUM_EXPERTS, ("weights",))
+    capturer.origin_of = lambda mode: Origin.SPECULATIVE
+    ids_TLK = (torch.arange(6)[:, None, None] + torch.tensor([0, 1])) % 4
+    ids_TLK = ids_TLK.expand(6, NUM_LAYERS, TOP_K)
+    capturer.weights.step_TLK[:6] = torch.arange(6.0)[:, None, None]
+    stock = SimpleNamespace(out_cache_loc=torch.arange(10, 16), topk=ids_TLK, host_cache=None)
+    mode = SimpleNamespace(is_target_verify=lambda: True)
+    step = SimpleNamespace(forward_mode=mode, extend_prefix_lens_cpu=None, extend_seq_lens_cpu=None)
+    return CaptureOutput(stock, capturer, step)
+
+
+def test_rows_of_accepted_drafts_move_to_the_front_of_their_requests_slots(capturer, verified):
+    # The first request accepted its drafts 0 and 2, the second its root alone.
+    verified.accept(torch.tensor([[0, 2], [3, -1]]))
+    verified.finalize()
+    rows = capturer.slots.take(np.arange(10, 16), 0)
+    assert rows.ids_TLK[:, 0, 0].tolist()[:4] == [0, 2, 2, 3]
+    assert rows.values["weights"][:, 0, 0].tolist()[:4] == [0, 2, 2, 3]
+    assert set(capturer.slots.stamps.origin(rows.stamp_T)) == {Origin.DECODE}
+    assert set(capturer.slots.stamps.weight_version(rows.stamp_T)) == {4}
+
+
+def test_rows_of_drafts_whose_acceptance_was_not_seen_are_not_covered(capturer, verified):
+    verified.finalize()
+    rows = capturer.slots.take(np.arange(10, 16), 0)
+    assert set(capturer.slots.stamps.origin(rows.stamp_T)) == {Origin.SPECULATIVE}
+    assert set(capturer.slots.stamps.weight_version(rows.stamp_T)) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "top_k", "origin"),
+    [
+        ("EAGLE", 1, Origin.DECODE),
+        ("EAGLE3", 4, Origin.SPECULATIVE),
+        ("NGRAM", 1, Origin.SPECULATIVE),
+        ("DFLASH", 1, Origin.SPECULATIVE),
+    ],
+)
+def test_only_a_chain_of_drafts_has_its_rows_where_they_are_accepted(
+    capturer, monkeypatch, algorithm, top_k, origin
+):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from routing_replay.sglang import versions
+
+    server_args = SimpleNamespace(speculative_algorithm=algorithm, speculative_eagle_topk=top_k)
+    monkeypatch.setattr(versions, "server_args", lambda: server_args)
+    assert capturer.origin_of(ForwardMode.TARGET_VERIFY) == origin
+    assert capturer.origin_of(ForwardMode.EXTEND) == Origin.PREFILL
+    assert capturer.origin_of(ForwardMode.DECODE) == Origin.DECODE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"chunked_prefill_size": 512}, 8),
+        # Without chunks: what requests fill together, or the longest single one, within the slots.
+        ({"chunked_prefill_size": -1}, 1000),
+        ({"chunked_prefill_size": -1, "max_prefill_tokens": 4000}, 2000),
+        ({"chunked_prefill_size": 512, "speculative_num_draft_tokens": 6}, 48),
+    ],
+)
+def test_the_buffer_holds_the_largest_step(arguments, expected):
+    from routing_replay.sglang.capturer import largest_step
+
+    server_args = SimpleNamespace(**{"max_prefill_tokens": 600} | arguments)
+    largest = largest_step(server_args, context=1000, num_slots=2000, max_running_requests=8)
+    assert largest == expected
 
 
 def test_it_is_created_although_sglang_has_put_it_behind_the_stock_name(monkeypatch):

@@ -83,8 +83,8 @@ def assert_chosen(routes, chosen_LTK):
 
 def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
     checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
-    with pytest.raises(ServerError, match="no true routes with enable_hierarchical_cache=True"):
-        served(checkpoint, None, "--enable-hierarchical-cache")
+    with pytest.raises(ServerError, match="no true routes with enable_two_batch_overlap=True"):
+        served(checkpoint, None, "--enable-two-batch-overlap")
 
 
 def test_olmoe_without_renormalisation(tmp_path):

@@ -12,8 +12,9 @@ from routing_replay.capture import CaptureSettings
 from routing_replay.errors import PayloadError, ServerError
 from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import decode_compact
-from routing_replay.sglang import rows, versions
+from routing_replay.sglang import prefixes, rows, versions
 from routing_replay.sglang.gates import gate_probs, pack, score_function, unpack
+from routing_replay.sglang.host_cache import NUM_SETTLES, HostRows
 from routing_replay.sglang.logits import LogitSampler
 from routing_replay.sglang.slots import KeptRows, SlotRows
 
@@ -28,22 +29,23 @@ def newest(monkeypatch):
 class FakeEngine:
     """Slots, a capturer and forward passes; pass n writes ids that only pass n writes."""
 
-    def __init__(self, num_slots=64, level="gates"):
+    def __init__(self, num_slots=64, level="gates", has_names=False):
         settings = CaptureSettings(level=level)
         shape = (num_slots, NUM_LAYERS, TOP_K)
         self.capturer = SimpleNamespace(
             settings=settings,
-            slots=SlotRows(shape, NUM_EXPERTS, ("gates", "weights")),
+            slots=SlotRows(shape, NUM_EXPERTS, ("gates", "weights"), has_names=has_names),
             layers={0, 1},
             num_layers=NUM_LAYERS,
             topk_size=TOP_K,
             num_experts=NUM_EXPERTS,
             sampler=None,
+            host_rows=None,
         )
         self.pool = SimpleNamespace(req_to_token=torch.zeros(4, 32, dtype=torch.int32))
 
-    def forward(self, slots, number, origin, version=0):
-        """Pass `number` computes these slots; returns its rows."""
+    def forward(self, slots, number, origin, version=0, tokens=None):
+        """Pass `number` computes these slots, of a prompt of `tokens`; returns its rows."""
         ids_TLK = np.broadcast_to(np.arange(TOP_K) + number, (len(slots), NUM_LAYERS, TOP_K))
         stamp = self.capturer.slots.stamps.stamp(origin, version)
         step = KeptRows(
@@ -57,6 +59,10 @@ class FakeEngine:
             logits=None,
         )
         self.capturer.slots.put(np.array(slots), step)
+        self.capturer.slots.settle(np.array(slots))
+        if tokens is not None and self.capturer.slots.has_names:
+            hashes_T = prefixes.prefix_hashes(tokens, before=hash(None) % 2**64)
+            self.capturer.slots.name(np.array(slots), hashes_T)
         return step
 
     def prefill(self, req, slots, number, start=0, version=0):
@@ -66,7 +72,11 @@ class FakeEngine:
         )
         step = self.forward(slots, number, Origin.PREFILL, version)
         output = SimpleNamespace(
-            extents=[(start, len(slots))], finalize=lambda: None, rows=lambda: step
+            extents=[(start, len(slots))],
+            finalize=lambda: None,
+            rows=lambda: step,
+            out_cache_loc=torch.tensor(slots),
+            capturer=self.capturer,
         )
         result = SimpleNamespace(routed_experts_output=output, copy_done=None)
         rows.keep_prefill(SimpleNamespace(reqs=[req], decoding_reqs=None), result)
@@ -112,15 +122,105 @@ def test_a_request_keeps_its_own_prefill_when_the_tree_gives_it_other_slots():
     assert passes(engine.routes(req)) == [1, 1, 1, 1, 2]
 
 
-def test_a_cached_prefix_has_the_rows_of_the_pass_that_computed_it():
-    engine, req = FakeEngine(), FakeRequest(4)
-    engine.forward([20, 21], 5, Origin.PREFILL, version=3)
+@pytest.mark.parametrize("has_names", [False, True])
+def test_a_cached_prefix_has_the_rows_of_the_pass_that_computed_it(has_names):
+    engine, req = FakeEngine(has_names=has_names), FakeRequest(4)
+    engine.forward([20, 21], 5, Origin.PREFILL, version=3, tokens=[0, 0])
     engine.pool.req_to_token[0, :2] = torch.tensor([20, 21])
     engine.prefill(req, [2, 3], 1, start=2, version=4)
     req.output_ids.append(0)
     routes = engine.routes(req)
     assert passes(routes) == [5, 5, 1, 1]
     assert routes.weight_version_T.tolist() == [3, 3, 4, 4]
+
+
+def test_a_slot_that_was_filled_without_a_forward_pass_is_not_covered():
+    """Another cache, a storage backend or another server put the prefix there."""
+    engine, req = FakeEngine(has_names=True), FakeRequest(4)
+    engine.forward([20, 21, 22], 5, Origin.PREFILL, tokens=[0, 0, 7])  # of another prompt
+    engine.pool.req_to_token[0, :3] = torch.tensor([20, 21, 22])
+    engine.prefill(req, [2], 1, start=3)
+    req.output_ids.append(0)
+    routes = engine.routes(req)
+    # The prompt 0, 0, 0, 0 shares two tokens with it; slot 22 holds the row of another third one.
+    assert passes(routes)[:2] == [5, 5]
+    assert routes.origin_T.tolist() == [Origin.PREFILL] * 2 + [Origin.EVICTED, Origin.PREFILL]
+    assert routes.weight_version_T.tolist() == [0, 0, -1, 0]
+
+
+def test_the_output_of_a_request_is_shared_under_its_own_tokens():
+    engine = FakeEngine(has_names=True)
+    first, second = FakeRequest(2), FakeRequest(5, pool_index=1)
+    engine.prefill(first, [0, 1], 1)
+    first.output_ids.append(0)
+    engine.decode(first, 2, 2)
+    engine.decode(first, 3, 3)
+    first.kv.kv_committed_len = 5  # under overlap the last token is in flight when it ends
+    engine.pool.req_to_token[0, 4] = 4
+    rows.name_output(engine.capturer, first, engine.pool)
+    engine.forward([4], 4, Origin.DECODE)
+    engine.pool.req_to_token[1, :5] = torch.arange(5)
+    second.output_ids.append(0)
+    routes = engine.routes(second)
+    assert passes(routes) == [1, 1, 2, 3, 4]
+    # The next step that writes the slot takes the name away.
+    engine.forward([4], 5, Origin.DECODE)
+    assert engine.routes(second).origin_T[4] == Origin.EVICTED
+
+
+def test_rows_follow_keys_and_values_to_the_host_and_back():
+    engine, req = FakeEngine(has_names=True), FakeRequest(4)
+    engine.forward([20, 21, 22], 5, Origin.PREFILL, version=3, tokens=[0, 0, 0])
+    fourth = prefixes.prefix_hashes([0] * 4, before=hash(None) % 2**64)[3]
+    engine.capturer.slots.expect(23, int(fourth))
+    host = HostRows(engine.capturer.slots, num_slots=8)
+    host.save(np.arange(20, 24), np.array([7, 3, 1, 5]))
+    engine.forward([23], 4, Origin.DECODE, version=3)  # in flight when the prefix was saved
+    host.settle()
+    engine.forward([20, 21, 22, 23], 2, Origin.PREFILL, tokens=[7] * 4)  # the slots change hands
+    host.load(np.array([7, 3, 1, 5]), np.arange(40, 44))
+    engine.pool.req_to_token[0, :4] = torch.arange(40, 44)
+    req.output_ids.append(0)
+    routes = engine.routes(req)
+    assert passes(routes) == [5, 5, 5, 4]
+    assert routes.weight_version_T.tolist() == [3] * 4
+    np.testing.assert_array_equal(routes.gate_probs_TLK, np.float16(0.25))
+    # What the host holds of another prefix is not this request's.
+    host.load(np.array([0, 3, 1, 5]), np.arange(40, 44))
+    assert engine.routes(req).origin_T.tolist() == [Origin.EVICTED, 1, 1, 2]
+
+
+def test_a_chunk_that_is_saved_before_its_result_has_its_rows_on_the_host():
+    """SGLang stashes a chunk in its tree when it schedules the next one, before the result."""
+    engine, req = FakeEngine(has_names=True), FakeRequest(4)
+    engine.forward([20, 21], 3, Origin.PREFILL, tokens=[5, 6])  # what the slots held before
+    host = engine.capturer.host_rows = HostRows(engine.capturer.slots, num_slots=8)
+    host.save(np.array([20, 21]), np.array([0, 1]))
+    engine.prefill(req, [20, 21], 5)
+    host.load(np.array([0, 1]), np.array([40, 41]))
+    other = FakeRequest(3, pool_index=1)
+    engine.pool.req_to_token[1, :2] = torch.tensor([40, 41])
+    engine.prefill(other, [22], 1, start=2)
+    other.output_ids.append(0)
+    assert passes(engine.routes(other)) == [5, 5, 1]
+    for _ in range(NUM_SETTLES):
+        host.settle()
+    assert not host._saved  # nothing is looked at for ever
+
+
+def test_prefixes_are_told_apart_and_continued():
+    tokens = list(range(50))
+    whole_T = prefixes.prefix_hashes(tokens)
+    assert len(np.unique(whole_T)) == 50
+    later_T = prefixes.prefix_hashes(tokens[20:], start=20, before=int(whole_T[19]))
+    np.testing.assert_array_equal(later_T, whole_T[20:])
+    swapped = [*tokens[:7], tokens[8], tokens[7], *tokens[9:]]
+    is_same_T = prefixes.prefix_hashes(swapped) == whole_T
+    # A sum of (position, token): the two tokens at 7 and 8 give another one at each position on.
+    np.testing.assert_array_equal(is_same_T, np.arange(50) < 7)
+    salted, req = FakeRequest(3), FakeRequest(3)
+    salted.extra_key = "adapter"
+    assert (prefixes.of_request(salted) != prefixes.of_request(req)).all()
 
 
 def test_a_retracted_request_keeps_the_first_pass_of_every_token():

@@ -19,6 +19,7 @@ from recipes.serving.server import ServerOptions, launch
 from routing_replay.capture import CaptureSettings
 from routing_replay.errors import ConfigError, ServerError
 from routing_replay.rollout.servers import ServerState
+from routing_replay.sglang import versions
 from routing_replay.sglang.cpu import enable_cpu
 from routing_replay.sglang.refusals import refuse_unsupported
 
@@ -247,16 +248,12 @@ def test_capture_settings_are_checked():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pp_size": 2}, "pp_size=2"),
-        ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache=True"),
-        ({"enable_lmcache": True}, "enable_lmcache=True"),
+        ({"pp_size": 2}, "pp_size=2 and the capture level logits"),
+        ({"enable_hisparse": True}, "enable_hisparse=True"),
         ({"disaggregation_mode": "decode"}, "disaggregation_mode=decode"),
         ({"enable_two_batch_overlap": True}, "enable_two_batch_overlap=True"),
-        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm=EAGLE"),
         ({"dllm_algorithm": "LowConfidence"}, "dllm_algorithm=LowConfidence"),
         ({"attn_cp_size": 2}, "attn_cp_size=2"),
-        ({"chunked_prefill_size": -1}, "chunked_prefill_size=-1"),
-        ({"enable_unified_cache_external_linker": True}, "enable_unified_cache_external_linker"),
         ({"enable_pdmux": True}, "enable_pdmux=True"),
         ({"enable_dp_attention": True}, "enable_dp_attention=True"),
         ({"moe_a2a_backend": "mooncake"}, "moe_a2a_backend=mooncake"),
@@ -273,6 +270,21 @@ def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message
     backend = arguments.get("backend", "triton")
     with pytest.raises(ServerError, match=f"no true routes with {message}.*Reason: "):
         refuse_unsupported(SimpleNamespace(**DEFAULTS | arguments), backend, settings)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"enable_hierarchical_cache": True}, {"speculative_algorithm": "EAGLE"}, {"pp_size": 2}],
+)
+def test_features_that_were_read_in_a_later_sglang_are_refused_in_older_ones(
+    monkeypatch, arguments
+):
+    server_args, settings = SimpleNamespace(**DEFAULTS | arguments), CaptureSettings()
+    monkeypatch.setattr(versions, "installed", lambda: (0, 5, 23))
+    refuse_unsupported(server_args, "triton", settings)
+    monkeypatch.setattr(versions, "installed", lambda: (0, 5, 22))
+    with pytest.raises(ServerError, match="take SGLang 0.5.23"):
+        refuse_unsupported(server_args, "triton", settings)
 
 
 @pytest.mark.parametrize(

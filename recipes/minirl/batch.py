@@ -33,8 +33,10 @@ class Sample:
 
     Args:
         prompt_ids: Token ids that were sent to the server.
-        response_ids: Token ids that it sampled, its end-of-text token included.
-        logp_mu: Their log-probs under the sampling distribution.
+        response_ids: Token ids after the prompt: those that it sampled, its end-of-text token
+            included, and between them what a tool returned.
+        logp_mu: Log-probs of the sampled ones under the sampling distribution.
+        is_sampled: Which of the response's tokens were sampled; all, if None.
         routes: The expert routes; None if they were not requested.
         reward: Set by the verifier.
         support: For each response token the ids that top-p and top-k kept, if `logp_mu` is the
@@ -47,6 +49,7 @@ class Sample:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     logp_mu: tuple[float, ...]
+    is_sampled: tuple[bool, ...] | None = None
     routes: Routes | None = None
     reward: float = 0.0
     support: Sequence[Sequence[int]] | None = None
@@ -109,9 +112,10 @@ class Batch:
             stop = len(tokens) - 1
             input_ids_ST[row, :stop] = tokens[:-1]
             labels_ST[row, :stop] = tokens[1:]
-            mask_ST[row, len(sample.prompt_ids) - 1 : stop] = True
+            sampled_T = mask_ST[row, len(sample.prompt_ids) - 1 : stop]
+            sampled_T[:] = True if sample.is_sampled is None else torch.tensor(sample.is_sampled)
         logp_mu_ST = torch.zeros(shape)
-        # Row by row, left to right: the order of the response tokens of all samples.
+        # Row by row, left to right: the order of the sampled tokens of all samples.
         logp_mu_ST[mask_ST] = torch.tensor([value for s in samples for value in s.logp_mu])
         return cls(
             input_ids_ST=input_ids_ST,

@@ -26,6 +26,7 @@ def check_sampling(config: RecipeConfig) -> None:
         raise _out_of_range("min_servers", f"1..{num_servers}, the run's servers", r.min_servers)
     if r.health_every_s <= 0:
         raise _out_of_range("health_every_s", "above 0", r.health_every_s)
+    _check_range("tool_calls", r.tool_calls)
     if not 0 <= r.max_uncovered <= 1:
         raise _out_of_range("max_uncovered", "0..1", r.max_uncovered)
     if r.top_k < 0 or r.top_k == 1:

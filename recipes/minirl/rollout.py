@@ -26,9 +26,9 @@ from .answers import StoredAnswers
 from .batch import Sample
 from .config import RecipeConfig
 from .prompts import Prompt
+from .turns import TOOLS, Response
 from .verifiers import VERIFIERS
 
-# A response that is aborted again and again would otherwise hang the job silently.
 FINISHED = ("stop", "length")
 # Any tokens will do: only the form of the answer is checked.
 PROBE_IDS = (1, 2)
@@ -120,12 +120,24 @@ class Rollout:
         """
         repeated = [p for p in prompts for _ in range(num_samples)]
         ids_of = {id(p): self.encode(p) for p in prompts}
-        requests = [self._request(ids_of[id(p)], for_training) for p in repeated]
-        completions = self._completions(requests, answers)
-        return [
-            self._rewarded(prompt, request, completion)
-            for prompt, request, completion in zip(repeated, requests, completions, strict=True)
-        ]
+        responses = [self._response(ids_of[id(p)]) for p in repeated]
+        template = self._request((), for_training)
+        while running := [response for response in responses if not response.is_done]:
+            requests = [response.request(template) for response in running]
+            completions = self._completions(requests, answers)
+            for response, request, completion in zip(running, requests, completions, strict=True):
+                check_finished(completion)
+                response.add(request, completion, self.tokenizer)
+        return [self._rewarded(p, r) for p, r in zip(repeated, responses, strict=True)]
+
+    def _response(self, prompt_ids: Sequence[int]) -> Response:
+        r = self.config.rollout
+        return Response(
+            prompt_ids=prompt_ids,
+            max_new_tokens=r.max_new_tokens,
+            tool=TOOLS.get(r.tool),
+            tool_calls=r.tool_calls,
+        )
 
     def server_metrics(self) -> dict[str, float]:
         """Return what happened to the servers since this was last called."""
@@ -192,15 +204,13 @@ class Rollout:
             num_top_logprobs=self.config.num_top_logprobs if for_training else 0,
         )
 
-    def _rewarded(self, prompt: Prompt, request: GenerateRequest, completion: Completion) -> Sample:
-        check_finished(completion)
-        text = self.tokenizer.decode(completion.output_ids, skip_special_tokens=True)
+    def _rewarded(self, prompt: Prompt, response: Response) -> Sample:
+        text = self.tokenizer.decode(response.last_ids, skip_special_tokens=True)
         return Sample(
-            prompt_ids=tuple(request.input_ids),
-            response_ids=tuple(completion.output_ids),
-            routes=completion.routes,
+            prompt_ids=tuple(response.prompt_ids),
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
-            **sampled_logprobs(request, completion),
+            **response.columns(),
+            **joined([sampled_logprobs(*answer) for answer in response.answers]),
         )
 
 
@@ -283,9 +293,30 @@ def check_scores(client: RolloutClient, request: GenerateRequest) -> None:
     sampled_logprobs(request, completion)
 
 
+def joined(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the scores of a response's answers, whose tokens follow one another."""
+    whole: dict[str, Any] = dict(scores[0])
+    for later in scores[1:]:
+        for name, values in later.items():
+            if isinstance(values, np.ndarray):
+                whole[name] = np.concatenate([whole[name], values])
+            elif name != "support_mass" and values is not None:
+                whole[name] = [*whole[name], *values]
+    whole["logp_mu"] = tuple(whole["logp_mu"])
+    if "support_mass" in whole:
+        lengths = [len(one["logp_mu"]) for one in scores]
+        masses = [one["support_mass"] for one in scores]
+        whole["support_mass"] = float(np.average(masses, weights=lengths))
+    return whole
+
+
 def check_finished(completion: Completion) -> None:
-    """Raise DataError for a response that ended otherwise than by itself or by its length."""
-    if completion.finish_reason not in FINISHED:
+    """Raise DataError for an answer that ended otherwise than by itself or by its length.
+
+    One that was aborted in its middle goes on in another request.
+    """
+    is_partial = completion.finish_reason == "abort" and len(completion.output_ids) > 0
+    if completion.finish_reason not in FINISHED and not is_partial:
         raise DataError(
             "a response is not finished",
             expected=" or ".join(FINISHED),

@@ -129,6 +129,13 @@ class RolloutSettings:
         "and all policies are restricted to them. Needs top-k. Otherwise log-probs are of the "
         "whole vocabulary and the samples are not from mu",
     )
+    tool: Literal["none", "calculator"] = setting(
+        "none",
+        "what a response can call: calculator returns the sum or the difference before an =. The "
+        "tool's output is not trained",
+        ("none", "calculator"),
+    )
+    tool_calls: int = setting(4, "most calls of the tool in a response")
     request_timeout_s: float = setting(600.0, "longest wait for one response")
     min_servers: int = setting(1, "fewest servers that the run goes on with")
     server_recovery_s: float = setting(

@@ -21,7 +21,7 @@ from recipes.model.tiny import tiny_config
 
 from .config import RecipeConfig
 from .prompts import Prompt, read_prompts, take
-from .tiny_task import EOS, PAD, VOCABULARY, write_task, write_tokenizer
+from .tiny_task import EOS, PAD, VOCABULARY, demonstration, write_task, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen3MoeConfig
@@ -37,8 +37,8 @@ BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
 RAMP_STEPS = 20
 # Leaves the model unsure of what it knows. Reinforcement learning sharpens that, so a few minutes
-# show its effect.
-LABEL_SMOOTHING = 0.25
+# show its effect. A response with calls has four times as many tokens to be unsure of.
+LABEL_SMOOTHING = {"none": 0.25, "calculator": 0.05}
 NUM_PROBES = 256
 PROBE_EVERY = 10
 IGNORE = -100  # the label that cross_entropy leaves out
@@ -50,8 +50,10 @@ def checkpoint_folder(config: RecipeConfig) -> Path:
     """Return the folder of this configuration's tiny model."""
     m = config.model
     sizes = [m.tiny_layers, m.tiny_experts, m.tiny_top_k, m.warmup_target, m.warmup_steps]
-    constants = [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, LABEL_SMOOTHING, VOCABULARY]
-    text = json.dumps([VERSION, *sizes, *constants, config.run.seed])
+    smoothing = LABEL_SMOOTHING[config.rollout.tool]
+    constants = [HIDDEN_SIZE, EXPERT_SIZE, INITIALIZER_RANGE, smoothing, VOCABULARY]
+    tool = [config.rollout.tool] if config.rollout.tool != "none" else []
+    text = json.dumps([VERSION, *sizes, *constants, config.run.seed, *tool])
     return Path(m.cache_dir) / f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -68,7 +70,7 @@ def prepare(config: RecipeConfig, report: Callable[[str], None] = print) -> Path
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
-        train_path, heldout_path = write_task(partial)
+        train_path, heldout_path = write_task(partial, config.rollout.tool)
         write_tokenizer(partial)
         model = make_model(config)
         if config.model.warmup_target > 0:
@@ -129,14 +131,16 @@ def warm_up(
     steps until a tiny model learns to carry, and RL should start from the same accuracy.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    probe = _encode(probes[:NUM_PROBES])
+    probe = _encode(probes[:NUM_PROBES], config.rollout.tool)
     for step in range(1, config.model.warmup_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / RAMP_STEPS)
         batch = take(train, (step - 1) * BATCH_SIZE, BATCH_SIZE, config.run.seed)
-        logits, labels = _logits_and_labels(model, *_encode(batch))
+        logits, labels = _logits_and_labels(model, *_encode(batch, config.rollout.tool))
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), label_smoothing=LABEL_SMOOTHING
+            logits.flatten(0, 1),
+            labels.flatten(),
+            label_smoothing=LABEL_SMOOTHING[config.rollout.tool],
         )
         optimizer.zero_grad()
         loss.backward()
@@ -167,17 +171,22 @@ def _logits_and_labels(
     return model(tokens_ST).logits[:, :-1], labels_ST[:, 1:]
 
 
-def _encode(prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and labels [S, T]; only the answer and its end are not masked."""
+def _encode(prompts: list[Prompt], tool: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and labels [S, T]; prompts and what a tool returns have no label."""
     ids = {token: number for number, token in enumerate(VOCABULARY)}
-    length = max(len(p.prompt) + len(p.answer) for p in prompts) + 1
-    tokens_ST = torch.full((len(prompts), length), ids[PAD])
-    labels_ST = torch.full((len(prompts), length), IGNORE)
-    for row, p in enumerate(prompts):
-        sequence = [ids[c] for c in f"{p.prompt}{p.answer}"] + [ids[EOS]]
-        tokens_ST[row, : len(sequence)] = torch.tensor(sequence)
-        labels_ST[row, len(p.prompt) : len(sequence)] = torch.tensor(sequence[len(p.prompt) :])
-    return tokens_ST, labels_ST
+    tokens, labels = [], []
+    for p in prompts:
+        assert isinstance(p.prompt, str)  # the task's own prompts
+        pieces = [(p.prompt, False), *demonstration(p.prompt, p.answer, tool)]
+        tokens.append([*(ids[c] for text, _ in pieces for c in text), ids[EOS]])
+        is_own = [*(is_own for text, is_own in pieces for _ in text), True]
+        labels.append([t if own else IGNORE for t, own in zip(tokens[-1], is_own, strict=True)])
+    return _padded(tokens, ids[PAD]), _padded(labels, IGNORE)
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def main(config_path: str) -> None:

@@ -48,7 +48,8 @@ class Rows(Protocol):
 
 def is_covered(origin_T: np.ndarray) -> np.ndarray:
     """Return whether rows of these origins are covered, bool [T]."""
-    return np.isin(origin_T, COVERED)
+    prefill, decode = COVERED
+    return np.asarray((origin_T == prefill) | (origin_T == decode))
 
 
 def cause_of(covered_T: np.ndarray, origin_T: np.ndarray) -> np.ndarray:

@@ -86,6 +86,11 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
         routes: The rows to send, the first of them being row `start` of the sequence.
         start: Row of the sequence at which they begin.
     """
+    return b"".join(parts_of(routes, start))
+
+
+def parts_of(routes: Routes, start: int) -> list[Any]:
+    """Return the buffers that make up a payload, for the server to join without a further copy."""
     runs, bitmap, logits = _runs_of(routes), _bitmap_of(routes.layers), routes.router_logits
     header = Header(
         magic=MAGIC,
@@ -118,7 +123,7 @@ def encode(routes: Routes, *, start: int = 0) -> bytes:
     checksum = 0
     for part in content:
         checksum = zlib.crc32(part, checksum)
-    return b"".join([*content, CHECKSUM.pack(checksum)])
+    return [*content, CHECKSUM.pack(checksum)]
 
 
 def decode(

@@ -21,13 +21,20 @@ from ..routes.origin import Origin
 from ..routes.routes import RouterLogits
 from . import versions
 from .gates import gate_probs, pack, parse_version, score_function, unpack
+from .host_cache import HostRows
 from .logits import LogitSampler
+from .plugin import hook_features
 from .refusals import refuse_unsupported
 from .routers import check_routers
 from .slots import KeptRows, SlotRows
 from .weights import CombineWeights, RouterArguments
 
 logger = logging.getLogger(__name__)
+OUTSIDE_CACHES = (
+    *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv"),
+    "enable_unified_cache_external_linker",
+)
+CHAIN_ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 
 
 class CaptureOutput(TopkCaptureOutput):
@@ -49,8 +56,8 @@ class CaptureOutput(TopkCaptureOutput):
         ids_TLK = ids_TLK.to(torch.uint8 if is_small else torch.int16)
         super().__init__(stock.out_cache_loc, ids_TLK, stock.host_cache)
         self.capturer = capturer
-        is_decode = forward_batch.forward_mode.is_decode()
-        self.origin = Origin.DECODE if is_decode else Origin.PREFILL
+        self.origin = capturer.origin_of(forward_batch.forward_mode)
+        self.is_verify = forward_batch.forward_mode.is_target_verify()
         self.weight_version = capturer.weight_version
         # First position and number of rows of each request of a prefill; padding may follow.
         starts, counts = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
@@ -60,7 +67,9 @@ class CaptureOutput(TopkCaptureOutput):
         self.logit_rows_N: np.ndarray | None = None
         self.logits_NLE: torch.Tensor | None = None
         if capturer.sampler is not None:
-            self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(len(ids_TLK))
+            # Rows of drafts still change places.
+            num_rows = 0 if self.is_verify else len(ids_TLK)
+            self.logit_rows_N, self.logits_NLE = capturer.sampler.sample(num_rows)
 
     def map_device_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Copy to the host with the function that SGLang >= 0.5.15 passes."""
@@ -83,9 +92,31 @@ class CaptureOutput(TopkCaptureOutput):
         if self.logits_NLE is not None:
             self.logits_NLE = copy(self.logits_NLE)
 
+    def accept(self, accepted_SD: torch.Tensor) -> None:
+        """Put the rows of accepted drafts where SGLang moves their keys and values.
+
+        It moves those of a request's path through its tree of drafts to the front of its slots.
+
+        Args:
+            accepted_SD: For each request the rows of its path, then -1; on the device.
+        """
+        accepted_SD = accepted_SD.to(self.topk.device)  # without overlap the rows are on the host
+        index_SD = torch.arange(len(self.topk), device=self.topk.device)
+        index_SD = index_SD.view(len(accepted_SD), -1)
+        front_SD = index_SD[:, : accepted_SD.shape[1]]
+        front_SD.copy_(torch.where(accepted_SD >= 0, accepted_SD, front_SD))
+        index_T = index_SD.flatten()
+        self.topk = self.topk[index_T]
+        self.values = {name: values_TLK[index_T] for name, values_TLK in self.values.items()}
+        self.origin = Origin.DECODE
+
     def finalize(self) -> None:
         """Put the rows at their slots. Called once the copies are done."""
-        self.capturer.slots.put(self.out_cache_loc.numpy(), self.rows())
+        slots_T = self.out_cache_loc.numpy()
+        self.capturer.slots.put(slots_T, self.rows())
+        self.capturer.slots.settle(slots_T)
+        if self.capturer.host_rows is not None:
+            self.capturer.host_rows.settle()
 
     def rows(self) -> KeptRows:
         """Return the step's rows from 0 on, one request after another."""
@@ -117,9 +148,15 @@ class Capturer(RoutedExpertsCapturer):
         server_args = versions.server_args()
         refuse_unsupported(server_args, get_moe_runner_backend().value, self.settings)
         targets = versions.targets_of(versions.installed())
-        versions.check_hooks(targets.required(self.settings.hooks_routers))
+        of_features = targets.of_features(server_args)
+        hook_features(targets, of_features)
+        versions.check_hooks([*targets.required(self.settings.hooks_routers), *of_features])
         self.num_experts = num_experts_of(model_config.hf_text_config)
         # SGLang's own host buffer is not used: it gets one slot.
+        # SGLang's buffer has room for a chunk, or for so many requests.
+        named["max_running_requests"] = largest_step(
+            server_args, model_config.context_len, num_tokens, named["max_running_requests"]
+        )
         super().__init__(model_config, num_tokens=1, **named)
         self.weight_version = parse_version(getattr(server_args, "weight_version", None))
         # Filled by the routers that report: dense and hash-routed layers never do.
@@ -130,11 +167,19 @@ class Capturer(RoutedExpertsCapturer):
         if self.settings.has_weights:
             self.weights = CombineWeights(self.device_cache.buffer, self.topk_size)
         captured = ["gates"] * self.settings.has_gates + ["weights"] * self.settings.has_weights
-        self.slots = SlotRows(shape, self.num_experts, captured, self.sampler)
+        self.slots = SlotRows(
+            shape, self.num_experts, captured, self.sampler, has_outside_cache(server_args)
+        )
         if self.settings.has_kernel:
             kernels.require_device(self.device_cache.buffer.device)
         self.architecture = ", ".join(model_config.hf_config.architectures or ())
         self._router: RouterArguments | None = None
+        self.host_rows: HostRows | None = None
+        # Pipeline stages join their rows: of the stages before this one, of the pass at hand.
+        self.is_pipelined = getattr(server_args, "pp_size", 1) > 1
+        self.incoming: dict[str, torch.Tensor] = {}
+        # Of the last forward pass: a speculative worker may lose it, or move its rows.
+        self.last_output: CaptureOutput | None = None
         self._report_memory()
 
     @staticmethod
@@ -203,15 +248,27 @@ class Capturer(RoutedExpertsCapturer):
         Raises:
             ServerError: No router of the model reports its selections.
         """
-        if not self.layers and len(forward_batch.out_cache_loc):
+        # A stage may have dense layers only.
+        if not (self.layers or self.is_pipelined) and len(forward_batch.out_cache_loc):
             raise no_router_reports(self.architecture)
         stock = super().on_forward_end(
             forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu=True
         )
         output = CaptureOutput(versions.with_own_rows(stock), self, forward_batch)
-        if not no_copy_to_cpu:
+        self.last_output = output
+        if not (no_copy_to_cpu or self.is_pipelined):
             output.copy_now()
         return output
+
+    def origin_of(self, forward_mode: Any) -> Origin:
+        """Return the origin of a forward pass's rows.
+
+        A verified chain of drafts is accepted from its front, where its rows already are. The rows
+        of a tree, or of an algorithm that is not known here, are nobody's until they are accepted.
+        """
+        if forward_mode.is_target_verify():
+            return Origin.DECODE if is_chain(versions.server_args()) else Origin.SPECULATIVE
+        return Origin.DECODE if forward_mode.is_decode() else Origin.PREFILL
 
     def step_values(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """Return what a step captured beside SGLang's own buffer, on the device."""
@@ -219,6 +276,26 @@ class Capturer(RoutedExpertsCapturer):
             return {}
         # A copy: the next step may overwrite the buffer before this one is on the host.
         return {"weights": self.weights.step_TLK[:num_tokens].clone()}
+
+    def save_to_host(self, num_slots: int, device: torch.Tensor, host: torch.Tensor) -> None:
+        """Let rows follow keys and values to a cache on the host.
+
+        Args:
+            num_slots: Slots of that cache.
+            device, host: Slots of the copy, in the same order.
+        """
+        if self.host_rows is None:
+            self.host_rows = HostRows(self.slots, num_slots)
+            logger.info(
+                "routing_replay: %.1f MiB of rows for the cache on the host",
+                self.host_rows.host.host_bytes / 2**20,
+            )
+        self.host_rows.save(device.cpu().numpy(), host.cpu().numpy())
+
+    def load_from_host(self, host: torch.Tensor, device: torch.Tensor) -> None:
+        """Let rows follow keys and values back; rows that never went there stay unknown."""
+        if self.host_rows is not None:
+            self.host_rows.load(host.cpu().numpy(), device.cpu().numpy())
 
     def _scores(self, num_tokens: int) -> tuple[torch.Tensor | None, str | None]:
         """Return the logits of the selection at hand, and how the router scores them."""
@@ -251,6 +328,34 @@ class Capturer(RoutedExpertsCapturer):
             device / 2**20,
             host / 2**20,
         )
+
+
+def has_outside_cache(server_args: Any) -> bool:
+    """Return whether slots are filled without a forward pass of this server."""
+    return any(getattr(server_args, name, False) for name in OUTSIDE_CACHES)
+
+
+def is_chain(server_args: Any) -> bool:
+    """Return whether drafts are chains, whose accepted tokens stay in their slots."""
+    is_eagle = server_args.speculative_algorithm in CHAIN_ALGORITHMS
+    return is_eagle and server_args.speculative_eagle_topk == 1
+
+
+def largest_step(server_args: Any, context: int, num_slots: int, max_running_requests: int) -> int:
+    """Return the most tokens of a forward pass, as far as SGLang's own buffer does not count them.
+
+    Args:
+        server_args: SGLang's arguments.
+        context: Longest sequence of the model.
+        num_slots: KV slots: a token of a pass has one of its own.
+        max_running_requests: Requests that decode at a time; each verifies all its drafts.
+    """
+    num_drafts = getattr(server_args, "speculative_num_draft_tokens", None) or 1
+    largest = max_running_requests * num_drafts
+    if (server_args.chunked_prefill_size or 0) <= 0:
+        # Requests fill `max_prefill_tokens`; a single one may be as long as the context.
+        largest = max(largest, min(num_slots, max(server_args.max_prefill_tokens, context)))
+    return int(largest)
 
 
 def _capture_gates(

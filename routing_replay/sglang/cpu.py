@@ -1,4 +1,7 @@
-"""Inside a server without a CUDA device: keep SGLang's host buffers in plain memory."""
+"""Inside a server without a CUDA device: keep SGLang's host buffers in plain memory.
+
+A cache on the host copies with CUDA kernels; here it copies with torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,30 @@ def enable_cpu() -> bool:
         from sglang.srt.mem_cache.pool_host import common
 
         common.ALLOC_MEMORY_FUNCS["cpu"] = _plain_host_memory
+        _copy_caches_with_torch()
     return True
+
+
+def _copy_caches_with_torch() -> None:
+    from sglang.srt.mem_cache.pool_host import base, mha
+
+    # SGLang imports the function only where there is a device.
+    mha.transfer_kv_direct = _transfer_kv
+    # It leaves 10 GB to others, which a small machine without a device may not have.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
+
+
+def _transfer_kv(
+    *,
+    src_layers: list[torch.Tensor],
+    dst_layers: list[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Have the signature of SGLang's kernel."""
+    for source, target in zip(src_layers, dst_layers, strict=True):
+        target[dst_indices] = source[src_indices].to(target.device)
 
 
 def _plain_host_memory(

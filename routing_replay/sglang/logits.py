@@ -71,7 +71,7 @@ class LogitSampler:
 
     def keep(self, slots_T: np.ndarray, rows_N: np.ndarray, values_NLE: np.ndarray) -> None:
         """Drop the logits of the slots that a step wrote, and keep those of its sampled rows."""
-        self.entry_of_slot[slots_T] = NONE
+        self.forget(slots_T)
         entries_N = (self._next + np.arange(len(rows_N))) % len(self.ring_RLE)
         self._next = int(self._next + len(rows_N)) % len(self.ring_RLE)
         old_N = self.slot_of_entry[entries_N]
@@ -81,6 +81,10 @@ class LogitSampler:
         self.ring_RLE[entries_N] = values_NLE
         self.slot_of_entry[entries_N] = slots_T[rows_N]
         self.entry_of_slot[slots_T[rows_N]] = entries_N
+
+    def forget(self, slots_T: np.ndarray) -> None:
+        """Drop the logits of some slots."""
+        self.entry_of_slot[slots_T] = NONE
 
     def of_slots(self, slots_T: np.ndarray) -> RouterLogits:
         """Return the logits that are kept of some slots; rows are positions in `slots_T`."""

@@ -51,6 +51,29 @@ def _replace_capturer(targets: versions.Targets, settings: CaptureSettings) -> N
             _around(versions.PREFIX + name, hook)
 
 
+def hook_features(targets: versions.Targets, needed: list[str]) -> None:
+    """Hook what the features of this server need: their modules are not loaded without them.
+
+    Args:
+        targets: Of the installed version.
+        needed: Full names, of `Targets.of_features`.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks: dict[str | None, Hook] = {
+        targets.to_host: _save_to_host,
+        targets.from_host: _load_from_host,
+        targets.accept: _accept_drafts,
+        targets.ngram: _keep_output,
+        **dict(zip(targets.stages, (_launch_stage, _send_round, _arrive), strict=False)),
+    }
+    for name, hook in hooks.items():
+        if name is not None and versions.PREFIX + name in needed:
+            _around(versions.PREFIX + name, hook)
+    if needed:
+        HookRegistry.apply_hooks()
+
+
 def _around(target: str, hook: Hook) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -80,10 +103,13 @@ def _route(stock: Hook, *arguments: Any, **named: Any) -> Any:
 
 
 def _collect(stock: Hook, scheduler: Any, req: Any) -> None:
-    from .rows import collect
+    from .rows import collect, name_output
 
     capturer = _capturer()
-    if capturer is not None and req.return_routed_experts:
+    if capturer is None:
+        return
+    name_output(capturer, req, scheduler.req_to_token_pool)
+    if req.return_routed_experts:
         req.routed_experts = collect(capturer, req, scheduler.req_to_token_pool)
 
 
@@ -126,6 +152,59 @@ def _rename_weights(stock: Hook, scheduler: Any, recv_req: Any) -> Any:
     if capturer is not None:
         capturer.weight_version = parse_version(recv_req.new_version)
     return stock(scheduler, recv_req)
+
+
+def _save_to_host(stock: Hook, controller: Any, *arguments: Any, **named: Any) -> Any:
+    host, capturer = stock(controller, *arguments, **named), _capturer()
+    if capturer is not None and host is not None:
+        device = arguments[0] if arguments else named["device_indices"]
+        capturer.save_to_host(controller.mem_pool_host.size, device, host)
+    return host
+
+
+def _load_from_host(stock: Hook, controller: Any, *arguments: Any, **named: Any) -> Any:
+    device, capturer = stock(controller, *arguments, **named), _capturer()
+    if capturer is not None and device is not None:
+        host = arguments[0] if arguments else named["host_indices"]
+        capturer.load_from_host(host, device)
+    return device
+
+
+def _accept_drafts(
+    stock: Hook, batch: Any, accept_index: Any, *arguments: Any, **named: Any
+) -> Any:
+    capturer = _capturer()
+    if capturer is not None and capturer.last_output is not None:
+        capturer.last_output.accept(accept_index)
+    return stock(batch, accept_index, *arguments, **named)
+
+
+def _keep_output(stock: Hook, worker: Any, *arguments: Any, **named: Any) -> Any:
+    """The n-gram worker makes a new result and leaves the rows behind."""
+    result, capturer = stock(worker, *arguments, **named), _capturer()
+    if capturer is not None and result.routed_experts_output is None:
+        result.routed_experts_output = capturer.last_output
+    return result
+
+
+def _launch_stage(stock: Hook, scheduler: Any, *arguments: Any) -> Any:
+    from . import pipeline
+
+    return pipeline.launch(stock, _capturer(), scheduler, arguments)
+
+
+def _send_round(stock: Hook, *arguments: Any) -> Any:
+    from . import pipeline
+
+    return stock(*arguments) | pipeline.leaving(_capturer())
+
+
+def _arrive(stock: Hook, scheduler: Any, batch: Any, note: Any, outputs: Any) -> Any:
+    from . import pipeline
+
+    result = stock(scheduler, batch, note, outputs)
+    pipeline.arrive(_capturer(), note, outputs.tensors, result)
+    return result
 
 
 def _output(stock: Hook, scheduler: Any, reqs: Any, *arguments: Any, **named: Any) -> Any:

@@ -35,14 +35,10 @@ class Feature:
 
 OFF = (None, False)
 FEATURES = (
-    Feature(("pp_size",), (None, 1), "every stage sees its own layers only. Use --tp-size"),
     Feature(
-        (
-            *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse"),
-            "enable_unified_cache_external_linker",
-        ),
+        ("enable_hisparse",),
         OFF,
-        "prefixes come back from outside in other slots, without their rows. Turn it off",
+        "decoded tokens change their slots, and nothing says which. Turn it off",
     ),
     Feature(
         ("disaggregation_mode",),
@@ -53,11 +49,6 @@ FEATURES = (
         ("enable_two_batch_overlap", "enable_pdmux"),
         OFF,
         "two batches at a time write the same rows of one buffer. Turn it off",
-    ),
-    Feature(
-        ("speculative_algorithm",),
-        OFF,
-        "accepted tokens move between slots without their rows. Turn it off for rollouts",
     ),
     Feature(
         ("dllm_algorithm",), OFF, "a diffusion model visits a token many times, a row holds one"
@@ -76,6 +67,31 @@ FEATURES = (
         (None, "none", "deepep", "deepep_v2"),
         "SGLang gathers the rows of scattered tokens for DeepEP only. Use deepep or none",
     ),
+)
+# Read in versions.COVERS_FEATURES and later.
+NEWER_FEATURES = (
+    Feature(
+        (
+            *("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv"),
+            "enable_unified_cache_external_linker",
+        ),
+        OFF,
+        "prefixes come back from outside in other slots, without their rows. Turn it off, or take "
+        "SGLang 0.5.23",
+    ),
+    Feature(
+        ("speculative_algorithm",),
+        OFF,
+        "accepted tokens move between slots without their rows. Turn it off, or take SGLang 0.5.23",
+    ),
+    Feature(
+        ("pp_size",),
+        (None, 1),
+        "every stage sees its own layers only. Use --tp-size, or take SGLang 0.5.23",
+    ),
+)
+STAGED_FEATURES = (
+    Feature(("pp_size",), (None, 1), "logits of the other stages' layers do not travel. Use gates"),
 )
 UNGATHERED_FEATURES = (
     Feature(
@@ -98,6 +114,10 @@ def refuse_unsupported(server_args: Any, moe_backend: str, settings: CaptureSett
         ServerError: What is on, why the rows would be wrong, and what to use instead.
     """
     _refuse(server_args, FEATURES)
+    if versions.installed() < versions.COVERS_FEATURES:
+        _refuse(server_args, NEWER_FEATURES)
+    if settings.has_logits:
+        _refuse(server_args, STAGED_FEATURES, f" and the capture level {settings.level}")
     if settings.has_logits or settings.has_weights:
         _refuse(server_args, UNGATHERED_FEATURES, f" and the capture level {settings.level}")
     if moe_backend in IN_KERNEL_BACKENDS:
@@ -105,11 +125,6 @@ def refuse_unsupported(server_args: Any, moe_backend: str, settings: CaptureSett
             f"moe_runner_backend={moe_backend}",
             "it routes inside its kernel and reports nothing. Use triton or "
             "flashinfer_trtllm_routed",
-        )
-    if (server_args.chunked_prefill_size or 0) < 0:
-        raise _refusal(
-            f"chunked_prefill_size={server_args.chunked_prefill_size}",
-            "the capture's buffer has the size of a chunk. Name a size",
         )
     if settings.hooks_routers and versions.has_compiled_prefill(server_args):
         raise _refusal(

@@ -60,8 +60,20 @@ def _wanted(targets: versions.Targets) -> dict[str, tuple[str, ...]]:
     }
     if targets.rename is not None:
         wanted[targets.rename] = ("recv_req",)
-    if targets.output is not None:
-        wanted[targets.output] = ("reqs",)
+    optional: dict[str | None, tuple[str, ...]] = {
+        targets.output: ("reqs",),
+        targets.to_host: ("device_indices",),
+        targets.from_host: ("host_indices",),
+        targets.accept: ("batch", "accept_index"),
+        targets.ngram: ("batch",),
+    }
+    stages = (
+        ("mb_id", "pp_proxy_tensors", "mb_metadata"),
+        ("result",),
+        ("mb_metadata", "pp_outputs"),
+    )
+    optional |= dict(zip(targets.stages, stages, strict=False))
+    wanted |= {target: names for target, names in optional.items() if target is not None}
     return wanted
 
 

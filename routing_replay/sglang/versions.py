@@ -20,6 +20,19 @@ PREFIX = "sglang.srt."
 PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 OLD_PROCESSOR = "managers.scheduler_output_processor_mixin.SchedulerOutputProcessorMixin"
 UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+HOST_CACHE = "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
+# Caches on the host and speculative decoding were read, and tried where a CPU can, in this version.
+COVERS_FEATURES = (0, 5, 23)
+FEATURE_TARGETS: dict[str, Any] = {
+    "to_host": f"{HOST_CACHE}.write",
+    "from_host": f"{HOST_CACHE}.load",
+    "accept": "speculative.spec_utils.move_accept_tokens_to_target_kvcache",
+    "ngram": "speculative.ngram_worker.NGRAMWorker.forward_batch_generation",
+    "stages": tuple(
+        f"managers.scheduler_pp_mixin.SchedulerPPMixin.{name}"
+        for name in ("_pp_launch_batch", "_pp_prepare_tensor_dict", "_pp_prep_batch_result")
+    ),
+}
 OLD_UPDATER = "managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin"
 
 
@@ -36,6 +49,12 @@ class Targets:
         updates: Change the weights.
         rename: Renames the weights without changing them; None where schedulers do not know it.
         output: Lists the routes of a batch; None where it needs no repair.
+        to_host, from_host: Copy a prefix to the cache on the host and back; None where the server
+            is refused instead.
+        accept: Moves the accepted drafts of a tree; None as above.
+        ngram: Runs a step of the n-gram worker; None as above.
+        stages: Run a microbatch on a pipeline stage, make what the last stage sends round, and
+            make a result of it; none as above.
     """
 
     capturer: str = "state_capturer.routed_experts.RoutedExpertsCapturer"
@@ -46,12 +65,31 @@ class Targets:
     updates: tuple[str, ...]
     rename: str | None
     output: str | None
+    to_host: str | None = None
+    from_host: str | None = None
+    accept: str | None = None
+    ngram: str | None = None
+    stages: tuple[str, ...] = ()
 
     def required(self, hooks_routers: bool) -> list[str]:
         """Return the full names without which rows would be wrong."""
         names = (self.capturer, self.collect, self.prefill_result, self.release, *self.updates)
         optional = (self.router if hooks_routers else None, self.rename, self.output)
         return [PREFIX + name for name in (*names, *optional) if name is not None]
+
+    def of_features(self, server_args: Any) -> list[str]:
+        """Return the full names without which rows would be wrong under the server's features."""
+        names: list[str | None] = []
+        if getattr(server_args, "enable_hierarchical_cache", False):
+            names += [self.to_host, self.from_host]
+        algorithm = getattr(server_args, "speculative_algorithm", None)
+        if algorithm is not None:
+            names.append(self.accept)
+        if algorithm == "NGRAM":
+            names.append(self.ngram)
+        if getattr(server_args, "pp_size", 1) > 1:
+            names += self.stages
+        return [PREFIX + name for name in names if name is not None]
 
 
 def targets_of(version: tuple[int, ...]) -> Targets:
@@ -73,6 +111,7 @@ def targets_of(version: tuple[int, ...]) -> Targets:
         else None,
         # 0.5.12 lists the routes of opted-in requests only and so shifts them in a mixed batch.
         output=f"{processor}.stream_output_generation" if is_old else None,
+        **(FEATURE_TARGETS if version >= COVERS_FEATURES else {}),
     )
 
 
@@ -149,6 +188,12 @@ def req_pool_index(req: Any) -> Any:
     if installed() < (0, 5, 19):
         return req.req_pool_idx
     return req.kv.req_pool_idx
+
+
+def num_committed(req: Any) -> int:
+    """Return how many tokens' KV the request shares when it ends. In `req.kv` since 0.5.19."""
+    holder = req if installed() < (0, 5, 19) else req.kv
+    return int(getattr(holder, "kv_committed_len", 0))
 
 
 def with_own_rows(output: Any) -> Any:

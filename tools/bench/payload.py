@@ -24,6 +24,7 @@ from routing_replay.capture import REQUEST_KEY
 from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import FIELD, decode, encode
 from routing_replay.routes.routes import Routes, compact_dtype, has_duplicates
+from routing_replay.sglang.prefixes import of_request
 from routing_replay.sglang.rows import collect
 from routing_replay.sglang.slots import SlotRows
 
@@ -122,7 +123,10 @@ def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], o
     )
 
     def ours(level: str) -> Callable[[], object]:
-        return lambda: collect(capturer, finished(num_rows, level), pool)
+        req = finished(num_rows, level)
+        # As its prefill did.
+        slots.name(order[:-1].long().numpy(), of_request(req)[:-1])
+        return lambda: collect(capturer, req, pool)
 
     def stock() -> torch.Tensor:
         return stock_NLK[pool.req_to_token[0, : num_rows - 1].cpu().clone()]
@@ -133,7 +137,8 @@ def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], o
 def finished(num_tokens: int, level: str) -> SimpleNamespace:
     """Return the fields of a request that `collect` reads, by the names of all versions."""
     return SimpleNamespace(
-        origin_input_ids=[0] * (num_tokens - 1),
+        origin_input_ids=list(range(num_tokens - 1)),
+        input_embeds=None,
         output_ids=[0],
         output_ids_through_stop=[0],
         req_pool_idx=0,
