@@ -24,7 +24,6 @@ from routing_replay.capture import REQUEST_KEY
 from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import FIELD, decode, encode
 from routing_replay.routes.routes import Routes, compact_dtype, has_duplicates
-from routing_replay.sglang.prefixes import of_request
 from routing_replay.sglang.rows import collect
 from routing_replay.sglang.slots import SlotRows
 
@@ -124,8 +123,6 @@ def collectors(routes: Routes, num_rows: int = 8192) -> dict[str, Callable[[], o
 
     def ours(level: str) -> Callable[[], object]:
         req = finished(num_rows, level)
-        # As its prefill did.
-        slots.name(order[:-1].long().numpy(), of_request(req)[:-1])
         return lambda: collect(capturer, req, pool)
 
     def stock() -> torch.Tensor:
