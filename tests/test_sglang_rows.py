@@ -388,6 +388,27 @@ def test_the_hooks_of_each_version_generation():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"pp_size": 1, "speculative_algorithm": None}, []),
+        ({"enable_hierarchical_cache": True}, ["write", "load"]),
+        ({"speculative_algorithm": "EAGLE"}, ["move_accept_tokens_to_target_kvcache"]),
+        (
+            {"speculative_algorithm": "NGRAM"},
+            ["move_accept_tokens_to_target_kvcache", "forward_batch_generation"],
+        ),
+        ({"pp_size": 2}, ["_pp_launch_batch", "_pp_prepare_tensor_dict", "_pp_prep_batch_result"]),
+    ],
+)
+def test_only_the_features_of_a_server_are_hooked(arguments, names):
+    server_args = SimpleNamespace(**arguments)
+    hooked = versions.targets_of((0, 5, 23)).of_features(server_args)
+    assert [name.rsplit(".", 1)[1] for name in hooked] == names
+    # Older versions have none of them: such servers are refused.
+    assert versions.targets_of((0, 5, 22)).of_features(server_args) == []
+
+
+@pytest.mark.parametrize(
     ("text", "numbers"),
     [
         ("0.5.10.post1+cu130", (0, 5, 10)),
