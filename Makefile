@@ -62,8 +62,9 @@ docs: env  ## the documentation as a site, in site/; a broken link or reference 
 gpu: env  ## what one GPU can prove, in gpu.json; `python -m tools.gpu --help` says what (not run on a GPU yet)
 	$(PY) -m tools.gpu $(GPU_ARGS)
 
-soak: env  ## load on a real server, every row of every answer compared with a reference; 10 minutes (SOAK_ARGS="--seconds 3600")
+soak: env  ## load on a real server, every row compared with a reference, 10 minutes (SOAK_ARGS="--seconds 3600"); a run disturbed at 50 points (CHAOS_ARGS="--points 8")
 	$(PY) -m tools.soak $(SOAK_ARGS)
+	$(PY) -m tools.chaos $(CHAOS_ARGS)
 
 bench: env  ## the benchmarks of tools/bench/, one after another
 	@set -e; for file in $(filter-out %/__init__.py %/paired.py,$(wildcard tools/bench/*.py)); do \
