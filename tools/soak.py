@@ -197,10 +197,12 @@ class Soak:
                     client.abort()
                 if kind in ("retract", "update"):
                     client.pause("retract")
-                    if kind == "update":
-                        version += 1
-                        self.update(client, version)
-                    client.resume()
+                    try:
+                        if kind == "update":
+                            version += 1
+                            self.update(client, version)
+                    finally:
+                        client.resume()
             except RoutingReplayError as error:
                 self.figures.faults[f"{kind}: {error.what}"] += 1
             used = sum(p.memory_info().rss for p in servers.children(recursive=True))
