@@ -8,7 +8,7 @@ import replay_weights
 import torch
 from megatron_worlds import run_world
 
-from routing_replay.errors import ConfigError, RoutesError, TableError
+from routing_replay.errors import ConfigError, PreflightError, RoutesError, TableError
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
@@ -97,3 +97,12 @@ def test_a_frozen_router_gets_the_gradient_of_its_auxiliary_loss_alone():
     [largest] = run_world(replay_weights.without_router_gradient, 1)
     assert largest["softmax frozen"] == 0 < largest["softmax straight_through"]
     assert 0 < largest["aux_loss frozen"] < largest["aux_loss straight_through"]
+
+
+def test_weights_in_a_router_with_an_adapter_are_refused():
+    from routing_replay.megatron.routers import RouterEntry, require_own_forward
+
+    name = "decoder.layers.3.mlp.router"
+    require_own_forward(RouterEntry(router=None, chunk=0, layer=3, name=name))
+    with pytest.raises(PreflightError, match=r"a router with an adapter.*\[layer 3\]"):
+        require_own_forward(RouterEntry(router=None, chunk=0, layer=3, name=f"{name}.to_wrap"))

@@ -27,6 +27,7 @@ from .routers import (
     config_of,
     describe_model,
     find_routers,
+    require_own_forward,
 )
 from .routing_call import LiveLogits, Routed, RoutingCall
 from .selection import LiveTopK, Selection
@@ -189,6 +190,8 @@ class Attachment:
             expert_bias.install(entry.router, is_active=lambda: self.step is not None)
             if self._has_kernel:
                 patch_routing.require(entry.router)
+            if self.weights is not None:
+                require_own_forward(entry)
         for seam in seams:
             seam.install()
             # Nobody says when Megatron captures, and a graph keeps what it found then.

@@ -222,6 +222,19 @@ def _require_one_per_layer(entries: Sequence[RouterEntry]) -> None:
             )
 
 
+def require_own_forward(entry: RouterEntry) -> None:
+    """Raise PreflightError if hooks of the router never fire: its weights would not be replaced."""
+    # Megatron-Bridge's LoRA keeps the router as `to_wrap`, and calls gating and routing itself.
+    if entry.name.rpartition(".")[2] == "to_wrap":
+        raise PreflightError(
+            "weights cannot be replayed in a router with an adapter (LoRA)",
+            expected="a router whose own forward runs",
+            got=entry.name,
+            where=f"layer {entry.layer}",
+            fix="Leave the router out of the adapter's target modules, or replay ids alone",
+        )
+
+
 def _is_mtp(name: str, module: TopKRouter) -> bool:
     return "mtp" in name.split(".") or bool(getattr(module, "is_mtp_layer", False))
 
