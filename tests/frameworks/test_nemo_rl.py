@@ -6,7 +6,7 @@ It is on no package index: ROUTING_REPLAY_NEMO_RL names a checkout.
 import checkouts
 import pytest
 import torch
-from megatron_worlds import run_world
+from megatron_worlds import run_world, selected
 from tiny_models import write_tiny_qwen3_moe
 
 LENGTHS = (17, 30, 9, 23, 12, 40)
@@ -22,16 +22,17 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def passes(tmp_path_factory):
-    """Every pass of every layout, by the layout's name: one result of each rank."""
+def passes(request, tmp_path_factory):
+    """Every pass of the layouts that are asked for, by name: one result of each rank."""
     checkouts.checkout_of("nemo_rl")
     checkpoint = str(tmp_path_factory.mktemp("checkpoint"))
     write_tiny_qwen3_moe(checkpoint, vocab=256)
-    alone, *two = LAYOUTS.items()
-    ranks = run_world("nemo_step:run", 1, checkpoint, [alone[1]])
-    results = {alone[0]: [ranks[0][0]]}
-    ranks = run_world("nemo_step:run", 2, checkpoint, [sizes for _, sizes in two])
-    return results | {name: [rank[i] for rank in ranks] for i, (name, _) in enumerate(two)}
+    results = {"alone": run_world("nemo_step:run", 1, checkpoint, [{}])[0]}
+    names = [name for name in selected(request, "layout") if name != "alone"]
+    if names:
+        ranks = run_world("nemo_step:run", 2, checkpoint, [LAYOUTS[name] for name in names])
+        results |= {name: [rank[i] for rank in ranks] for i, name in enumerate(names)}
+    return results
 
 
 def counts(ranks, name, field):
