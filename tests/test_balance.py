@@ -93,6 +93,10 @@ def test_dispatch_names_the_counts_of_each_group_and_microbatch():
         ranks = step.packing.bins[minibatch][2 * group : 2 * group + 2]
         expected = [counts[[s for rank in ranks for s in rank[m]]].sum(0) for m in range(1)]
         np.testing.assert_array_equal(step.dispatch(group, [minibatch]), expected)
+        sizes_MDLE = step.sizes(group, [minibatch])
+        for rank, bins in enumerate(ranks):
+            expected = [counts[list(one)].sum(0) for one in bins]
+            np.testing.assert_array_equal(sizes_MDLE[:, rank], expected)
     whole = sum(step.dispatch(group).sum(0) for group in range(2))
     np.testing.assert_array_equal(whole, counts.sum(0))
 
@@ -150,6 +154,13 @@ def test_swaps_come_close_to_the_best_of_all_placements(seed):
     assert held <= 1.1 * best_of_all_placements(loads_LME[0, 0], 2)
 
 
+def test_two_ranks_that_are_equally_busy_do_not_end_the_search():
+    # No single swap lowers the peak: the other rank stays at 10. Two swaps leave 6 everywhere.
+    loads_LME = np.array([[[5.0, 5.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1.0]]])
+    placed = swapped(loads_LME, Placement.natural(1, 8, 4))
+    assert (loads_LME[0, 0] @ placed.is_on_rank_ER(0)).tolist() == [6.0] * 4
+
+
 def test_swaps_stop_where_they_no_longer_pay():
     loads_LME = np.array([[[9.0, 8.0, 1.0, 0.0]]])  # ranks 17 and 1; one swap: 9 and 9
     start = Placement.natural(1, 4, 2)
@@ -180,7 +191,7 @@ def test_uncovered_rows_count_as_their_layers_average_and_are_counted():
     np.testing.assert_allclose(total_LE.sum(1), 2 * table.num_rows)
     known_LE = np.array(oracles.expert_counts(table)).sum(0)
     np.testing.assert_allclose(total_LE / total_LE.sum(), known_LE / known_LE.sum())
-    by_rank_RSL = loads.by_rank(Placement.natural(3, 16, 4))
+    (by_rank_RSL,) = loads.by_rank(Placement.natural(3, 16, 4))
     np.testing.assert_allclose(by_rank_RSL.sum((0, 1)), 2 * table.num_rows, rtol=1e-5)
     step = rr.plan(table, lengths, PlanLayout(data=1, expert=1))
     assert step.num_unknown == loads.num_unknown
@@ -298,6 +309,33 @@ def test_ranks_that_share_sequences_by_position_say_that_counts_are_estimates():
     table, lengths = topical_table()
     with pytest.raises(ConfigError, match="their exact counts are not known"):
         rr.plan(table, lengths, layout).dispatch(0)
+
+
+def test_without_a_covered_row_all_experts_count_alike():
+    table, lengths = topical_table(covered=0.0)
+    step = rr.plan(table, lengths, PlanLayout(data=2, expert=2))
+    assert step.num_unknown == (lengths - 1).sum() and step.num_moves == 0
+    np.testing.assert_allclose(step.natural.peak_over_mean_L, 1, rtol=1e-5)
+
+
+def test_dense_layers_have_no_row_in_a_plan():
+    ids_TLK = np.arange(2, dtype=np.uint8)[None, None].repeat(6, 0).repeat(2, 1)
+    routes = [Routes(expert_ids_TLK=ids_TLK, layers=(1, 3), num_experts=4) for _ in range(4)]
+    lengths = [7] * 4
+    step = rr.plan(RouteTable.from_routes(routes), lengths, PlanLayout(data=2, expert=2))
+    # Experts 0 and 1 get every token; apart they are balanced.
+    assert step.natural.peak_over_mean_L.tolist() == [2, 2]
+    assert step.prediction.peak_over_mean_L.tolist() == [1, 1]
+    assert step.placement.experts_LE.shape == (2, 4)
+
+
+def test_ranks_that_share_an_expert_all_get_its_tokens():
+    # A group of 2 x 2 ranks trains the sequences of two data-parallel ranks, each cut in two.
+    table, lengths = topical_table()
+    layout = PlanLayout(data=2, expert=2, context=2, expert_tensor=2)
+    step = rr.plan(table, lengths, layout, PlanOptions(budget=Budget(microbatches=2)))
+    assert layout.num_groups == 1
+    np.testing.assert_array_equal(step.dispatch(0).sum(0), table.expert_counts().sum(0))
 
 
 def test_a_prediction_of_one_rank_is_balanced():

@@ -64,6 +64,26 @@ class Packing:
         cells = [cell for minibatch in numbers for cell in self.cells(minibatch, group)]
         return np.stack([counts_SLE[sequences].sum(0, dtype=np.int64) for sequences in cells])
 
+    def sizes(
+        self, counts_SLE: np.ndarray, group: int, minibatches: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Return what each data-parallel rank of a group of experts sends; arguments as `dispatch`.
+
+        Returns:
+            int64 [M, D, L, E], D being `layout.ranks_per_group`.
+        """
+        numbers = range(self.num_minibatches) if minibatches is None else minibatches
+        size = self.layout.ranks_per_group
+        ranks = range(group * size, (group + 1) * size)
+        bins = [
+            [self.bins[number][rank][m] for rank in ranks]
+            for number in numbers
+            for m in range(len(self.bins[number][0]))
+        ]
+        return np.stack(
+            [[counts_SLE[list(one)].sum(0, dtype=np.int64) for one in by_rank] for by_rank in bins]
+        )
+
     def cells(self, minibatch: int, group: int = -1) -> list[list[int]]:
         """Return the sequences of every cell of a minibatch, microbatch by microbatch.
 

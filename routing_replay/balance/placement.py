@@ -12,6 +12,9 @@ from ..errors import ConfigError
 MAX_SWAPS = 512
 # Ranks of a layer that are searched for a swap before it ends.
 MAX_ATTEMPTS = 4
+# Of a lower load of the two ranks of a swap, beside a lower load of the busiest rank: where several
+# ranks are about as busy, no single swap lowers the load of all of them.
+PAIR_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,8 +80,9 @@ def swapped(loads_LME: np.ndarray, start: Placement, least_gain: float = 0.0) ->
     """Return a placement with less on the busiest ranks, by swaps of two experts at a time.
 
     Each swap takes an expert of the rank that is busiest most, and exchanges it with the expert
-    elsewhere that lowers the sum over the microbatches of the busiest rank's load most. A layer
-    ends when no swap lowers it, and goes back to the point at which its swaps paid most.
+    elsewhere that lowers the sum over the microbatches of the busiest rank's load most; a share of
+    what the two ranks gain counts as well. A layer ends when no swap gains, and goes back to the
+    point at which its swaps paid most.
 
     Args:
         loads_LME: Tokens for each expert in each microbatch M (and group of experts).
@@ -94,8 +98,8 @@ def swapped(loads_LME: np.ndarray, start: Placement, least_gain: float = 0.0) ->
     active, attempt_L = np.arange(len(experts_LE)), np.zeros(len(experts_LE), np.int64)
     for _ in range(MAX_SWAPS):
         by_slot_LME = np.take_along_axis(loads_LME[active], experts_LE[active, None], axis=2)
-        gain_L, slots_L2 = _best_swaps(by_slot_LME, start.num_ranks, attempt_L[active])
-        gains_L = gain_L > noise_L[active]
+        score_L, gain_L, slots_L2 = _best_swaps(by_slot_LME, start.num_ranks, attempt_L[active])
+        gains_L = score_L > noise_L[active]
         swapped_L, slots_L2 = active[gains_L], slots_L2[gains_L]
         experts_LE[swapped_L[:, None], slots_L2] = experts_LE[swapped_L[:, None], slots_L2[:, ::-1]]
         # A swap may pay only together with the next one: the best of all prefixes is kept.
@@ -113,8 +117,8 @@ def swapped(loads_LME: np.ndarray, start: Placement, least_gain: float = 0.0) ->
 
 def _best_swaps(
     by_slot_LME: np.ndarray, num_ranks: int, attempt_L: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The gain of each layer's best swap [L] and its two slots [L, 2].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each layer's best swap: its score [L], its gain on the busiest rank [L], its slots [L, 2].
 
     One of the slots is of the rank that is busiest most, or of the next one in later attempts.
     """
@@ -128,6 +132,7 @@ def _best_swaps(
     elsewhere_LMR = _max_of_others(others_LMR)
     own_slots_LN = busiest_L[:, None] * num_local + np.arange(num_local)
     after_LNE = np.zeros((num_layers, num_local, num_experts), np.float32)
+    pair_LNE, pair_LE = np.zeros_like(after_LNE), np.zeros((num_layers, num_experts), np.float32)
     for m in range(num_microbatches):
         load_LE = by_slot_LME[:, m]
         # [L, N, E]: what the busiest rank gains if it gives slot n for slot e.
@@ -135,13 +140,19 @@ def _best_swaps(
         busiest_LNE = loads_LMR[layer_L, m, busiest_L][:, None, None] + change_LNE
         partner_LE = np.repeat(loads_LMR[:, m], num_local, axis=1)
         np.maximum(busiest_LNE, partner_LE[:, None] - change_LNE, out=busiest_LNE)
+        pair_LNE += busiest_LNE
+        pair_LE += np.maximum(partner_LE, loads_LMR[layer_L, m, busiest_L][:, None])
         rest_LE = np.repeat(elsewhere_LMR[:, m], num_local, axis=1)
         after_LNE += np.maximum(busiest_LNE, rest_LE[:, None], out=busiest_LNE)
-    after_LNE[layer_L[:, None], :, own_slots_LN] = np.inf  # no swap within the rank
-    best_L = after_LNE.reshape(num_layers, -1).argmin(1)
-    gain_L = loads_LMR.max(2).sum(1) - after_LNE.reshape(num_layers, -1)[layer_L, best_L]
-    own_slot_L = own_slots_LN[layer_L, best_L // num_experts]
-    return gain_L, np.stack([own_slot_L, best_L % num_experts], axis=1)
+    gain_LNE = np.subtract(loads_LMR.max(2).sum(1)[:, None, None], after_LNE, out=after_LNE)
+    score_LNE = np.subtract(pair_LE[:, None], pair_LNE, out=pair_LNE)
+    score_LNE *= PAIR_SHARE
+    score_LNE += gain_LNE
+    score_LNE[layer_L[:, None], :, own_slots_LN] = -np.inf  # no swap within the rank
+    best_L = score_LNE.reshape(num_layers, -1).argmax(1)
+    at_L = layer_L, best_L // num_experts, best_L % num_experts
+    own_slot_L = own_slots_LN[layer_L, at_L[1]]
+    return score_LNE[at_L], gain_LNE[at_L], np.stack([own_slot_L, at_L[2]], axis=1)
 
 
 def _busiest(loads_LMR: np.ndarray) -> np.ndarray:

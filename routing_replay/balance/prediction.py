@@ -37,7 +37,7 @@ class Prediction:
         Args:
             loads: Of its sequences.
             packing: Where the sequences are.
-            loads_RSL: `loads.by_rank(placement)`.
+            loads_RSL: Of `loads.by_rank`.
             cost: Finds the group of experts that takes longest.
         """
         cells = [

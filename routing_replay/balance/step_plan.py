@@ -101,6 +101,10 @@ class StepPlan:
         """Return `packing.dispatch` of the step's counts: what `replaying(dispatch=)` compares."""
         return self.packing.dispatch(self.counts_SLE, group, minibatches)
 
+    def sizes(self, group: int, minibatches: Sequence[int] | None = None) -> np.ndarray:
+        """Return `packing.sizes` of the step's counts: what `replaying(sizes=)` takes."""
+        return self.packing.sizes(self.counts_SLE, group, minibatches)
+
 
 def plan(
     routes: RouteTable | np.ndarray,
@@ -140,9 +144,7 @@ def plan(
     packing = natural_packing
     if options.kind in ("placement", "both"):
         placement = _placed(loads, packing, placement, options)
-    natural_RSL = loads_RSL = loads.by_rank(natural_placement)
-    if placement is not natural_placement:
-        loads_RSL = loads.by_rank(placement)
+    natural_RSL, loads_RSL = loads.by_rank(natural_placement, placement)
     if options.kind in ("packing", "both"):
         packing = _packed(loads, loads_RSL, layout, options)
     natural = Prediction.of(loads, natural_packing, natural_RSL, options.cost)

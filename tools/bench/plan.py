@@ -135,7 +135,7 @@ def peak_in_order(
         bins.append(deal([own_S[one].tolist() for one in ordered], layout))
     packing = Packing(bins=tuple(bins), layout=layout)
     placement = placement or Placement.natural(loads.num_layers, loads.num_experts, layout.expert)
-    return Prediction.of(loads, packing, loads.by_rank(placement), options.cost).peak_over_mean
+    return Prediction.of(loads, packing, loads.by_rank(placement)[0], options.cost).peak_over_mean
 
 
 def planning_seconds(step: Step, ranks: int, minibatch: int) -> dict[str, float]:

@@ -160,7 +160,7 @@ def packings(step: Step, num_ranks: int, num_cells: int, limit_s: float) -> dict
     options = PlanOptions(budget=Budget(microbatches=num_cells))
     planned = plan(step.counts_SLE, step.lengths_S, layout, options, top_k=step.top_k)
     loads = StepLoads.of(step.counts_SLE, step.lengths_S, step.top_k)
-    loads_RSL = loads.by_rank(planned.placement)
+    (loads_RSL,) = loads.by_rank(planned.placement)
     mean = float(loads_RSL.sum()) / num_ranks
     fixed = replace(options, kind="packing", placement=planned.placement)
     solved: list[float] = []
