@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import torch
 from megatron_batches import megatron_backward
 from megatron_worlds import megatron
@@ -17,6 +19,7 @@ from recipes.model import weight_plan
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout
 from recipes.model.weights import save_hf
+from routing_replay.balance import Placement
 from routing_replay.errors import RoutingReplayError
 
 # isort: split
@@ -101,35 +104,45 @@ def _settings(dtype, is_distributed):
 
 
 def _policy(folder, layout, settings):
-    """What `checkpoints` needs of a Policy, without rollout settings and objective."""
+    """What `checkpoints` needs of a Policy, without rollout settings and objective.
+
+    Under expert parallelism its experts can move, as in a planned run.
+    """
+    from routing_replay.megatron.placement import place_experts
+
     dtype = getattr(torch, settings.trainer_dtype)
     config = transformer_config(folder, layout, dtype=dtype)
     config.finalize_model_grads_func = finalize_model_grads
     chunks = models.trained(config, layout, folder, settings)
     optimizer = models.make_optimizer(chunks, settings, dtype)
     recipe = SimpleNamespace(training=settings, run=RunSettings(keep_checkpoints=1))
+    placed = place_experts(chunks, optimizer) if layout.expert > 1 else None
     return SimpleNamespace(
         chunks=chunks,
         optimizer=optimizer,
         layout=layout,
         config=recipe,
-        natural_experts=contextlib.nullcontext,  # without a plan no expert moves
+        placed=placed,
+        natural_experts=contextlib.nullcontext if placed is None else placed.natural,
     )
 
 
 def _compare(folder, run_dir, settings, layout, batch):
     with megatron(layout):
         policy = _policy(folder, layout, settings)
+        _move(policy, seed=1)
         _step(policy, batch)
         progress = checkpoints.Progress(step=1, prompts_consumed=2)
         checkpoint = checkpoints.save(policy, run_dir, progress, folder)
         saved = _weights(policy)
         norm, uninterrupted = _step(policy, batch), _weights(policy)
         save_hf(policy.chunks, run_dir / "after", source=folder)
+        killed = _killed_in_mid_move(policy, run_dir, folder)
         # Memory that Megatron does not initialize must not hold the right values by chance.
         policy = _policy(checkpoint, layout, settings)
         checkpoints.load_trainer(policy, checkpoint)
         loaded = _weights(policy)
+        _move(policy, seed=1)
         resumed_norm, resumed = _step(policy, batch), _weights(policy)
         return {
             "loaded": _equal(loaded, saved),
@@ -137,7 +150,46 @@ def _compare(folder, run_dir, settings, layout, batch):
             "resumed": _equal(resumed, uninterrupted),
             "moved": not _equal(uninterrupted, saved),
             "progress": checkpoints.read_progress(checkpoint),
+            "killed": killed,
+            "is_newest": checkpoints.newest(run_dir) == checkpoint,
         }
+
+
+def _move(policy, seed):
+    """Bring the experts elsewhere, if they can move."""
+    if policy.placed is not None:
+        natural_LE = np.arange(policy.placed.placement.experts_LE.shape[1])
+        rng = np.random.default_rng(seed)
+        order_LE = np.stack([rng.permutation(natural_LE) for _ in policy.placed.layers])
+        num_ranks = policy.placed.placement.num_ranks
+        policy.placed.move(Placement(experts_LE=order_LE, num_ranks=num_ranks))
+        assert policy.placed.num_moved
+
+
+def _killed_in_mid_move(policy, run_dir, folder):
+    """The error of a checkpoint after a move that ended between its messages."""
+    if policy.placed is None:
+        return None
+    stock, calls = torch.distributed.all_to_all_single, []
+
+    def second_fails(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("the network is gone")
+        return stock(*arguments, **options)
+
+    with (
+        mock.patch.object(torch.distributed, "all_to_all_single", second_fails),
+        contextlib.suppress(OSError),
+    ):
+        _move(policy, seed=2)
+    assert len(calls) == 2
+    try:
+        progress = checkpoints.Progress(step=2, prompts_consumed=4)
+        checkpoints.save(policy, run_dir, progress, folder)
+    except RoutingReplayError as error:
+        return str(error)
+    return None
 
 
 def _step(policy, batch):
@@ -151,7 +203,8 @@ def _step(policy, batch):
 
 def _weights(policy):
     chunks = [weight_plan.unwrap(chunk) for chunk in policy.chunks]
-    return [tensor.clone() for chunk in chunks for tensor in chunk.parameters()]
+    with policy.natural_experts():
+        return [tensor.clone() for chunk in chunks for tensor in chunk.parameters()]
 
 
 def _equal(left, right):

@@ -61,6 +61,7 @@ LAYOUTS = {
     1: {"one": ParallelLayout()},
     2: {
         "dp2": ParallelLayout(),
+        "ep2": ParallelLayout(expert=2),
         "tp2": ParallelLayout(tensor=2),
         "pp2-vpp2": ParallelLayout(pipeline=2, virtual_pipeline=2),
         "pp2-first3": ParallelLayout(pipeline=2, first_stage_layers=3),
@@ -118,6 +119,10 @@ def test_the_step_after_a_resume_is_the_uninterrupted_one_bit_for_bit(
         assert case["moved"]
         assert case["resumed"]
         assert case["progress"] == checkpoints.Progress(step=1, prompts_consumed=2)
+        # Where experts move, a run that was killed in mid-move resumes from what it had saved.
+        assert case["is_newest"]
+        if "ep" in layout:
+            assert "a move of experts did not finish" in case["killed"]
 
 
 @pytest.fixture(scope="module")
