@@ -12,18 +12,20 @@ from te_stand_ins import te_spec
 
 from recipes.minirl import models
 from recipes.minirl.settings import TrainingSettings
+from recipes.model.cpu import InertEvent
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout
 from recipes.model.weights import load_hf, named_hf_tensors, save_hf
 from routing_replay.balance import Placement
 from routing_replay.config import ReplayConfig
-from routing_replay.errors import ReplayError
+from routing_replay.errors import ConfigError, ReplayError
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.moe import token_dispatcher
 
 MOVES = {3: 1, 8: 2}  # before these updates the experts move; the values are seeds
 NUM_UPDATES, COMPARED = 14, (3, 8, 13)
@@ -87,7 +89,7 @@ def run(rank, folders, out, names):
 
 def compared(natural, moved):
     """Largest differences; 0 means equal bits."""
-    found = {"num_moved": moved["num_moved"], "guards": moved["guards"]}
+    found = {name: moved[name] for name in ("num_moved", "guards", "sizes")}
     for name in ("logits", "states", "exported", "replayed", "recorded", "loaded"):
         pairs = list(zip(natural[name], moved[name], strict=True))
         assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs), name
@@ -116,6 +118,7 @@ def train(case, folder, out, is_moved):
         found["replayed"], found["recorded"], dispatch = replay_and_record(case, chunks)
         save_hf(chunks, out, source=folder)
         found["guards"] = guards(chunks, placed) if is_moved else None
+        found["sizes"] = known_sizes(case, chunks) if is_moved else None
         with placed.natural():
             found["states"] = states(chunks, optimizer)
         # Loading a checkpoint fills the experts where they are.
@@ -202,6 +205,96 @@ def replay_and_record(case, chunks):
         except ReplayError as error:
             wrong = str(error)
         return [logits, overlap], [torch.from_numpy(ids_LTK)], wrong
+
+
+def known_sizes(case, chunks):
+    """A step whose dispatchers count, and one whose dispatchers are given their sizes."""
+    from routing_replay.megatron import attach
+    from routing_replay.megatron.placement import experts_of
+
+    if case.layout.pipeline > 1 or case.layout.context > 1:
+        return None
+    sequences = torch.stack(batch(7)[0])
+    with attach(chunks, ReplayConfig(mode="R3")) as replay:
+        table, rows = live_table(replay, chunks[0], sequences)
+        group = parallel_state.get_expert_model_parallel_group()
+        counts_DLE = [None] * torch.distributed.get_world_size(group)
+        own_LE = table.expert_counts().sum(0, dtype=np.int64)
+        torch.distributed.all_gather_object(counts_DLE, own_LE, group=group)
+        sizes = np.stack(counts_DLE)[None]
+        try:
+            given = stepped(replay, chunks[0], sequences, rows, table, sizes=sizes)
+        except ConfigError as error:
+            return {"refused": str(error)}
+        counted = stepped(replay, chunks[0], sequences, rows, table, dispatch=sizes.sum(1))
+        found = {
+            "refused": None,
+            "different": [n for n, v in given[0].items() if not torch.equal(v, counted[0][n])],
+            "is_finite": all(bool(v.isfinite().all()) for v in given[0].values()),
+            "given": given[1],
+            "counted": counted[1],
+        }
+        layer = next(m for m in chunks[0].modules() if hasattr(m, "token_dispatcher"))
+        # Two experts of one rank: the messages are as long as before, the experts' shares are not.
+        experts = [None] * len(counts_DLE)
+        torch.distributed.all_gather_object(experts, experts_of(layer), group=group)
+        row = replay.shape.layers.index(layer.router.layer_number - 1)
+        by_count = sorted(experts[0], key=lambda expert: sizes[0, :, row, expert].min())
+        wrong = sizes.copy()
+        wrong[0, :, row, by_count[0]] += 1
+        wrong[0, :, row, by_count[-1]] -= 1
+        uncovered = rows.clone()
+        uncovered[0, :5] = -1
+        found["errors"] = [
+            error_of(replay, chunks[0], sequences, rows, table, sizes=wrong),
+            error_of(replay, chunks[0], sequences, uncovered, table, sizes=sizes),
+            error_of(replay, chunks[0], sequences, rows, table, sizes=sizes + 1),
+        ]
+        return found
+
+
+def live_table(replay, chunk, sequences):
+    """The live routes of this rank's sequences, and their rows."""
+    drawn = drawn_table(replay.shape)
+    rows = drawn.token_rows([LENGTH + 1] * 2, width=LENGTH)
+    options = {"record_live": True, "is_shared": False}
+    with torch.no_grad(), replay.replaying(drawn, **options) as recorded:
+        forward(replay, chunk, sequences, rows)
+    table = recorded.table()
+    table.source = "rollout"
+    return table, rows
+
+
+def stepped(replay, chunk, sequences, rows, table, **counts):
+    """Gradients of a replayed step; how often the host waits for sizes, and ranks gather them."""
+    waits, gathers = [], []
+    gather = token_dispatcher.gather_from_sequence_parallel_region
+
+    def counted_gather(*arguments, **options):
+        gathers.append(1)
+        return gather(*arguments, **options)
+
+    chunk.zero_grad_buffer()
+    with (
+        mock.patch.object(InertEvent, "synchronize", lambda _: waits.append(1)),
+        mock.patch.object(token_dispatcher, "gather_from_sequence_parallel_region", counted_gather),
+        replay.replaying(table, **counts),
+    ):
+        logits = forward(replay, chunk, sequences, rows)
+        logits.float().square().mean().backward()
+    values = {name: p.main_grad.clone() for name, p in chunk.named_parameters()}
+    values["logits"] = logits.detach()
+    chunk.zero_grad_buffer()
+    return values, {"waits": len(waits), "gathers": len(gathers)}
+
+
+def error_of(replay, chunk, sequences, rows, table, **counts):
+    try:
+        stepped(replay, chunk, sequences, rows, table, **counts)
+    except ReplayError as error:
+        chunk.zero_grad_buffer()
+        return str(error)
+    return None
 
 
 def dispatched(case, table, rows):

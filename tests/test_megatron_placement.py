@@ -6,6 +6,7 @@ that move twice; the tests read the differences.
 
 import functools
 import tempfile
+from importlib import metadata
 
 import pytest
 from megatron_worlds import run_world, selected
@@ -105,3 +106,46 @@ def test_what_the_experts_get_is_what_the_plan_says_or_an_error(results, num_ran
     for message in wrong:
         assert "experts got other tokens than the plan says, in 1 of" in message
         assert "got -1 tokens" in message and "microbatch 0, expert 3" in message
+
+
+@each_case
+def test_a_dispatcher_that_is_given_its_sizes_neither_gathers_nor_waits(results, num_ranks, name):
+    for found in results(num_ranks, name):
+        sizes = found["sizes"]
+        if sizes is None:
+            continue  # pipelines and context parallelism are not asked
+        reason = refusal(num_ranks, name)
+        if reason:
+            assert "the dispatcher cannot be given the sizes of a plan" in sizes["refused"]
+            assert reason in sizes["refused"]
+            continue
+        assert sizes["refused"] is None and sizes["different"] == [] and sizes["is_finite"]
+        assert sizes["given"] == {"waits": 0, "gathers": 0}
+        # Each layer waits and gathers once in the forward, and again where it is recomputed.
+        times = 2 if name == "ep2-recompute" else 1
+        num_layers = 2 if name.startswith("glm") else 3
+        counted = dict.fromkeys(("waits", "gathers"), times * num_layers)
+        assert sizes["counted"] == counted
+
+
+@each_case
+def test_sizes_that_are_not_those_of_the_routes_are_refused(results, num_ranks, name):
+    if refusal(num_ranks, name) or "pp2" in name or "cp2" in name:
+        return
+    for found in results(num_ranks, name):
+        wrong, live, others = found["sizes"]["errors"]
+        assert "routers selected other experts than the plan's sizes say, in 1 of" in wrong
+        assert "a token routes live, but the dispatcher was given the sizes of a plan" in live
+        assert "got 5 tokens without one" in live
+        assert "the plan's sizes are of another number of tokens" in others
+
+
+def refusal(num_ranks, name):
+    """Why the dispatchers of a case take no sizes."""
+    if not metadata.version("megatron-core").startswith("0.19."):
+        return "megatron-core 0."
+    if name.startswith("tp2"):
+        return "tensor parallelism"
+    if name == "ep2-allgather":
+        return "MoEAllGatherTokenDispatcher"
+    return "expert parallelism 1" if num_ranks == 1 else ""

@@ -71,11 +71,11 @@ def test_the_dispatch_of_a_scope_is_the_counts_of_its_microbatches(alone):
     batch, table = a_step()
     sharding = Sharding(minibatch_size=4, microbatch_size=2)
     planned = plan_step(settings(microbatch_size=2), sharding, batch, table, None)
-    of_update = planned.dispatch(0, [1])
+    of_update = planned.counts(0, [1])["dispatch"]
     expected = [table.counts_SLE[list(one)].sum(0) for one in planned.packing.bins[1][0]]
     np.testing.assert_array_equal(of_update, expected)
     # The old policy's pass runs the microbatches of all updates in one scope.
-    np.testing.assert_array_equal(planned.dispatch(0)[2:], of_update)
+    np.testing.assert_array_equal(planned.counts(0)["dispatch"][2:], of_update)
 
 
 def test_metrics_describe_the_plan_and_the_natural_order_by_layer(alone):

@@ -153,7 +153,7 @@ def take_step(policy, folder):
         updates = merge(updates, policy.live_ratios(batch, live, number))
         chosen = choose(policy, batch, old.table, old.scores, number, (0, 1, number))
         fixed = FixedScores(old=old.scores, reference=reference, chosen=chosen)
-        with replaying(policy, old.table, policy.dispatch(number)):
+        with replaying(policy, old.table, policy.planned_counts(number)):
             objective = policy.config.make_objective()
             updates = merge(
                 updates, policy.update(batch, old.token_rows_ST, fixed, objective, number)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 
 from routing_replay.megatron import Recording
@@ -39,7 +40,7 @@ def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass
             assert table is not None
             token_rows_ST = batch.token_rows(table)
             with (
-                policy.replay.replaying(table, dispatch=policy.dispatch()),
+                policy.replay.replaying(table, **policy.planned_counts()),
                 policy.remembering_routers(table.num_rows),
             ):
                 scores = policy.score(batch, token_rows_ST)
@@ -90,9 +91,9 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
 
 
 def replaying(
-    policy: Policy, table: RouteTable | None, dispatch: np.ndarray | None = None
+    policy: Policy, table: RouteTable | None, counts: Mapping[str, Any] | None = None
 ) -> contextlib.AbstractContextManager[object]:
     """Open the scope of an update."""
     if table is None:
         return contextlib.nullcontext()
-    return policy.replay.replaying(table, dispatch=dispatch)
+    return policy.replay.replaying(table, **(counts or {}))

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from recipes.model import memory, parallel
 from recipes.model.model import transformer_config
 from routing_replay.errors import ConfigError
 from routing_replay.megatron import attach
+from routing_replay.megatron.patch_dispatch_sizes import why_not
 from routing_replay.megatron.placement import place_experts
 from routing_replay.megatron.router_shift import RouterShift
 from routing_replay.metrics.policy_kl import policy_metrics
@@ -100,6 +100,7 @@ class Policy:
         if t.plan in ("placement", "both"):
             self.placed = place_experts(self.chunks, self.optimizer)
         self.planned: PlannedStep | None = None
+        self.has_sizes = not why_not(self.chunks, self.replay.shape.layers)
         self.reference = None
         if config.needs_reference:
             folder = reference or checkpoint
@@ -216,12 +217,12 @@ class Policy:
                 self.placed.move(planned.placement)
         self.sharding = replace(self.sharding, planned=bins)
 
-    def dispatch(self, minibatch: int | None = None) -> np.ndarray | None:
-        """Return what a scope over one minibatch, or all, must send to this rank's experts."""
+    def planned_counts(self, minibatch: int | None = None) -> dict[str, Any]:
+        """Return what `replaying` is told of a scope over one minibatch, or all."""
         if self.planned is None:
-            return None
+            return {}
         numbers = None if minibatch is None else [minibatch]
-        return self.planned.dispatch(self.sharding.data_rank, numbers)
+        return self.planned.counts(self.sharding.data_rank, numbers, self.has_sizes)
 
     def natural_experts(self) -> contextlib.AbstractContextManager[None]:
         """Within: every expert on Megatron's own rank, as checkpoints hold them; collective."""

@@ -43,20 +43,32 @@ class PlannedStep:
         placement: Of the experts.
         counts_SLE: Of the step's table.
         metrics: Of the prediction, on rank 0.
+        is_whole: Every token that is fed has a route.
     """
 
     packing: Packing
     placement: Placement
     counts_SLE: np.ndarray
     metrics: dict[str, Value]
+    is_whole: bool = False
 
-    def dispatch(self, data_rank: int, minibatches: list[int] | None = None) -> np.ndarray | None:
-        """Return the counts that a rank's experts must get, int64 [M, L, E]; None: not known."""
+    def counts(
+        self, data_rank: int, minibatches: list[int] | None = None, has_sizes: bool = False
+    ) -> dict[str, Any]:
+        """Return what `replaying` is told of the tokens that a rank's experts get; empty: nothing.
+
+        Args:
+            data_rank: Of this rank.
+            minibatches: Whose microbatches the scope runs; all if None.
+            has_sizes: The dispatchers take sizes, where every token has a route.
+        """
         layout = self.packing.layout
         if not layout.has_whole_sequences:
-            return None
+            return {}
         group = data_rank // layout.ranks_per_group
-        return self.packing.dispatch(self.counts_SLE, group, minibatches)
+        if has_sizes and self.is_whole:
+            return {"sizes": self.packing.sizes(self.counts_SLE, group, minibatches)}
+        return {"dispatch": self.packing.dispatch(self.counts_SLE, group, minibatches)}
 
 
 def plan_layout(t: TrainingSettings, world_size: int) -> PlanLayout:
@@ -104,14 +116,17 @@ def plan_step(
     step = on_every_rank(planned)
     content: list[Any] = [None]
     if step is not None:
-        content = [(step.packing, step.placement)]
+        # Padded sequences have positions that the plan does not count.
+        is_whole = bool(t.microbatch_tokens) and not step.num_unknown
+        content = [(step.packing, step.placement, is_whole)]
     torch.distributed.broadcast_object_list(content, src=0)
-    packing, experts = content[0]
+    packing, experts, is_whole = content[0]
     return PlannedStep(
         packing=packing,
         placement=experts,
         counts_SLE=table.expert_counts(),
         metrics={} if step is None else plan_metrics(step, table.shape.layers),
+        is_whole=is_whole,
     )
 
 

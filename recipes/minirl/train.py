@@ -228,7 +228,7 @@ def update_policy(
                 fixed = FixedScores(
                     old=scores, reference=reference, chosen=chosen, has_mu=layer < 0
                 )
-                with replaying(policy, old.table, policy.dispatch(number)):
+                with replaying(policy, old.table, policy.planned_counts(number)):
                     metrics = merge(
                         metrics,
                         policy.update(batch, old.token_rows_ST, fixed, job.objective, number),

@@ -18,6 +18,7 @@ from . import patch_routing, preflight
 from .captured import ChunkBuffers, buffers_of, is_graph_capturing
 from .dispatch import DispatchCheck
 from .passes import ForwardPass, LivePass
+from .patch_dispatch_sizes import KnownSizes
 from .ranks import RankGrid
 from .replaying_pass import ReplayingPass
 from .routers import (
@@ -154,6 +155,15 @@ class Attachment:
                 fix="Replay without dispatch=",
             )
         return DispatchCheck(expected_MLE, self.shape.layers, self._model_chunks, self._tracker)
+
+    def known_sizes(self, sizes_MDLE: np.ndarray) -> KnownSizes:
+        """Return what gives the dispatchers of a scope the sizes of their messages.
+
+        Raises:
+            ConfigError: A dispatcher that cannot be given them, or sizes of another model.
+        """
+        self.dispatch_check(sizes_MDLE.sum(1))
+        return KnownSizes(sizes_MDLE, self.shape.layers, self._model_chunks, self._tracker)
 
     def leave_forward(self) -> None:
         """The announced microbatch is over, with an exception or without."""

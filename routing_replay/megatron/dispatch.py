@@ -42,14 +42,7 @@ class DispatchCheck:
         model_chunks: Sequence[torch.nn.Module],
         tracker: PassTracker,
     ):
-        routed = [
-            module
-            for chunk in model_chunks
-            for module in chunk.modules()
-            if hasattr(module, "token_dispatcher") and hasattr(module, "router")
-        ]
-        own = {module.router.layer_number - 1: module for module in routed}  # type: ignore[union-attr,operator]
-        self._modules: dict[int, Any] = {i: own[i] for i in layers if i in own}
+        self._modules = routed_modules(model_chunks, layers)
         self._rows = {layer: row for row, layer in enumerate(self._modules)}
         self._expected_LME = expected_MLE.swapaxes(0, 1)[[layers.index(i) for i in self._modules]]
         self._tracker = tracker
@@ -93,13 +86,7 @@ class DispatchCheck:
         Raises:
             ReplayError: The scope ran another number of microbatches than the plan has.
         """
-        if num_microbatches != self.num_microbatches:
-            raise ReplayError(
-                "the scope ran another number of microbatches than its plan",
-                expected=self.num_microbatches,
-                got=num_microbatches,
-                fix="Run the plan's microbatches, in its order, in one scope",
-            )
+        require_planned_number(num_microbatches, self.num_microbatches)
         if not self._modules:
             return
         group = parallel_state.get_expert_tensor_and_model_parallel_group()
@@ -150,3 +137,28 @@ class DispatchCheck:
                 self._got_LMN[self._rows[layer], forward_pass.number] += counts_N
 
         return before_experts
+
+
+def routed_modules(
+    model_chunks: Sequence[torch.nn.Module], layers: Sequence[int]
+) -> dict[int, Any]:
+    """Return Megatron's MoELayers of this rank by their global layer."""
+    routed = [
+        module
+        for chunk in model_chunks
+        for module in chunk.modules()
+        if hasattr(module, "token_dispatcher") and hasattr(module, "router")
+    ]
+    own = {module.router.layer_number - 1: module for module in routed}  # type: ignore[union-attr,operator]
+    return {layer: own[layer] for layer in layers if layer in own}
+
+
+def require_planned_number(num_microbatches: int, planned: int) -> None:
+    """Raise ReplayError if a scope ran another number of microbatches than its plan."""
+    if num_microbatches != planned:
+        raise ReplayError(
+            "the scope ran another number of microbatches than its plan",
+            expected=planned,
+            got=num_microbatches,
+            fix="Run the plan's microbatches, in its order, in one scope",
+        )

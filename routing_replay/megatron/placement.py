@@ -36,8 +36,8 @@ from .expert_tensors import (
 )
 from .routers import config_of, describe_model, find_routers
 
-# Where a layer keeps the model's own numbers of its local experts, while they are not Megatron's.
-ATTRIBUTE = "routing_replay_experts"
+# Where a layer keeps the order of its slots over all ranks, while it is not Megatron's.
+ATTRIBUTE = "routing_replay_order"
 
 
 def place_experts(
@@ -61,8 +61,14 @@ def experts_of(layer: torch.nn.Module) -> tuple[int, ...]:
     Args:
         layer: Megatron's MoELayer. What exports its weights names them by these numbers.
     """
-    own: tuple[int, ...] = getattr(layer, ATTRIBUTE, None) or tuple(layer.local_expert_indices)  # type: ignore[arg-type]
-    return own
+    slots: list[int] = layer.local_expert_indices  # type: ignore[assignment]
+    order: tuple[int, ...] | None = getattr(layer, ATTRIBUTE, None)
+    return tuple(slots) if order is None else tuple(order[slot] for slot in slots)
+
+
+def order_of(layer: torch.nn.Module, num_experts: int) -> np.ndarray:
+    """Return the model's own number of the expert in each slot of all ranks; int64 [E]."""
+    return np.array(getattr(layer, ATTRIBUTE, None) or range(num_experts))
 
 
 class PlacedExperts:
@@ -192,7 +198,7 @@ class PlacedExperts:
                 is_sharded = self._has_shards and name != WEIGHT
                 own = [by_name.get(name) for by_name in shards]
                 self._exchange(moves, parts, own, dtype, is_sharded)
-        layer.set_order(experts_E, moves.rank, moves.num_local)
+        layer.set_order(experts_E)
 
     def _names(self, shards: list[dict[str, Shard]]) -> list[tuple[str, torch.dtype]]:
         """What any rank stores: under the distributed optimizer some ranks store only a part."""
@@ -264,14 +270,13 @@ class _Layer:
         self._owner = owner
         self._hooks = self._install()
 
-    def set_order(self, experts_E: np.ndarray, rank: int, num_local: int) -> None:
+    def set_order(self, experts_E: np.ndarray) -> None:
         """Take a new order of the slots."""
         self.experts_E = experts_E.copy()
         self.is_natural = bool((experts_E == np.arange(len(experts_E))).all())
         self._order_E.copy_(torch.from_numpy(self.experts_E))
         self._inverse_E.copy_(torch.from_numpy(np.argsort(self.experts_E)))
-        own_E = self.experts_E[rank * num_local : (rank + 1) * num_local]
-        setattr(self.module, ATTRIBUTE, tuple(int(expert) for expert in own_E))
+        setattr(self.module, ATTRIBUTE, tuple(self.experts_E.tolist()))
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -335,7 +340,6 @@ class _Moves:
     Args:
         sent, received: Local slots, by the other rank and then by the new slot.
         num_sent, num_received: How many to and from each rank.
-        rank: This one.
         num_local: Experts of a rank.
     """
 
@@ -343,7 +347,6 @@ class _Moves:
     received: list[int]
     num_sent: list[int]
     num_received: list[int]
-    rank: int
     num_local: int
 
     @classmethod
@@ -363,6 +366,5 @@ class _Moves:
             received=(new_E[received][by_source] % num_local).tolist(),
             num_sent=np.bincount(to_E[sent], minlength=size).tolist(),
             num_received=np.bincount(from_E[received], minlength=size).tolist(),
-            rank=rank,
             num_local=num_local,
         )

@@ -26,6 +26,7 @@ from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 from .attachment import Attachment, this_rank
 from .dispatch import DispatchCheck
+from .patch_dispatch_sizes import KnownSizes
 from .receipt import Receipt
 from .recording import Recording
 from .routers import shape_of_configuration
@@ -88,7 +89,7 @@ class Replay:
         self._attachment = attachment
         self._agreement: LayerAgreement | None = None
         self._replace_rate: ReplaceRate | None = None
-        self._dispatch: DispatchCheck | None = None
+        self._dispatch: DispatchCheck | KnownSizes | None = None
 
     def __enter__(self) -> Replay:
         return self
@@ -143,6 +144,7 @@ class Replay:
         weight_version: int | None = None,
         has_weights: bool = True,
         dispatch: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
     ) -> Iterator[Recording | None]:
         """Within: the table's routes (R3: the rollout's; R2: recorded ones).
 
@@ -159,6 +161,10 @@ class Replay:
                 in each microbatch of the scope (`StepPlan.dispatch`). The end of the scope compares
                 it with what the experts got, collectively over the group; a difference is an error
                 there on a CPU. On a GPU nothing waits: `metrics()` or the next scope raises it.
+            sizes: Instead of `dispatch`, int64 [M, D, L, E], of each data-parallel rank of the
+                group (`StepPlan.sizes`): Megatron's all-to-all dispatcher takes the sizes of its
+                messages from here, without a gather and a wait in every layer. Every token needs a
+                route. A difference from the routers' maps is an error as above.
 
         Raises:
             ConfigError: `layers` names a layer without a router, or `record_live` with captured
@@ -185,6 +191,9 @@ class Replay:
         if dispatch is not None:
             self._require_whole_replay(soft, only_layers)
             step.dispatch = self._attachment.dispatch_check(np.asarray(dispatch))
+        if sizes is not None:
+            self._require_whole_replay(soft, only_layers)
+            step.dispatch = self._attachment.known_sizes(np.asarray(sizes))
         step.weights = self._attachment.weights if has_weights else None
         with self._open(step):
             yield recorded

@@ -15,6 +15,7 @@ from .dispatch import DispatchCheck
 from .layout import as_mask, as_rows
 from .observer import AgreementSample
 from .passes import ForwardPass, LivePass, LiveRecord, RecordingPass
+from .patch_dispatch_sizes import KnownSizes
 from .receipt import Receipt
 from .recording import Recording
 from .replaying_pass import ReplayingPass
@@ -64,7 +65,8 @@ class Step:
         weights: How the table's combine weights are replayed; None: the router's own are taken.
         soft: Which replayed experts stay; None: all.
         replace_rate: Counts those that do not; given with `soft`.
-        dispatch: Compares what the experts get with a plan; None: nothing is compared.
+        dispatch: Compares what the experts get with a plan, or gives Megatron's dispatchers its
+            sizes; None: neither.
     """
 
     chunks: Sequence[ChunkRouters]
@@ -78,7 +80,7 @@ class Step:
     weights: WeightReplay | None = None
     soft: SoftRule | None = None
     replace_rate: ReplaceRate | None = None
-    dispatch: DispatchCheck | None = None
+    dispatch: DispatchCheck | KnownSizes | None = None
     passes: list[ForwardPass] = field(default_factory=list)
     microbatch: Microbatch | None = None
 

@@ -247,7 +247,7 @@ class Bench:
         def scope() -> Any:
             if not is_replayed:
                 return nullcontext()
-            return policy.replay.replaying(case.table, dispatch=policy.dispatch(0))
+            return policy.replay.replaying(case.table, **policy.planned_counts(0))
 
         dist.barrier()
         started = time.perf_counter()
