@@ -239,10 +239,10 @@ def known_sizes(case, chunks):
         experts = [None] * len(counts_DLE)
         torch.distributed.all_gather_object(experts, experts_of(layer), group=group)
         row = replay.shape.layers.index(layer.router.layer_number - 1)
-        by_count = sorted(experts[0], key=lambda expert: sizes[0, :, row, expert].min())
+        busiest = int(sizes[0, 0, row].argmax())
+        (other, *_) = next(set(own) - {busiest} for own in experts if busiest in own)
         wrong = sizes.copy()
-        wrong[0, :, row, by_count[0]] += 1
-        wrong[0, :, row, by_count[-1]] -= 1
+        wrong[0, 0, row, [busiest, other]] += np.array([-1, 1])
         uncovered = rows.clone()
         uncovered[0, :5] = -1
         found["errors"] = [
@@ -255,14 +255,12 @@ def known_sizes(case, chunks):
 
 def live_table(replay, chunk, sequences):
     """The live routes of this rank's sequences, and their rows."""
-    drawn = drawn_table(replay.shape)
-    rows = drawn.token_rows([LENGTH + 1] * 2, width=LENGTH)
-    options = {"record_live": True, "is_shared": False}
-    with torch.no_grad(), replay.replaying(drawn, **options) as recorded:
-        forward(replay, chunk, sequences, rows)
+    lengths = [LENGTH + 1] * 2
+    with torch.no_grad(), replay.recording(lengths, is_shared=False) as recorded:
+        forward(replay, chunk, sequences, recorded.token_rows(lengths, width=LENGTH))
     table = recorded.table()
     table.source = "rollout"
-    return table, rows
+    return table, table.token_rows(lengths, width=LENGTH)
 
 
 def stepped(replay, chunk, sequences, rows, table, **counts):
