@@ -273,6 +273,8 @@ def stepped(replay, chunk, sequences, rows, table, **counts):
         return gather(*arguments, **options)
 
     chunk.zero_grad_buffer()
+    for parameter in chunk.parameters():
+        parameter.grad = None  # an optimizer's step leaves it as an alias of the buffer
     with (
         mock.patch.object(InertEvent, "synchronize", lambda _: waits.append(1)),
         mock.patch.object(token_dispatcher, "gather_from_sequence_parallel_region", counted_gather),
