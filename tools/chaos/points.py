@@ -124,6 +124,7 @@ def kill_launcher(world: World) -> None:
 def fill_disk(world: World) -> None:
     """Let the disk have no room for the responses of the steps that follow."""
     folder = world.run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)  # no step has begun, perhaps
     newest = max((int(p.stem.removeprefix("step_")) for p in folder.glob("step_*")), default=0)
     for step in (newest + 1, newest + 2):
         with contextlib.suppress(FileExistsError):
