@@ -155,10 +155,25 @@ def passes(
     return results
 
 
+def use_cpu_in_backward() -> None:
+    """Let NeMo-RL's own backward of a context slice put its index on a CPU.
+
+    `enable_cpu` reads "cuda" as "cpu" by a mode, and torch runs a backward outside of it.
+    """
+    stock = torch.tensor
+
+    def tensor(*args: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        return stock(*args, **named)
+
+    torch.tensor = tensor  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **named: self  # type: ignore[method-assign]
+
+
 def run(rank: int, checkpoint: str, layouts: list[dict[str, int]]) -> list[dict[str, Any]]:
     """What NeMo-RL's own replay gives in each layout, and then ours."""
     checkouts.put_on_path("nemo_rl")  # a forked rank has the path of the process that asked for it
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it beside TP and CP
+    use_cpu_in_backward()
     router_replay._install_missing_route_fallback_patch()
     # The name by which the worker's module, which cannot be imported here, calls the iterator.
     worker = ModuleType("nemo_rl.models.policy.workers.megatron_policy_worker")
