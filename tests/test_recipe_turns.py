@@ -12,7 +12,6 @@ from recipes.minirl.turns import TOOLS, Tool
 
 __all__ = ["rollout_of"]  # a fixture
 RETURNED = [9, 10, 11]
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -59,6 +58,5 @@ def test_responses_that_are_aborted_go_on(rollout_of, references, sglang_server)
     sglang_server.client.abort()
     thread.join(timeout=300)
     assert [len(sample.response_ids) for sample in samples] == [300] * 4
-    assert all(sample.is_sampled is not None for sample in samples)  # of two answers
     for sample in samples:
         assert_exact(sample, references[0])

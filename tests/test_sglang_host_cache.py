@@ -36,7 +36,7 @@ ARGUMENTS = (
     *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
     *("--hicache-write-policy", "write_through"),
     # Prompts are far longer than the 8 requests for which SGLang's own buffer would have room.
-    *("--chunked-prefill-size", "-1"),
+    *("--chunked-prefill-size", "-1", "--mem-fraction-static", "0.5"),
 )
 
 

@@ -1,14 +1,12 @@
 """Under load every row stays right, and a bad client harms only itself."""
 
-import pytest
 from sglang_checks import assert_true
 from sglang_servers import random_prompt, request, while_running
 
 from routing_replay.rollout import GenerateRequest
 from tools.soak import CUSTOM_PARAMS, START_LENGTHS, Soak, growth, post
 
-SECONDS = 25
-pytestmark = pytest.mark.slow
+SECONDS = 15
 
 
 def test_every_row_is_right_under_load(server):
@@ -20,7 +18,7 @@ def test_every_row_is_right_under_load(server):
     assert dict(figures.faults) == {}
     # What only a request may lose that was ended before its prefill was complete.
     assert set(figures.uncovered) <= {"aborted"}
-    assert figures.rows > 1000
+    assert figures.rows > 500
     assert figures.events["update"] and figures.events["closed by the client"]
 
 
