@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from sglang_checks import Reference, assert_ids_follow, softmax
-from sglang_servers import ARGUMENTS, random_prompt, request
+from sglang_servers import ARGUMENTS, random_prompt, request, write_checkpoint
 from tiny_models import write_tiny_glm4_moe
 from tiny_models_sglang import write_tiny_dots1, write_tiny_olmoe
 
@@ -82,9 +82,9 @@ def assert_chosen(routes, chosen_LTK):
 
 
 def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
-    checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
-    with pytest.raises(ServerError, match="no true routes with enable_two_batch_overlap=True"):
-        served(checkpoint, None, "--enable-two-batch-overlap")
+    checkpoint = write_checkpoint(tmp_path / "qwen3", seed=0)
+    with pytest.raises(ServerError, match="no true routes with pp_size=2 and the capture level"):
+        served(checkpoint, None, "--pp-size", "2", SGLANG_CPU_OMP_THREADS_BIND="0|1")
 
 
 def test_olmoe_without_renormalisation(tmp_path):
