@@ -106,7 +106,7 @@ def test_a_layout_that_does_not_fit_names_the_fix():
     [
         ({"tensor": 4}, "tensor does not divide the model's num_query_groups"),
         ({"expert": 3}, "expert does not divide the model's num_moe_experts"),
-        ({"pipeline": 3}, "does not divide the model's num_layers"),
+        ({"pipeline": 3}, "do not divide the model's num_layers"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(reference, layout, message):
