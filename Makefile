@@ -30,13 +30,13 @@ recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, n
 # one worker, with its server and its ranks.
 test-fast: env  ## every test that needs no engine; about a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
-	  --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	  --numprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # The files' order (tests/conftest.py) puts those of minutes before those of seconds.
 ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
   --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: env  ## every test that needs no GPU, except the long matrix; about 30 minutes
+test: env  ## every test that needs no GPU, except the long matrix; 15 minutes
 	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long matrix of layouts and recomputation

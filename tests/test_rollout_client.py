@@ -79,7 +79,8 @@ class FakeServer:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        # How long `shutdown` waits: half a second by default.
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def __enter__(self):
         return self
@@ -703,5 +704,5 @@ def test_request_fields_of_each_level():
 def test_an_answer_without_the_most_likely_tokens_that_were_asked_for_is_refused():
     with FakeServer() as fake:
         with pytest.raises(ServerError, match="3 positions; got .*output_token_logprobs"):
-            RolloutClient([fake.url], MODEL).generate([asked(num_top_logprobs=2)])
+            RolloutClient([fake.url], MODEL, QUICK).generate([asked(num_top_logprobs=2)])
         assert fake.calls[-1][1]["top_logprobs_num"] == 2
