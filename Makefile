@@ -30,7 +30,7 @@ recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, n
 # one worker, with its server and its ranks.
 test-fast: env  ## every test that needs no engine; about a minute
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --lane core \
-	  --numprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	  --numprocesses 3 --dist loadfile $(PYTEST_ARGS)
 
 # The files' order (tests/conftest.py) puts those of minutes before those of seconds.
 ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
