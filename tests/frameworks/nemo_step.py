@@ -149,6 +149,7 @@ def passes(
             outputs = one_pass(worker, model, config, data, kind)
             results[f"{batching} {kind}"] = {
                 "outputs": [output.get("logprobs", output) for output in outputs or []],
+                "lengths": data["input_lengths"],  # packing takes the sequences in another order
                 "seconds": time.perf_counter() - started,
                 "gradient": [
                     None if p.grad is None else p.grad.clone() for p in model.parameters()
