@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch_ranks import start_ranks
 
+from recipes.serving.ports import HeldPort
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.agreement import (
     LayerAgreement,
@@ -217,24 +218,16 @@ def _stage(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
-def test_pipeline_stages_together_report_what_one_process_would(free_port):
+def test_pipeline_stages_together_report_what_one_process_would():
     queue = mp.get_context("spawn").SimpleQueue()
-    context = start_ranks(_stage, (free_port, queue), 2, join=False)
-    results = [queue.get() for _ in range(2)]
-    while not context.join():
-        pass
+    with HeldPort() as port:
+        context = start_ranks(_stage, (port, queue), 2, join=False)
+        results = [queue.get() for _ in range(2)]
+        while not context.join():
+            pass
     for staged, whole, union in results:
         assert union["own"] == LayerValues(mean=8 / 4, layers={3: 2.0, 5: 2.0})
         assert union["nothing"].layers == {}
         assert staged == pytest.approx(whole)
         assert staged["routing_replay/any_layer_differs"] > 0.5
     assert results[0][:2] == results[1][:2]
-
-
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

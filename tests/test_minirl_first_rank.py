@@ -11,6 +11,7 @@ from torch_ranks import start_ranks
 from recipes.minirl import node_files
 from recipes.minirl.first_rank import FirstRank
 from recipes.minirl.node import require_alike
+from recipes.serving.ports import HeldPort
 from routing_replay.errors import ConfigError, DataError
 
 WORK_S = 0.5
@@ -33,12 +34,6 @@ def waits_for_rank_0(first_rank, rank, folder):
     assert NODES[rank] == 1 or (folder / "sampled").read_text() == "complete"
     assert metrics == ({"reward": 1.0} if rank == 0 else {})
     assert time.monotonic() - start >= WORK_S / 2
-
-
-def free_port():
-    """A port that the system has chosen; held by nobody for a moment."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store.port
 
 
 def in_nodes(rank, port, folder):
@@ -102,9 +97,10 @@ def of_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
     for node in range(2):
         (folder / f"disk_{node}").mkdir()
-    context = start_ranks(in_nodes, (free_port(), folder), len(NODES), join=False)
-    for process in context.processes:
-        process.join(60)
+    with HeldPort() as port:
+        context = start_ranks(in_nodes, (port, folder), len(NODES), join=False)
+        for process in context.processes:
+            process.join(60)
     return [
         torch.load(folder / f"disk_{node}" / f"outcome_{rank}.pt") | {"status": process.exitcode}
         for rank, (node, process) in enumerate(zip(NODES, context.processes, strict=True))

@@ -4,11 +4,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_minirl_first_rank import free_port
 
 from recipes.minirl import commands
 from recipes.minirl.command_line import parse
 from recipes.minirl.node import NodeError, main, make_parser, meet
+from recipes.serving.ports import HeldPort
 
 HOST = "127.0.0.1"
 LATE_S = 1.0
@@ -27,8 +27,7 @@ def outcome(port, node, num_nodes=2, late_s=0.0, timeout_s=TIMEOUT_S):
 
 def outcomes(*machines):
     """What happens to machines that are started at once; (node, options) each."""
-    port = free_port()
-    with ThreadPoolExecutor(len(machines)) as pool:
+    with HeldPort() as port, ThreadPoolExecutor(len(machines)) as pool:
         waiting = [pool.submit(outcome, port, node, **options) for node, options in machines]
         return [future.result() for future in waiting]
 
@@ -49,7 +48,8 @@ def test_a_machine_that_never_starts_is_named_on_all_others():
 
 
 def test_without_node_0_the_others_say_so():
-    error = outcome(free_port(), node=1, timeout_s=2.0)
+    with HeldPort() as port:
+        error = outcome(port, node=1, timeout_s=2.0)
     assert "node 0 did not start; expected 127.0.0.1" in error
     assert "within 2 s (--node-timeout-s)" in error
 
@@ -65,7 +65,9 @@ def test_a_number_that_two_machines_have_is_refused():
 
 
 def test_a_number_beyond_the_machines_is_refused():
-    assert "out of range; expected 0..1 (--nnodes 2); got 2" in outcome(free_port(), node=2)
+    with HeldPort() as port:
+        error = outcome(port, node=2)
+    assert "out of range; expected 0..1 (--nnodes 2); got 2" in error
 
 
 def test_a_machine_without_the_configuration_says_where_it_comes_from(tmp_path, capsys):

@@ -16,7 +16,8 @@ import pytest
 from megatron_worlds import run_world
 from test_recipe_end_to_end import ROOT, TIMEOUT_S, records, start, write_prompts
 
-from recipes.serving.server import ServerOptions, free_port, launch
+from recipes.serving.ports import HeldPort
+from recipes.serving.server import ServerOptions, launch
 from routing_replay.errors import CheckpointError
 
 NODES = [
@@ -55,13 +56,14 @@ def start_node(command, folder, changes, environment):
 
 def train(commands, url, folder):
     """Both nodes to their end; node 1 has a disk of its own, and sees the shared folder late."""
-    names = {"NODE0": "127.0.0.1", "29500": str(free_port()), "http://SERVER:30000": url}
+    held = HeldPort()
+    names = {"NODE0": "127.0.0.1", "29500": str(held.number), "http://SERVER:30000": url}
     own = names | {str(folder / "disk_0"): str(folder / "disk_1")}
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text("import slow_folder\n")
     path = os.pathsep.join(map(str, [folder / "site", ROOT, ROOT / "tests"]))
     slow = {"PYTHONPATH": path, "SLOW_FOLDER": str(folder / "shared"), "SLOW_S": str(SLOW_S)}
-    with contextlib.ExitStack() as stack:
+    with held, contextlib.ExitStack() as stack:
         nodes = []
         for command, changes, environment in zip(commands, (names, own), ({}, slow), strict=True):
             nodes.append(start_node(command, folder, changes, environment))

@@ -205,6 +205,21 @@ def test_a_taken_port_is_an_error_of_its_own():
             launch("model", ServerOptions(port=port))
 
 
+def test_nobody_can_take_the_port_while_the_server_starts(command):
+    loading = "import sys, time\nprint(sys.argv[1], flush=True)\ntime.sleep(1)\n"
+    command(loading + textwrap.dedent(SERVING))
+    refused = []
+
+    def take_it(_, last_line):
+        if last_line.isdigit():
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", int(last_line)))
+            refused.append(last_line)
+
+    with launch("model", on_progress=take_it) as running:
+        assert set(refused) == {str(running.port)}
+
+
 def test_a_server_does_not_take_itself_for_a_rank(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -18,13 +17,11 @@ from routing_replay.errors import ServerError
 
 from . import cpu
 from .children import Child
+from .ports import HOST, HeldPort
 
-HOST = "127.0.0.1"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0
-# SGLang before 0.5.19 derives a second port from the first by adding 10,000, used or not.
-HIGHEST_PORT = 65535 - 10000
 # A server started by a rank of a torchrun job must not believe that it is one of the ranks.
 RANK_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -66,14 +63,15 @@ class Server(Child):
     Args:
         model_path: A Hugging Face checkpoint.
         options: See `ServerOptions`.
-        port: TCP port on 127.0.0.1.
+        port: TCP port on 127.0.0.1; a free one, if None. It is held until the server stops.
     """
 
-    def __init__(self, model_path: Path, options: ServerOptions, port: int):
-        self.port = port
-        self.url = f"http://{HOST}:{port}"
+    def __init__(self, model_path: Path, options: ServerOptions, port: int | None):
+        self._held = HeldPort(port)
+        self.port = self._held.number
+        self.url = f"http://{HOST}:{self.port}"
         super().__init__(
-            command_line(model_path, options, port),
+            command_line(model_path, options, self.port),
             Path(options.log_path or tempfile.mkstemp("-sglang.log")[1]),
             inherited=environment_of(options),
             logs_output=True,
@@ -82,6 +80,10 @@ class Server(Child):
     @property
     def is_alive(self) -> bool:
         return self.status is None
+
+    def stop(self) -> None:
+        super().stop()
+        self._held.release()
 
     def check(self) -> None:
         """Raise ServerError, with the last lines of the log, if the server has died."""
@@ -114,9 +116,7 @@ def launch(
     options = options or ServerOptions()
     if not Path(options.python).is_file():
         raise ServerError("the server's interpreter does not exist", got=options.python)
-    port = options.port if options.port is not None else free_port()
-    check_port(port)
-    server = Server(Path(model_path), options, port)
+    server = Server(Path(model_path), options, options.port)
     try:
         _wait_until_ready(server, options.ready_timeout_s, on_progress)
     except BaseException:
@@ -152,31 +152,6 @@ def environment_of(options: ServerOptions) -> dict[str, str]:
         has_kernel=options.has_kernel,
     )
     return environment | capture.to_environment() | dict(options.environment)
-
-
-def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port <= HIGHEST_PORT:
-            return port
-
-
-def check_port(port: int) -> None:
-    """Raise ServerError if a process listens on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ServerError(
-                f"port {port} is taken",
-                got=error.strerror,
-                where=f"{HOST}:{port}",
-                fix="Choose another port, or none to get a free one",
-            ) from error
 
 
 def _wait_until_ready(
