@@ -26,6 +26,7 @@ from routing_replay.routes.table import RouteTable
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 MOVES = {3: 1, 8: 2}  # before these updates the experts move; the values are seeds
 NUM_UPDATES, COMPARED = 14, (3, 8, 13)
@@ -351,8 +352,10 @@ def interrupted(chunks, placed):
         contextlib.suppress(OSError),
     ):
         placed.move(random_placement(placed, 5))
+    # One layer, not the whole model: a later pipeline stage would wait for one that has failed.
+    layer = next(m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer))
     attempts = (
-        lambda: megatron_batches.megatron_logits(chunks, batch(0), vocab_size=VOCAB),
+        lambda: layer(torch.zeros(4, 1, layer.config.hidden_size)),
         lambda: placed.home(),
         lambda: [chunk.state_dict() for chunk in chunks],
     )

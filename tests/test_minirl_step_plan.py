@@ -104,10 +104,6 @@ def test_the_plans_layout_is_the_trainers():
         ({"routing_replay_soft_ratio": 0.5}, "can be planned only by routes that are known"),
         ({"placement_horizon": 0}, "the setting 'placement_horizon' is out of range"),
         ({"placement_move_tokens": -1}, "the setting 'placement_move_tokens' is out of range"),
-        (
-            {"plan": "both", "pipeline_parallel": 2, "nproc": 4, "tiny_layers": 6},
-            "experts cannot be placed under a pipeline yet.*Take --plan packing",
-        ),
     ],
 )
 def test_a_plan_that_could_not_be_followed_is_refused_before_the_run(values, message):

@@ -89,14 +89,6 @@ def check_balance(config: RecipeConfig) -> None:
             f"{replay.captured_routers}",
             fix="Add --routing-replay-mode R3, or --plan none",
         )
-    if t.plan != "packing" and t.pipeline_parallel > 1:
-        # The test of two stages with two expert-parallel ranks each never ended: docs/balance.md.
-        raise ConfigError(
-            "experts cannot be placed under a pipeline yet: a run may hang",
-            expected="pipeline_parallel=1",
-            got=f"pipeline_parallel={t.pipeline_parallel}, plan={t.plan}",
-            fix="Take --plan packing, or --pipeline-parallel 1",
-        )
 
 
 def _out_of_range(name: str, expected: str, value: float) -> ConfigError:
