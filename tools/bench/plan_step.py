@@ -23,29 +23,28 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from recipes.minirl.batch import Batch, Sample
+from recipes.minirl.batch import Batch
 from recipes.minirl.config import RecipeConfig
 from recipes.minirl.policy import FixedScores, Policy
 from recipes.minirl.step_plan import PlannedStep, plan_alone
 from recipes.model.cpu import enable_cpu
-from recipes.model.tiny import tiny_config
-from routing_replay.balance import CostModel, StepPlan
-from routing_replay.routes.routes import Routes
+from routing_replay.balance import StepPlan
 from routing_replay.routes.table import RouteTable
 
-from .paired import finish, parse, parser, ratios, spread
+from .paired import finish, parse, parser
+from .plan_step_figures import Timing, parts_between_collectives, report
+from .plan_step_inputs import drawn_table, random_batch, random_lengths, write_model
 
 QUICK = {
     "sequences": 8,
@@ -58,22 +57,8 @@ QUICK = {
     "rounds": 1,
     "fitted": 2,
 }
-RANKS, VOCAB = 2, 128
+RANKS = 2
 KINDS = ("packing", "placement", "both")
-COLLECTIVES = ("all_to_all_single", "all_reduce", "barrier", "reduce_scatter_tensor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One step on one rank.
-
-    Args:
-        wall_s: From barrier to barrier.
-        parts_N: Processor seconds between one collective and the next.
-    """
-
-    wall_s: float
-    parts_N: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,81 +67,6 @@ class Case:
 
     batch: Batch
     table: RouteTable
-
-
-def write_model(arguments: argparse.Namespace, folder: Path) -> None:
-    """Write a random Qwen3-MoE whose routers prefer some experts.
-
-    All embeddings share one direction, and each router has its own liking for it.
-    """
-    from transformers import Qwen3MoeForCausalLM
-
-    torch.manual_seed(arguments.seed)
-    config = tiny_config(
-        layers=arguments.layers,
-        hidden=arguments.hidden,
-        experts=arguments.experts,
-        top_k=arguments.top_k,
-        vocab=VOCAB,
-        expert_size=arguments.expert_size,
-        initializer_range=0.02,
-        max_position_embeddings=16 * arguments.length,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    direction_H = torch.nn.functional.normalize(torch.randn(arguments.hidden), dim=0)
-    with torch.no_grad():
-        embeddings: Any = model.get_input_embeddings()
-        embeddings.weight.normal_().add_(arguments.hidden**0.5 * direction_H)
-        for layer in model.model.layers:
-            # The direction is about 0.7 of a normalised state, whose length is the root of hidden.
-            liking_E = torch.randn(arguments.experts) * arguments.skew
-            scale = 0.7 * arguments.hidden**0.5
-            gate: Any = layer.mlp.gate
-            gate.weight.normal_(std=arguments.hidden**-0.5)
-            gate.weight.add_(liking_E[:, None] * direction_H / scale)
-    model.save_pretrained(folder)
-
-
-def random_batch(lengths_S: np.ndarray, seed: int) -> Batch:
-    """Return sequences of random tokens, all sampled but the first."""
-    generator = np.random.default_rng(seed)
-    samples = []
-    for length in lengths_S.tolist():
-        tokens = tuple(generator.integers(VOCAB, size=length).tolist())
-        logp_mu = (-1.0,) * (length - 1)
-        samples.append(Sample(prompt_ids=tokens[:1], response_ids=tokens[1:], logp_mu=logp_mu))
-    batch = Batch.from_samples(samples, 1, 1)
-    return replace(
-        batch, advantages_S=torch.from_numpy(generator.normal(size=len(samples))).float()
-    )
-
-
-def random_lengths(arguments: argparse.Namespace, seed: int) -> np.ndarray:
-    """Return log-normal lengths around `length`, at most four times as long."""
-    generator = np.random.default_rng(seed)
-    drawn_S = generator.lognormal(np.log(arguments.length), 0.5, arguments.sequences)
-    lengths_S: np.ndarray = np.clip(drawn_S, 3, 4 * arguments.length).astype(np.int64)
-    return lengths_S
-
-
-def drawn_table(arguments: argparse.Namespace, lengths_S: np.ndarray, seed: int) -> RouteTable:
-    """Return routes of four topics whose experts follow Zipf's law; see `plan.synthetic`."""
-    generator = np.random.default_rng(seed)
-    shape = (arguments.layers, arguments.experts)
-    ranks_LE = np.argsort(np.random.default_rng(arguments.seed).random(shape), axis=1)
-    ranks_PLE = np.argsort(np.random.default_rng(arguments.seed + 1).random((4, *shape)), axis=2)
-    shares_E = np.arange(1, arguments.experts + 1) ** -float(arguments.skew)
-    log_PLE = np.log(shares_E[ranks_LE] + shares_E[ranks_PLE])
-    routes = []
-    for length, topic in zip(
-        lengths_S.tolist(), generator.integers(4, size=len(lengths_S)), strict=True
-    ):
-        # The largest of Gumbel noise and log-shares are draws without replacement.
-        scores_TLE = log_PLE[topic] + generator.gumbel(size=(length - 1, *shape))
-        ids_TLK = np.argsort(-scores_TLE, axis=2)[..., : arguments.top_k].astype(np.uint8)
-        layers = tuple(range(arguments.layers))
-        routes.append(Routes(expert_ids_TLK=ids_TLK, layers=layers, num_experts=arguments.experts))
-    return RouteTable.from_routes(routes)
 
 
 def recipe(arguments: argparse.Namespace, lengths_S: np.ndarray) -> RecipeConfig:
@@ -260,29 +170,6 @@ class Bench:
         return Timing(wall_s=time.perf_counter() - started, parts_N=parts_N)
 
 
-@contextmanager
-def parts_between_collectives() -> Iterator[list[float]]:
-    """Collect the processor seconds of this thread between collectives; gloo's are not counted."""
-    parts: list[float] = []
-    last = time.thread_time()
-
-    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal last
-            parts.append(time.thread_time() - last)
-            result = collective(*arguments, **options)
-            last = time.thread_time()
-            return result
-
-        return call
-
-    with ExitStack() as stack:
-        for name in COLLECTIVES:
-            wrapped = counted(getattr(dist, name))
-            stack.enter_context(mock.patch.object(dist, name, wrapped))
-        yield parts
-
-
 def run(rank: int, arguments: argparse.Namespace, folder: str, output: str) -> None:
     """Be one rank; rank 0 writes what all of them measured."""
     torch.set_num_threads(1)
@@ -345,74 +232,6 @@ def fitting(bench: Bench) -> list[tuple[list[float], Timing]]:
         bench.follow(plan)
         steps.append((plan.prediction.features.tolist(), bench.step(case)))
     return steps
-
-
-def path_s(timings: Sequence[Timing], is_ideal: bool = False) -> float:
-    """Return the sum of the busiest rank's parts of a step, or of the mean rank's."""
-    parts_RN = np.array([timing.parts_N for timing in timings])
-    return float((parts_RN.mean(0) if is_ideal else parts_RN.max(0)).sum())
-
-
-def report(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Print and return the figures of all ranks together."""
-    first = ranks[0]["turns"]
-    by_name = {
-        name: list(zip(*(one["turns"]["times"][name] for one in ranks), strict=True))
-        for name in first["times"]
-    }
-    wall = {
-        name: [max(t.wall_s for t in step) for step in steps] for name, steps in by_name.items()
-    }
-    path = {name: [path_s(step) for step in steps] for name, steps in by_name.items()}
-    ideal = {
-        name: [path_s(step) / path_s(step, is_ideal=True) for step in steps]
-        for name, steps in by_name.items()
-    }
-    wall_ratios, path_ratios = ratios(wall, "natural"), ratios(path, "natural")
-    figures: dict[str, Any] = {}
-    print("| step | peak / mean | wall s | / natural | path s | / natural | path / ideal |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in by_name:
-        row = {
-            "peak_over_mean": first["peaks"].get(name, first["peaks"]["natural"]),
-            "wall_s": spread(wall[name]),
-            "wall_to_natural": wall_ratios[name],
-            "path_s": spread(path[name]),
-            "path_to_natural": path_ratios[name],
-            "path_to_ideal": spread(ideal[name]),
-        }
-        figures[name] = row
-        print(
-            f"| {name} | {row['peak_over_mean']:.3f} | "
-            + " | ".join(map(str, list(row.values())[1:]))
-            + " |"
-        )
-    if "live" in path:
-        figures["both_to_live"] = ratios(path, "live")["both"]
-        figures["both_to_live_wall"] = ratios(wall, "live")["both"]
-        print(f"both / live: path {figures['both_to_live']}, wall {figures['both_to_live_wall']}")
-    figures["planning_s"], figures["moving_s"] = first["planning"], spread(first["moving"])
-    print(f"planning {first['planning']} s, moving {figures['moving_s']} s")
-    return figures | {"fit": fitted(ranks)}
-
-
-def fitted(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit the cost model to half of the steps, and predict the other half."""
-    features_N4 = np.array([features for features, _ in ranks[0]["fit"]])
-    measured_N = np.array(
-        [path_s([one["fit"][n][1] for one in ranks]) for n in range(len(features_N4))]
-    )
-    half = np.arange(len(measured_N)) // 2 % 2 == 0  # pairs: natural, planned
-    model = CostModel.fit(features_N4[half], measured_N[half])
-    predicted_N = np.array([model.seconds(features_4) for features_4 in features_N4])
-    error_N = predicted_N / measured_N - 1
-    print(f"{model}\npredicted / measured - 1 of the other half: {np.round(error_N[~half], 3)}")
-    return {
-        "model": str(model),
-        "measured_s": measured_N.tolist(),
-        "predicted_s": predicted_N.tolist(),
-        "errors_of_the_other_half": error_N[~half].tolist(),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
