@@ -437,14 +437,33 @@ def test_requests_wait_for_the_only_server_to_come_back():
     assert (client.counts["left_out"], client.counts["returned"]) == (1, 1)
 
 
+STOP = 99
+
+
 class AbortingServer(FakeServer):
-    """Aborts answers of 12 tokens after 5 and 4 of them; weights are newer after the first part."""
+    """Aborts answers of 12 tokens twice; weights are newer after the first part.
+
+    Each part that it aborts ends with a stop token, which SGLang does not look at in that step.
+
+    Args:
+        num_new: Tokens that it samples after so many.
+    """
 
     ALL = 12
 
+    def __init__(self, *arguments, num_new=((5, 5), (9, 4), (12, 5)), num_drafts=None):
+        self.num_new, self.num_drafts = dict(num_new), num_drafts
+        super().__init__(*arguments)
+
+    def answer(self, route, body, misbehave):
+        if route == "/server_info":
+            return 200, {"speculative_num_draft_tokens": self.num_drafts}
+        return super().answer(route, body, misbehave)
+
     def generated(self, body):
         start, num_given = body["routed_experts_start_len"], len(body["input_ids"])
-        num_new = {5: 5, 10: 4, 14: 3}[num_given]
+        assert STOP not in body["input_ids"]
+        num_new = self.num_new[num_given]
         assert body["sampling_params"]["max_new_tokens"] == self.ALL + 5 - num_given
         num_tokens = num_given + num_new
         version = int(num_given > 5)
@@ -455,12 +474,14 @@ class AbortingServer(FakeServer):
             weight_version_T=np.full(num_tokens - 1, version),
         )[start:]
         new = range(num_given, num_tokens)
+        is_whole = num_tokens == self.ALL + 5
+        ids = [t if is_whole or t < num_tokens - 1 else STOP for t in new]
         return {
-            "output_token_logprobs": [[-0.125 * t, t, None] for t in new],
+            "output_token_logprobs": [[-0.125 * t, i, None] for t, i in zip(new, ids, strict=True)],
             "output_top_logprobs": [[[-0.125 * t, t, None], [-9.0, 0, None]] for t in new],
             "output_token_sampling_mask": [[0, t] for t in new],
             "output_token_sampling_logprobs": [-0.0625 * t for t in new],
-            "finish_reason": {"type": "length" if num_tokens == self.ALL + 5 else "abort"},
+            "finish_reason": {"type": "length" if is_whole else "abort"},
             **meta(encode(routes, start=start)),
             "weight_version": str(version),
         }
@@ -480,8 +501,78 @@ def test_an_aborted_answer_is_continued_elsewhere_and_joined():
     np.testing.assert_array_equal(completion.top_ids[:, 0], np.arange(5, 17))
     assert completion.top_logprobs.shape == (12, 2)
     np.testing.assert_array_equal(completion.routes.expert_ids_TLK, random_ids(16))
-    # Row 9 is the last token of the first part: it was sampled then, and fed in the second.
-    assert completion.routes.weight_version_T.tolist() == [0] * 9 + [1] * 7
+    # Row 8 is the last token of the first part: it was sampled then, and fed in the second.
+    assert completion.routes.weight_version_T.tolist() == [0] * 8 + [1] * 8
+
+
+def test_a_speculative_servers_last_drafts_are_sampled_again():
+    """Any token of a step's three may be a stop token."""
+    with AbortingServer(num_new=((5, 6), (8, 9)), num_drafts=3) as fake:
+        client = RolloutClient([fake.url], MODEL, QUICK)
+        (completion,) = client.generate([asked(sampling={"max_new_tokens": 12})])
+    assert completion.output_ids == list(range(5, 17))
+    np.testing.assert_array_equal(completion.routes.expert_ids_TLK, random_ids(16))
+    assert completion.routes.weight_version_T.tolist() == [0] * 7 + [1] * 9
+
+
+def aborting(num_aborts, cut):
+    """Abort the first generations; `cut` changes what is known of them."""
+    aborts = iter(range(num_aborts))
+
+    def misbehave(route, body, answer):
+        if route == "/generate" and next(aborts, None) is not None:
+            answer["meta_info"]["finish_reason"] = {"type": "abort"}
+            cut(answer["meta_info"])
+        return 200, answer
+
+    return misbehave
+
+
+def drop_tokens(meta_info):
+    meta_info["output_token_logprobs"] = []
+    del meta_info["routed_experts"]
+
+
+def drop_rows(meta_info):
+    del meta_info["routed_experts"]
+
+
+@pytest.mark.parametrize("cut", [drop_tokens, drop_rows])
+def test_a_request_that_was_aborted_while_it_waited_is_sent_again_as_often_as_it_takes(cut):
+    """SGLang has no rows of one that was retracted, and a part of its tokens."""
+    with FakeServer(aborting(QUICK.num_retries + 2, cut)) as fake:
+        client = RolloutClient([fake.url], MODEL, QUICK)
+        (completion,) = client.generate([asked(sampling={"max_new_tokens": 3})])
+        assert [body["input_ids"] for route, body in fake.calls if route == "/generate"] == [
+            list(range(5))
+        ] * (QUICK.num_retries + 3)
+    assert completion.output_ids == [7, 8, 9]
+    assert completion.routes.num_rows == 7
+    assert client.counts == {"retried": QUICK.num_retries + 2}
+
+
+def test_what_this_client_aborted_without_rows_has_no_tokens():
+    clients = []
+
+    def abort_first(route, body, answer):
+        if route == "/generate":
+            clients[0].abort()
+        return aborting(1, drop_rows)(route, body, answer)
+
+    with FakeServer(abort_first) as fake:
+        clients.append(RolloutClient([fake.url], MODEL, QUICK))
+        (completion,) = clients[0].generate([asked(sampling={"max_new_tokens": 3})])
+    assert (completion.finish_reason, completion.output_ids) == ("abort", [])
+    assert completion.routes is None
+
+
+def test_a_request_that_is_aborted_for_longer_than_its_timeout_is_given_up():
+    options = replace(QUICK, request_timeout_s=0.3)
+    with FakeServer(aborting(1000, drop_tokens)) as fake:
+        client = RolloutClient([fake.url], MODEL, options)
+        with pytest.raises(ServerError, match="aborted again and again.*the last one 0 tokens"):
+            client.generate([asked(sampling={"max_new_tokens": 3})])
+        assert client.faults == {fake.url: 0}
 
 
 def test_what_this_client_aborted_is_returned_as_it_is():
@@ -507,11 +598,10 @@ def test_what_this_client_aborted_is_returned_as_it_is():
     ],
 )
 def test_an_aborted_answer_that_cannot_be_continued_exactly_is_sampled_again(sampling):
-    with AbortingServer() as fake:
+    with FakeServer(aborting(2, lambda meta_info: None)) as fake:
         client = RolloutClient([fake.url], MODEL, QUICK)
-        message = "failed 3 times; got 5 tokens"
-        with pytest.raises(ServerError, match=message):
-            client.generate([asked(sampling=sampling)])
+        (completion,) = client.generate([asked(sampling=sampling)])
+        assert completion.output_ids == [7, 8, 9]
         bodies = [body for route, body in fake.calls if route == "/generate"]
         assert [len(body["input_ids"]) for body in bodies] == [5, 5, 5]
         # The server was well: someone else aborted.

@@ -4,7 +4,7 @@ from sglang_checks import assert_true
 from sglang_servers import random_prompt, request, while_running
 
 from routing_replay.rollout import GenerateRequest
-from tools.soak import CUSTOM_PARAMS, START_LENGTHS, Soak, growth, post
+from tools.soak import CUSTOM_PARAMS, START_LENGTHS, Soak, burst, growth, post
 
 SECONDS = 15
 
@@ -44,16 +44,18 @@ def bad_bodies():
 
 
 def test_bad_clients_harm_only_themselves(server, references):
-    """Absurd start lengths, custom parameters of every type, connections that close."""
+    """Absurd start lengths, parameters of every type, connections that close, many at once."""
     asked, seen = request(random_prompt(92), num_new=300, capture="ids"), []
 
     def misbehave():
         seen.extend(post(server.server.url, body, closes=False) for body in bad_bodies())
         closing = request(random_prompt(93), num_new=300).to_json()
         seen.extend(post(server.server.url, closing, closes=True) for _ in range(4))
+        seen.append(burst(server.server.url, request(random_prompt(95)).to_json(), 200, wait_s=0.5))
 
     (completion,) = while_running(server, [asked], misbehave)
     assert_true(asked, completion, references[0])
+    assert seen.pop() == 200
     assert len(seen) == len(START_LENGTHS) + len(CUSTOM_PARAMS) + 4
     assert not [what for what in seen if what.startswith("no answer")]
     server.server.check()

@@ -3,9 +3,10 @@
     python -m tools.soak [--seconds 600] [--clients 64] [--json FILE] [-- SERVER ARGUMENTS ...]
 
 Clients send conversations of random lengths and turns: many begin alike, some are aborted, some
-close their connection, some send nonsense. Meanwhile all running requests are retracted, the
-weights change, and the cache is far too small. The model is a tiny Qwen3-MoE in float32, so that
-transformers can say for every answer which experts its tokens take.
+close their connection, some send nonsense, and one sends 10,000 requests at once. Meanwhile all
+running requests are retracted, the weights change, and the cache is far too small. The model is a
+tiny Qwen3-MoE in float32, so that transformers can say for every answer which experts its tokens
+take.
 
 An update of the weights flushes the cache. So the row of a token is the one that the weights of
 its version give in a forward of the whole sequence.
@@ -17,12 +18,13 @@ import argparse
 import http.client
 import json
 import queue
+import socket
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,10 @@ ARGUMENTS = (
 NUM_STEMS, STEM_LENGTH = 8, 48
 # Of an update of the weights: requests end a moment after they were told to.
 NUM_TRIES = 20
+# Requests that one bad client sends at once, and how long it waits before it closes them all.
+BURST, BURST_S = 10_000, 5.0
+# For one answer: a burst stands before it in the server's queue.
+TIMEOUT_S = 600.0
 # Nonsense in the fields that the capture reads.
 START_LENGTHS = (-1, 10**12, "3", 2.5, [1], None)
 CUSTOM_PARAMS: tuple[Any, ...] = (
@@ -98,12 +104,14 @@ class Soak:
         checkpoints: Two of one architecture; the weights of version v are those of v % 2.
         seconds: How long requests are sent.
         num_clients: Threads that send them.
+        burst: Requests that a bad client sends at once, when a third of the time is over.
     """
 
     server: Server
     checkpoints: Sequence[Path]
     seconds: float
     num_clients: int
+    burst: int = 0
     figures: Figures = field(default_factory=Figures)
     # Bounded: clients wait for the reference instead of filling the memory.
     answers: queue.Queue[tuple[GenerateRequest, Completion]] = field(
@@ -118,7 +126,7 @@ class Soak:
         threads = [
             threading.Thread(target=self.converse, args=(n,)) for n in range(self.num_clients)
         ]
-        threads += [threading.Thread(target=t) for t in (self.disturb, self.misbehave)]
+        threads += [threading.Thread(target=t) for t in (self.disturb, self.misbehave, self.flood)]
         references = [Reference(path) for path in self.checkpoints]
         self.is_open.set()
         deadline = time.monotonic() + self.seconds
@@ -155,7 +163,7 @@ class Soak:
     def converse(self, number: int) -> None:
         """Hold one conversation after another."""
         random = np.random.default_rng(number)
-        options = ClientOptions(request_timeout_s=60, retry_wait_s=0.1)
+        options = ClientOptions(request_timeout_s=TIMEOUT_S, retry_wait_s=0.1)
         client = RolloutClient([self.server.url], options=options)
         while self.is_open.wait() and not self.stopping.is_set():
             conversation, spans = Conversation(), [Span(token_ids=prompt(random))]
@@ -163,7 +171,8 @@ class Soak:
                 try:
                     spans = self.turn(client, conversation, spans, random)
                 except RoutingReplayError as error:
-                    self.figures.faults[f"{type(error).__name__}: {error.what}"] += 1
+                    what = f"{type(error).__name__}: {error.what}; got {str(error.got)[:100]}"
+                    self.figures.faults[what] += 1
                     break
 
     def turn(
@@ -230,6 +239,12 @@ class Soak:
         finally:
             self.is_open.set()
 
+    def flood(self) -> None:
+        """Send a burst of requests; nobody reads their answers."""
+        if self.burst and not self.stopping.wait(self.seconds / 3):
+            body = GenerateRequest(input_ids=[5, 6, 7], sampling={"max_new_tokens": 4}).to_json()
+            self.figures.events["requests of a burst"] += burst(self.server.url, body, self.burst)
+
     def misbehave(self) -> None:
         """Send nonsense and close connections, one after another."""
         random, body = np.random.default_rng(2), GenerateRequest(input_ids=[5, 6, 7]).to_json()
@@ -278,6 +293,27 @@ def post(url: str, body: dict[str, Any], closes: bool) -> str:
     finally:
         connection.close()
     return f"nonsense answered with status {status}"
+
+
+def burst(url: str, body: dict[str, Any], count: int, wait_s: float = BURST_S) -> int:
+    """Send many requests at once, each on a connection of its own, and close them unread.
+
+    Returns:
+        How many the server took.
+    """
+    address, data = urlsplit(url), json.dumps(body).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(data)}\r\n"
+    message = f"{head}Content-Type: application/json\r\n\r\n".encode() + data
+    with ExitStack() as connections:
+        for number in range(count):
+            try:
+                target = (address.hostname, address.port)
+                connection = socket.create_connection(target, timeout=TIMEOUT_S)
+                connections.enter_context(connection).sendall(message)
+            except OSError:
+                return number
+        time.sleep(wait_s)
+    return count
 
 
 def write_checkpoints(folder: Path) -> list[Path]:
@@ -342,7 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--seconds", type=float, default=600.0)
     made.add_argument("--clients", type=int, default=64)
     made.add_argument("server", nargs="*", help="further arguments of the server, after --")
-    arguments: argparse.Namespace = parse(made, argv, {"seconds": 20.0, "clients": 8})
+    made.add_argument("--burst", type=int, default=BURST, help="requests at once; 0: none")
+    defaults = {"seconds": 20.0, "clients": 8, "burst": 100}
+    arguments: argparse.Namespace = parse(made, argv, defaults)
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder), arguments.server) as (server, checkpoints),
@@ -352,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoints=checkpoints,
             seconds=arguments.seconds,
             num_clients=arguments.clients,
+            burst=arguments.burst,
         )
         figures = soak.run()
     values = report(figures, arguments.seconds)

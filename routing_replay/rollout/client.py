@@ -27,7 +27,8 @@ class ClientOptions:
     """Timeouts, retries and limits of a client.
 
     Args:
-        request_timeout_s: For one generation, from its dispatch to its answer.
+        request_timeout_s: For one generation, from its dispatch to its answer. A request that is
+            aborted again and again, and cannot be continued, is given up after as long.
         control_timeout_s: For one control call: abort, pause, weight update.
         connect_timeout_s: For the connection alone: a dead machine should not cost a generation,
             nor thousands of connections at once on a loaded machine a failure.
@@ -102,9 +103,10 @@ class RolloutClient:
         """Sample a completion for each request.
 
         An answer that someone else aborted is continued with the tokens that it has, by the same or
-        another server, and joined. Where that would not be exact (penalties, grammars, stop
-        strings) it is sampled again. What `abort` or `pause` of this client ended is returned as
-        it is.
+        another server, and joined; its last step is sampled again. Where that would not be exact
+        (penalties, grammars, stop strings), or the server returned no rows, the answer is sampled
+        again. What `abort` or `pause` of this client ended is returned as it is: its last token may
+        be a stop token that the server did not look at.
 
         Args:
             requests: Any number; a prompt that is sampled n times stands here n times (the
@@ -131,7 +133,7 @@ class RolloutClient:
         """Sample as `generate` does, inside a running event loop."""
         async with self._transport() as http, self._transport() as control:
             await self._watch(control).run(until_enough=True)
-            await self._learn_replicas(control)
+            await self._learn_sizes(control)
             dispatch = self._dispatch(http)
 
             async def one(number: int, request: GenerateRequest) -> Completion:
@@ -254,16 +256,16 @@ class RolloutClient:
                 raise refusals[0]
             await watch.run(until_enough=True)
 
-    async def _learn_replicas(self, http: Transport) -> None:
-        """Ask for the data-parallel replicas; a server that does not tell counts as one."""
+    async def _learn_sizes(self, http: Transport) -> None:
+        """Ask for data-parallel replicas and drafts; a server that does not tell has one each."""
 
         async def ask(server: ServerState) -> None:
             try:
                 info = await http.call("GET", server.url, "/server_info", timeout_s=INFO_TIMEOUT_S)
             except ServerError:
                 return
-            size = info.get("dp_size")
-            server.num_replicas = size if isinstance(size, int) and size > 0 else 1
+            server.num_replicas = _size_in(info, "dp_size")
+            server.tokens_per_step = _size_in(info, "speculative_num_draft_tokens")
 
         await _all(ask(s) for s in self.servers.in_use if s.num_replicas is None)
 
@@ -319,6 +321,11 @@ class RolloutClient:
             retry_wait_s=self.options.retry_wait_s,
             max_in_flight=self.options.max_in_flight,
         )
+
+
+def _size_in(info: Mapping[str, Any], name: str) -> int:
+    size = info.get(name)
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

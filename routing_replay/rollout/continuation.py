@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from ..routes.routes import Routes, concatenate
 from .requests import Completion, GenerateRequest
 
-ABORT = "abort"
 # With these, a token's distribution depends on which tokens before it were sampled, not given.
 # Beside each stands the value that has no effect.
 OF_A_WHOLE_ANSWER = {
@@ -17,6 +17,32 @@ OF_A_WHOLE_ANSWER = {
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
 } | dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag", "stop", "stop_regex"))
+
+
+def standing(completion: Completion, num_unchecked: int) -> Completion:
+    """Return the part of an aborted answer that a continuation can follow.
+
+    SGLang ends an aborted request with its next step, and does not look for a stop token in it. A
+    continuation after a stop token would be no answer of the model. The tokens of that step are
+    sampled again, which is exact: the abort was decided before them.
+
+    Args:
+        completion: The aborted answer.
+        num_unchecked: Tokens of a step: 1, or the drafts of a speculative server.
+    """
+    num_kept = max(0, len(completion.output_ids) - num_unchecked)
+    num_dropped = len(completion.output_ids) - num_kept
+    routes = completion.routes
+    return replace(
+        completion,
+        output_ids=completion.output_ids[:num_kept],
+        mu_logprobs=completion.mu_logprobs[:num_kept],
+        routes=None if routes is None else routes[: max(0, routes.num_rows - num_dropped)],
+        sampling_mask=_first(completion.sampling_mask, num_kept),
+        mask_logprobs=_first(completion.mask_logprobs, num_kept),
+        top_ids=_first(completion.top_ids, num_kept),
+        top_logprobs=_first(completion.top_logprobs, num_kept),
+    )
 
 
 def rest_of(request: GenerateRequest, completion: Completion) -> GenerateRequest | None:
@@ -28,7 +54,7 @@ def rest_of(request: GenerateRequest, completion: Completion) -> GenerateRequest
 
     Args:
         request: The whole request.
-        completion: What has been answered so far.
+        completion: What stands of the answer so far.
     """
     num_new, settings = len(completion.output_ids), dict(request.sampling)
     limit = settings.get("max_new_tokens")
@@ -65,6 +91,10 @@ def joined(first: Completion, second: Completion) -> Completion:
         top_ids=_joined_arrays(first.top_ids, second.top_ids),
         top_logprobs=_joined_arrays(first.top_logprobs, second.top_logprobs),
     )
+
+
+def _first(values: Any, count: int) -> Any:
+    return None if values is None else values[:count]
 
 
 def _joined_routes(first: Routes | None, second: Routes | None) -> Routes | None:

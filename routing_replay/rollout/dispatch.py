@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 
 from ..errors import RoutingReplayError, ServerError
 from ..routes.shape import MoEShape
-from .continuation import ABORT, joined, rest_of
-from .requests import Completion, GenerateRequest, completion_of
+from .continuation import joined, rest_of, standing
+from .requests import ABORT, Completion, GenerateRequest, completion_of
 from .servers import Servers, ServerState
 from .transport import Reply, TransientError, Transport, read_reply
 
@@ -56,12 +57,13 @@ class Dispatch:
         """Return a whole answer: what was aborted is continued, here or elsewhere.
 
         Raises:
-            ServerError: The request failed on every try.
+            ServerError: The request failed on every try, or was aborted for too long.
             PayloadError, RoutesError: On every try the answer carried no or wrong routes.
         """
         whole = completion = await self._with_retries(request)
         while self._is_cut_short(completion):
             self._servers.counts["continued"] += 1
+            whole = self._standing(whole)
             rest = rest_of(request, whole)
             assert rest is not None  # `_attempt` lets no other pass
             completion = await self._with_retries(rest)
@@ -80,18 +82,27 @@ class Dispatch:
         """Tell whether someone else has aborted it: who aborts here wants what there is."""
         return completion.finish_reason == ABORT and self._num_aborts == self._servers.num_aborts
 
+    def _standing(self, completion: Completion) -> Completion:
+        return standing(completion, self._servers[completion.url].tokens_per_step)
+
     async def _with_retries(self, request: GenerateRequest) -> Completion:
         failures: list[ServerError] = []
+        tried: list[str] = []
+        deadline = time.monotonic() + self._request_timeout_s
         while len(failures) <= self._num_retries:
-            if failures:
+            if tried:
                 self._servers.counts["retried"] += 1
-                await asyncio.sleep(self._retry_wait_s * 2 ** (len(failures) - 1))
-            server = await self._slot([str(failure.where) for failure in failures])
+                num_doublings = min(len(tried) - 1, self._num_retries)
+                await asyncio.sleep(self._retry_wait_s * 2**num_doublings)
+            server = await self._slot(tried)
+            tried.append(server.url)
             try:
                 with self._holding(server, len(request.input_ids)):
                     completion = await self._attempt(server, request)
             except AbortedError as error:
-                failures.append(error)
+                # Someone wanted it, which is no failure; weights may change at every try.
+                if time.monotonic() > deadline:
+                    raise _aborted_for_too_long(error, tried) from error
             except TransientError as error:
                 failures.append(error)
                 self._servers.failed(server, error)
@@ -118,7 +129,7 @@ class Dispatch:
                 got=f"weight version {version} instead of {weights.version}: it was restarted",
                 where=server.url,
             )
-        if self._is_cut_short(completion) and rest_of(request, completion) is None:
+        if self._is_cut_short(completion) and not rest_of(request, self._standing(completion)):
             raise AbortedError(
                 "the server aborted a request that cannot be continued",
                 got=f"{len(completion.output_ids)} tokens",
@@ -194,6 +205,17 @@ def _completion(
     except (RoutingReplayError, TypeError, ValueError, LookupError) as error:
         # What a gateway has mixed up can have any form.
         raise TransientError("the answer is damaged", got=error, where=url) from error
+
+
+def _aborted_for_too_long(last: AbortedError, tried: list[str]) -> ServerError:
+    return ServerError(
+        "a request was aborted again and again",
+        expected="an answer within request_timeout_s",
+        got=f"{len(tried)} tries; at the last one {last.got}",
+        where=", ".join(dict.fromkeys(tried)),
+        fix="Abort less often, or raise request_timeout_s; penalties, grammars and stop strings "
+        "keep an answer from being continued",
+    )
 
 
 def _last_of(failures: list[ServerError]) -> RoutingReplayError:

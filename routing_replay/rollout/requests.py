@@ -15,6 +15,13 @@ from ..routes.payload import FIELD, decode, encode
 from ..routes.routes import Routes
 from ..routes.shape import MoEShape
 
+ABORT = "abort"
+# Fields of an answer with one item for each sampled token.
+PER_TOKEN = (
+    *("output_token_logprobs", "output_top_logprobs"),
+    *("output_token_sampling_mask", "output_token_sampling_logprobs"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
@@ -136,6 +143,8 @@ def completion_of(
         PayloadError, RoutesError: Its routes are missing, damaged, or of another model.
     """
     meta_info = answer.get("meta_info") if isinstance(answer, Mapping) else None
+    if isinstance(meta_info, Mapping):
+        meta_info = _without_lost_tokens(meta_info, request)
     logprobs = meta_info.get("output_token_logprobs") if isinstance(meta_info, Mapping) else None
     if meta_info is None or logprobs is None:
         raise ServerError(
@@ -153,7 +162,7 @@ def completion_of(
         output_ids=output_ids,
         mu_logprobs=np.array([value for value, *_ in logprobs], np.float32),
         routes=_routes_of(meta_info, request, num_tokens, model, url),
-        finish_reason=(meta_info.get("finish_reason") or {}).get("type", ""),
+        finish_reason=_finish_reason(meta_info),
         weight_version=str(meta_info.get("weight_version", "")),
         cached_tokens=int(meta_info.get("cached_tokens") or 0),
         num_retractions=int(meta_info.get("num_retractions") or 0),
@@ -163,6 +172,23 @@ def completion_of(
         top_logprobs=top_logprobs,
         url=url,
     )
+
+
+def _finish_reason(meta_info: Mapping[str, Any]) -> str:
+    return str((meta_info.get("finish_reason") or {}).get("type", ""))
+
+
+def _without_lost_tokens(
+    meta_info: Mapping[str, Any], request: GenerateRequest
+) -> Mapping[str, Any]:
+    """Leave out the tokens of a request that was aborted while it waited to run again.
+
+    SGLang answers for a retracted request without its rows, and with a part of its tokens.
+    """
+    has_rows = request.capture == "off" or meta_info.get(FIELD) is not None
+    if has_rows or _finish_reason(meta_info) != ABORT:
+        return meta_info
+    return {n: [] if n in PER_TOKEN and v is not None else v for n, v in meta_info.items()}
 
 
 def answer_of(completion: Completion, start: int) -> dict[str, Any]:

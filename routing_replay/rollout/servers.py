@@ -26,6 +26,7 @@ class ServerState:
     Args:
         url: Its base URL.
         num_replicas: Data-parallel replicas (`--dp-size`); None until it has told.
+        tokens_per_step: Most tokens that a step adds to an answer; more than 1 if it speculates.
         load: Prompt tokens of its requests in flight.
         faults: Failures since it last answered well.
         misses: Health checks missed since it last answered one.
@@ -39,6 +40,7 @@ class ServerState:
 
     url: str
     num_replicas: int | None = None
+    tokens_per_step: int = 1
     load: int = 0
     faults: int = 0
     misses: int = 0
