@@ -95,11 +95,11 @@ class Engine:
             router.router_replay = recorder
             router.register_forward_hook(recorder.note_weights)
 
-    def coarse_router(self, layer: int) -> None:
-        """This layer's router computes its logits in three bits of mantissa."""
+    def rounded_router(self, layer: int, rounded) -> None:
+        """This layer's router rounds its logits."""
         router = self.routers[layer]
         gating = router.gating
-        router.gating = lambda hidden: gating(hidden).to(torch.float8_e4m3fn).float()
+        router.gating = lambda hidden: rounded(gating(hidden))
 
     @torch.no_grad()
     def sample(self, top_p: float = 1.0, seed: int = 0, is_silent: bool = False) -> Rollout:
@@ -150,6 +150,16 @@ class Engine:
                 )
             ]
         )
+
+
+def to_three_bits(logits_TE):
+    """As numbers with three bits of mantissa."""
+    return logits_TE.to(torch.float8_e4m3fn).float()
+
+
+def to_halves(logits_TE):
+    """To multiples of 0.5, of logits near 0.8: routes that cost more than all other layers' do."""
+    return (2 * logits_TE).round() / 2
 
 
 def truncate(log_probs_SV: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -222,8 +232,11 @@ def examine(rank: int, folder: str) -> dict:
         clean = clean_engine.sample()
         sharp_engine = Engine(fresh(checkpoint)[0])
         sharp_engine.recorders[FAULTY_LAYER].power = 3.0
-        coarse_engine = Engine(fresh(checkpoint)[0])
-        coarse_engine.coarse_router(FAULTY_LAYER)
+
+        def with_router(rounded):
+            engine = Engine(fresh(checkpoint)[0])
+            engine.rounded_router(FAULTY_LAYER, rounded)
+            return engine.sample()
 
         def edit(how):
             return dataclasses.replace(clean, table=edited(clean.table, how))
@@ -232,7 +245,8 @@ def examine(rank: int, folder: str) -> dict:
             "clean": clean,
             "another seed": clean_engine.sample(seed=1),
             "gates of a sample": dataclasses.replace(clean, table=with_few_gates(clean.table)),
-            "coarse router": coarse_engine.sample(),
+            "coarse router": with_router(to_three_bits),
+            "broken router": with_router(to_halves),
             "shifted": edit(shift),
             "renumbered": edit(renumber),
             "truncated": clean_engine.sample(top_p=TOP_P),
