@@ -21,7 +21,7 @@ TOKENIZER = SimpleNamespace(
 DOUBLE = Tool(stop="z", run=lambda text: text[:2] * 2)
 
 
-def add(response, text, reason="stop"):
+def add(response, text):
     """The engine's answer to the response's next request."""
     request = response.request(GenerateRequest(input_ids=()))
     returned = answer(list(request.input_ids), TOKENIZER.encode(text, False), request.start)
@@ -29,7 +29,7 @@ def add(response, text, reason="stop"):
         output_ids=list(returned.output_ids),
         mu_logprobs=returned.mu_logprobs,
         routes=returned.routes,
-        finish_reason=reason,
+        finish_reason="stop",
         weight_version="0",
         cached_tokens=0,
         num_retractions=0,
@@ -61,27 +61,10 @@ def test_calls_of_a_tool_are_part_of_the_sequence_and_only_answers_are_sampled()
     assert TOKENIZER.decode(response.last_ids, True) == "z"
 
 
-def test_an_aborted_answer_goes_on_where_it_was_cut():
-    response = Response(prompt_ids=[0, 1], max_new_tokens=5)
-    add(response, "cd", reason="abort")
-    assert not response.is_done
-    request = add(response, "efg", reason="length")
-    assert list(request.input_ids) == [0, 1, 2, 3]
-    assert request.sampling["max_new_tokens"] == 3
-    assert response.is_done
-    columns = response.columns()
-    assert columns["is_sampled"] == (True,) * 5
-    assert columns["routes"].covered_T.all()
-    assert TOKENIZER.decode(response.last_ids, True) == "cdefg"
-
-
 def test_a_response_that_is_cut_at_its_last_token_is_done():
     response = Response(prompt_ids=[0], max_new_tokens=2, tool=DOUBLE, tool_calls=9)
     add(response, "cz")
     assert response.is_done  # no token is left to answer with
-    aborted = Response(prompt_ids=[0], max_new_tokens=2)
-    add(aborted, "cd", reason="abort")
-    assert aborted.is_done
 
 
 class Engine:
@@ -139,8 +122,9 @@ def test_the_rollout_takes_turns_until_every_response_is_done(rollout_of):
     assert first.routes.num_rows == 10 and first.routes.covered_T.all()
 
 
-def test_an_answer_that_was_aborted_without_a_token_is_an_error(rollout_of):
-    rollout = rollout_of(Engine(("", "abort")))
+def test_an_answer_that_is_not_whole_is_an_error(rollout_of):
+    """The client returns whole answers: it continues what someone else aborts."""
+    rollout = rollout_of(Engine(("cd", "abort")))
     with pytest.raises(DataError, match="a response is not finished.*got abort"):
         rollout.sample([Prompt(prompt="ab", answer="cd")], 1, for_training=True)
 

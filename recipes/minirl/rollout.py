@@ -311,12 +311,8 @@ def joined(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_finished(completion: Completion) -> None:
-    """Raise DataError for an answer that ended otherwise than by itself or by its length.
-
-    One that was aborted in its middle goes on in another request.
-    """
-    is_partial = completion.finish_reason == "abort" and len(completion.output_ids) > 0
-    if completion.finish_reason not in FINISHED and not is_partial:
+    """Raise DataError for an answer that ended otherwise than by itself or by its length."""
+    if completion.finish_reason not in FINISHED:
         raise DataError(
             "a response is not finished",
             expected=" or ".join(FINISHED),

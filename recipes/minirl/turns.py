@@ -1,4 +1,4 @@
-"""Responses of several answers: calls of a tool, and generations that go on after an abort.
+"""Responses of several answers: calls of a tool.
 
 A response is one training sequence. What the tool returns is in it, and is not trained: its tokens
 are in no mask. Each request asks for the routes that no earlier answer of the response holds.
@@ -93,9 +93,6 @@ class Response:
         sample = self.conversation.add(request, completion)
         self.spans.append(Span(sample=sample))
         self.last_ids += completion.output_ids
-        if completion.finish_reason == "abort":
-            self.is_done = self.num_left <= 0
-            return
         text = tokenizer.decode(self.last_ids, skip_special_tokens=True)
         self.is_done = not self._is_call(completion, text)
         if not self.is_done:
