@@ -67,7 +67,7 @@ soak: env  ## load on a real server, every row compared with a reference, 10 min
 	$(PY) -m tools.chaos $(CHAOS_ARGS)
 
 bench: env  ## the benchmarks of tools/bench/, one after another
-	@set -e; for file in $(filter-out %/__init__.py %/paired.py,$(wildcard tools/bench/*.py)); do \
+	@set -e; for file in $(filter-out %/__init__.py %/paired.py %/plan_step_inputs.py %/plan_step_figures.py,$(wildcard tools/bench/*.py)); do \
 	  echo "== $$file"; $(PY) -m $$(echo "$${file%.py}" | tr / .); done
 
 clean:  ## remove the environments and all caches; the runs in runs/ stay
