@@ -155,13 +155,14 @@ def failure(function):
     return None
 
 
-def new_job(mode, chunks, framework, folder=""):
+def new_job(mode, chunks, framework, folder="", max_uncovered=1.0):
     """A job on a framework's module, and a switch for what its batches are."""
     from routing_replay.adapters.batch import StepBatch
     from routing_replay.adapters.job import Job
     from routing_replay.adapters.settings import AdapterSettings
 
-    job = Job(AdapterSettings(mode=mode, metrics_dir=folder), "framework 1.0")
+    settings = AdapterSettings(mode=mode, metrics_dir=folder, max_uncovered=max_uncovered)
+    job = Job(settings, "framework 1.0")
     batches = {}
 
     def batch_of(call):
@@ -193,6 +194,7 @@ def run(rank, folder):
         return {
             "R3": replaying(chunks, seen, rollout, live, folder),
             "R2": recording(chunks, seen, rollout, live, own_maps),
+            "gaps": gaps(rank, chunks, rollout),
             "failures": failures(rank, chunks, rollout),
         }
 
@@ -274,6 +276,21 @@ def recording(chunks, seen, rollout, live, own_maps):
         "own routes are the stock pass": torch.equal(update, live[order]),
         "moved routers take the recorded experts": kept,
     }
+
+
+def gaps(rank, chunks, rollout):
+    """The last four fed rows of rank 1's first sequence were never captured."""
+    routed = [ids.clone() for ids in rollout["routed"]]
+    if rank:
+        routed[0][2:] = 0
+    rollout, results = rollout | {"routed": routed}, {}
+    for name, bound in {"at the bound": 4 / 24, "above it": 3 / 24}.items():
+        framework = build_framework()
+        job = new_job("R3", chunks, framework, max_uncovered=bound)
+        results[name] = failure(lambda run=framework.run: run(chunks, rollout, False))
+        job.attach(chunks).remove()
+        results[f"metrics {name}"] = job.metrics
+    return results
 
 
 def failures(rank, chunks, rollout):

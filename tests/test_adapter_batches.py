@@ -19,7 +19,9 @@ from routing_replay.errors import (
     ReplayError,
     RoutesError,
 )
+from routing_replay.routes.origin import Origin, num_uncovered
 from routing_replay.routes.payload import encode
+from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 
@@ -83,7 +85,23 @@ class TestForms:
 
     def test_routes_of_fewer_tokens_leave_the_other_rows_uncovered(self):
         routes = routes_of(random_ids(2), 5, SHAPE)
+        assert num_uncovered([routes]) == {"not_captured": 2}
         assert routes.covered_T.tolist() == [True, True, False, False]
+
+    def test_routes_of_fewer_tokens_keep_causes_versions_and_gates(self):
+        short = Routes(
+            expert_ids_TLK=np.where([[[False]], [[True]]], random_ids(2), 0).astype(np.uint8),
+            layers=SHAPE.layers,
+            num_experts=8,
+            covered_T=np.array([False, True]),
+            origin_T=np.array([Origin.EVICTED, Origin.DECODE], np.uint8),
+            weight_version_T=np.array([-1, 3]),
+            gate_probs_TLK=np.full((2, 2, 2), [[[0]], [[0.25]]], np.float16),
+        )
+        routes = routes_of(short, 5, SHAPE)
+        assert num_uncovered([routes]) == {"evicted": 1, "not_captured": 2}
+        assert routes.weight_version_T.tolist() == [-1, 3, -1, -1]
+        assert routes.gate_probs_TLK[:2].tolist() == short.gate_probs_TLK.tolist()
 
     def test_routes_of_more_tokens_are_refused(self):
         with pytest.raises(RoutesError, match="belong to other tokens"):
@@ -173,6 +191,12 @@ class TestSettings:
             AdapterSettings.from_mapping({"routing_replay_modes": "R3"}, {})
         with pytest.raises(ConfigError, match="Did you mean 'R3'"):
             AdapterSettings(mode="r3")
+        with pytest.raises(ConfigError, match="max_uncovered is out of range"):
+            AdapterSettings(max_uncovered=1.5)
+        with pytest.raises(ConfigError, match="max_uncovered is not a number.*got '5%'"):
+            AdapterSettings.from_environment({"ROUTING_REPLAY_MAX_UNCOVERED": "5%"})
+        asked, _ = AdapterSettings.from_arguments(["--routing-replay-max-uncovered", "0.05"], {})
+        assert asked.max_uncovered == 0.05
 
     @pytest.mark.parametrize(("mode", "message"), [("R2", "old-policy pass"), ("R3", "no routes")])
     def test_a_loop_without_rollouts_needs_a_file(self, mode, message):

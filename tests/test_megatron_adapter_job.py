@@ -44,6 +44,22 @@ def test_an_update_is_a_line_in_the_last_ranks_file(ranks):
     assert '"step": 0' in line and "routing_replay/replayed_rows" in line
 
 
+def test_uncovered_rows_are_a_metric_over_all_ranks_by_their_cause(results):
+    metrics = results["gaps"]["metrics at the bound"]
+    # 4 of rank 1's 24 rows; rank 0 has 25.
+    assert metrics["routing_replay/uncovered_absent"] == pytest.approx(4 / 49)
+    assert [name for name in metrics if "uncovered" in name] == ["routing_replay/uncovered_absent"]
+    assert not [name for name in results["R3"]["metrics"] if "uncovered" in name]
+
+
+def test_too_many_uncovered_rows_on_one_rank_end_both(ranks):
+    assert [rank["gaps"]["at the bound"] for rank in ranks[0]] == [None, None]
+    messages = [rank["gaps"]["above it"] for rank in ranks[0]]
+    assert "another rank could not open the pass" in messages[0]
+    assert "too many rows are not covered by routes" in messages[1]
+    assert "16.67%: absent 4" in messages[1]
+
+
 def test_r2_replays_what_the_old_policys_pass_chose(results):
     assert results["R2"]["own routes are the stock pass"]
     assert results["R2"]["moved routers take the recorded experts"]

@@ -28,6 +28,7 @@ from ..metrics.typed import Value, to_floats
 from ..routes.shape import MoEShape
 from ..routes.table import RouteTable
 from .batch import RecordedRoutes, StepBatch
+from .coverage import covered_table, uncovered
 from .patches import rebind, require_parameters
 from .settings import AdapterSettings
 
@@ -177,13 +178,18 @@ class Job:
             table_of: Makes the pass's table; called on every rank.
             is_update: The metrics go to the sinks.
             needs_rows: Every pass must replay a row, not the first one only.
+
+        Raises:
+            ReplayError, RoutesError: On all ranks: a table cannot be made, or more of its rows are
+                not covered than `max_uncovered` allows.
         """
         replay = self.attach(chunks)
-        table = on_all_ranks(lambda: table_of(replay.shape))
+        limit = self.settings.max_uncovered
+        table = on_all_ranks(lambda: covered_table(table_of(replay.shape), limit))
         self._covered_R = np.asarray(table.covered_T)
         with replay.replaying(table), self._ending_microbatch():
             yield replay
-        self._report(replay, is_update, needs_rows)
+        self._report(replay, table, is_update, needs_rows)
 
     def attach(self, chunks: Sequence[torch.nn.Module]) -> Replay:
         """Return the handle of the actor; collective over the pipeline group at the first call.
@@ -279,9 +285,9 @@ class Job:
         finally:
             self._is_entered = False
 
-    def _report(self, replay: Replay, is_update: bool, needs_rows: bool) -> None:
+    def _report(self, replay: Replay, table: RouteTable, is_update: bool, needs_rows: bool) -> None:
         """Keep the pass's metrics; collective. Those of an update go to the sinks."""
-        self.metrics = to_floats(replay.metrics())
+        self.metrics = to_floats(replay.metrics()) | uncovered(table, _collective_device())
         num_rows = self.metrics["routing_replay/replayed_rows"]
         assert isinstance(num_rows, float)
         is_first = not self._num_replayed_rows
@@ -364,8 +370,7 @@ def on_all_ranks(function: Callable[[], Result]) -> Result:
     except Exception as raised:
         error = raised
     if dist.is_initialized() and dist.get_world_size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        has_failed = torch.tensor([int(error is not None)], device=device)
+        has_failed = torch.tensor([int(error is not None)], device=_collective_device())
         dist.all_reduce(has_failed, op=dist.ReduceOp.MAX)
         if error is None and has_failed.item():
             raise ReplayError(
@@ -376,6 +381,11 @@ def on_all_ranks(function: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def _collective_device() -> str:
+    """Where the tensors of the world's collectives must be."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 def json_sink(settings: AdapterSettings) -> list[Sink]:

@@ -8,6 +8,7 @@ batch.table(shape)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from ..errors import RoutesError
 from ..routes.origin import Origin
 from ..routes.payload import FIELD, decode
-from ..routes.routes import Routes
+from ..routes.routes import ROW_COLUMNS, Routes
 from ..routes.shape import MoEShape
 from ..routes.stock import from_wide
 
@@ -121,13 +122,15 @@ def _of_length(routes: Routes, num_tokens: int) -> Routes:
     num_missing = num_tokens - 1 - routes.num_rows
     if num_missing <= 0:
         return routes[: num_tokens - 1]
-    ids_TLK = np.pad(routes.expert_ids_TLK, ((0, num_missing), (0, 0), (0, 0)))
-    return Routes(
-        expert_ids_TLK=ids_TLK,
-        covered_T=np.pad(routes.covered_T, (0, num_missing)),
-        layers=routes.layers,
-        num_experts=routes.num_experts,
-    )
+    columns = {name: getattr(routes, name) for name in ROW_COLUMNS}
+    longer: dict[str, Any] = {
+        name: np.pad(values, [(0, num_missing), *[(0, 0)] * (values.ndim - 1)])
+        for name, values in columns.items()
+        if values is not None
+    }
+    longer["origin_T"][-num_missing:] = Origin.NOT_CAPTURED
+    longer["weight_version_T"][-num_missing:] = -1
+    return replace(routes, **longer)
 
 
 def sequences(values: Sequence[Any]) -> list[np.ndarray]:

@@ -37,11 +37,20 @@ class AdapterSettings:
     )
     agreement_every: int = _setting(1, "compare live with replayed routes every N-th microbatch")
     agreement_tokens: int = _setting(512, "tokens of such a microbatch that are compared")
+    max_uncovered: float = _setting(
+        1.0,
+        "largest fraction of a pass's rows that may be without routes, rows that were left out on "
+        "purpose apart; above it the pass ends with the causes",
+    )
     metrics_dir: str = _setting("", "folder of metrics.jsonl; Megatron's writers get them anyway")
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise unknown_name("mode of routing replay", self.mode, MODES)
+        if not 0 <= self.max_uncovered <= 1:
+            raise ConfigError(
+                "max_uncovered is out of range", expected="0..1", got=self.max_uncovered
+            )
 
     @property
     def is_enabled(self) -> bool:
@@ -131,14 +140,25 @@ class AdapterSettings:
 
     @classmethod
     def _from_texts(cls, texts: Mapping[str, str]) -> AdapterSettings:
-        values: dict[str, str | int] = {}
+        values: dict[str, str | int | float] = {}
         for f in fields(cls):
             if f.name not in texts:
                 continue
             values[f.name] = texts[f.name]
             if isinstance(f.default, int):
                 values[f.name] = _integer(f.name, texts[f.name])
+            if isinstance(f.default, float):
+                values[f.name] = _fraction(f.name, texts[f.name])
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _fraction(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} is not a number", expected="a fraction, 0..1", got=repr(text)
+        ) from error
 
 
 def _integer(name: str, text: str) -> int:
