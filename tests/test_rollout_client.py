@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from routing_replay.rollout import (
     probe,
     request_fields,
 )
+from routing_replay.rollout.garbage import OBJECTS_BETWEEN, RARE_COLLECTIONS
 from routing_replay.routes.origin import Origin, is_covered
 from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import Routes
@@ -647,6 +649,35 @@ def test_the_processor_time_of_a_batch_grows_with_its_requests_alone():
     _, few, many = map(float, done.stdout.split())  # the first has what is done once
     # 4 times as many requests; with httpx's pool they cost 10 times as much.
     assert many < 7 * few, done.stdout
+
+
+def test_garbage_is_collected_rarely_in_a_batch_and_as_before_after_it():
+    before, seen = gc.get_threshold(), []
+
+    def look(route, body, answer):
+        seen.append(gc.get_threshold()[0])
+        return 200, answer
+
+    with FakeServer(look) as fake:
+        client = RolloutClient([fake.url], MODEL)
+        client.generate([asked()])
+    assert max(seen) == OBJECTS_BETWEEN
+    assert gc.get_threshold() == before
+
+
+def test_overlapping_batches_restore_the_threshold_once_and_leave_an_own_choice():
+    first, second, before = RARE_COLLECTIONS, RARE_COLLECTIONS, gc.get_threshold()
+    with first:
+        with second:
+            pass
+        assert gc.get_threshold()[0] == OBJECTS_BETWEEN
+    assert gc.get_threshold() == before
+    gc.set_threshold(0)  # a process that never collects
+    try:
+        with first:
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
 
 
 async def seconds_of_waiting_requests(count):

@@ -12,6 +12,7 @@ from ..errors import ServerError
 from ..routes.origin import require_covered
 from ..routes.shape import MoEShape
 from .dispatch import Dispatch
+from .garbage import RARE_COLLECTIONS
 from .requests import Completion, GenerateRequest
 from .servers import Servers, ServerState, Weights
 from .transport import TransientError, Transport
@@ -131,6 +132,17 @@ class RolloutClient:
         on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Sample as `generate` does, inside a running event loop."""
+        with RARE_COLLECTIONS:
+            completions = await self._completions(requests, on_completion)
+        routes = [c.routes for c in completions if c.routes is not None]
+        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
+        return completions
+
+    async def _completions(
+        self,
+        requests: Sequence[GenerateRequest],
+        on_completion: Callable[[int, Completion], None] | None,
+    ) -> list[Completion]:
         async with self._transport() as http, self._transport() as control:
             await self._watch(control).run(until_enough=True)
             await self._learn_sizes(control)
@@ -150,14 +162,11 @@ class RolloutClient:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
                     watch.result()  # there are too few servers
-                completions = list(await work)
+                return list(await work)
             finally:
                 for task in (*tasks, watch):
                     task.cancel()
                 await asyncio.gather(*tasks, *ends, return_exceptions=True)
-        routes = [c.routes for c in completions if c.routes is not None]
-        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
-        return completions
 
     def update_weights(self, path: str, weight_version: int, flush_cache: bool = True) -> None:
         """Load a checkpoint from a disk that all servers see, and check the version afterwards.
