@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 
-# Objects between two collections; Python's own 700 would come 850 times in a batch of 4,096 requests,
-# and a third of its processor time went there. What a batch leaves in cycles is a few megabytes.
+# Objects between two collections. With Python's own 700 a batch of 4,096 requests has 850 of them,
+# a third of its processor time. What a batch leaves in cycles is a few megabytes.
 OBJECTS_BETWEEN = 100_000
 
 
