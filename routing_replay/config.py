@@ -39,7 +39,8 @@ class ReplayConfig:
     mode: str = setting(
         "R3",
         "disabled: live routing; R2: replay the old policy's training-engine routes; R3: replay "
-        "the rollout's routes; auto: by global batch / mini batch (1 disabled, 2 and 3 R2, 4+ R3)",
+        "the rollout's routes; auto: by global batch / mini batch (1 disabled, 2 and 3 R2, 4+ R3), "
+        "and R3 for rollouts of older weights",
         MODES,
     )
     weights: str = setting(
@@ -182,28 +183,35 @@ class ReplayConfig:
             settings | {name: value for name, value in flags.items() if value is not None}
         )
 
-    def resolve(self, num_mini_batches: int) -> ReplayConfig:
-        """Return these settings with `auto` replaced by the mode for N mini-batches."""
+    def resolve(self, num_mini_batches: int, version_lag: int = 0) -> ReplayConfig:
+        """Return these settings with `auto` replaced; the arguments are those of `choose_mode`."""
         if self.mode != "auto":
             return self
-        return replace(self, mode=choose_mode(num_mini_batches))
+        return replace(self, mode=choose_mode(num_mini_batches, version_lag))
 
 
-def choose_mode(num_mini_batches: int) -> str:
+def choose_mode(num_mini_batches: int, version_lag: int = 0) -> str:
     """Return the mode that MiniRL's experiments found best for N = global batch / mini batch.
 
     N = 1: none (importance sampling alone was best), N = 2: R2, N = 4 and 8: R3. N = 3 was not
-    run; it takes the mode of the nearest smaller N.
+    run; it takes the mode of the nearest smaller N. Responses of older weights take R3 at any N:
+    their gap is between mu and pi_old, and R2 replays routes of pi_old, which leave it as it is.
+
+    Args:
+        num_mini_batches: N.
+        version_lag: Versions that the rollout's weights are older than those of pi_old.
 
     Raises:
         ConfigError: N below 1.
 
-    Source: arXiv 2512.01374, section 4 (on-policy and off-policy training).
+    Source: arXiv 2512.01374, section 4 (on-policy and off-policy training); the lag is ours.
     """
     if num_mini_batches < 1:
         raise ConfigError(
             "the number of mini-batches is out of range", expected=">= 1", got=num_mini_batches
         )
+    if version_lag > 0:
+        return "R3"
     if num_mini_batches == 1:
         return "disabled"
     return "R2" if num_mini_batches < 4 else "R3"

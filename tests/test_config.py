@@ -59,6 +59,13 @@ def test_auto_follows_the_papers_findings(num, mode):
     assert ReplayConfig(mode="R2").resolve(num).mode == "R2"
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_auto_replays_the_rollouts_routes_where_its_weights_are_older(num):
+    # Between mu and pi_old R2 changes nothing, however many mini-batches follow.
+    assert ReplayConfig(mode="auto").resolve(num, version_lag=1).mode == "R3"
+    assert ReplayConfig(mode="R2").resolve(num, version_lag=1).mode == "R2"
+
+
 def test_fewer_than_one_mini_batch_is_refused():
     with pytest.raises(ConfigError, match="mini-batches"):
         choose_mode(0)

@@ -121,3 +121,14 @@ def test_gates_are_kept_of_a_sample_of_the_response_tokens():
     assert kept(2, agreement_tokens=1) == [2, 4, 6]
     assert kept(1, agreement_tokens=1) == [2]
     assert kept(1, agreement_every=0) == []
+
+
+def test_the_lag_of_a_response_counts_the_versions_since_its_weights(tmp_path):
+    versions = [4, 3, -1, 5]
+    samples = [
+        replace(SAMPLES[n % 2], weight_version=version) for n, version in enumerate(versions)
+    ]
+    Batch.from_samples(samples, 2, multiple=1).save(tmp_path / BATCH_FILE)
+    batch = Batch.open(tmp_path / BATCH_FILE)
+    assert batch.version_S.tolist() == versions
+    assert batch.lag_S(5).tolist() == [1, 2, 0, 0]

@@ -169,6 +169,46 @@ def test_n_is_the_global_batch_by_the_mini_batch_and_decides_the_mode_auto():
         assert config.replay.resolve(config.num_mini_batches).mode == mode
 
 
+AHEAD = ["--ahead", "1"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--objective", "minirl_decoupled"],
+        ["--objective", "icepop"],
+        ["--objective", "m2po"],
+        ["--objective", "dapo", "--objective-parameters", "correction=tis-token"],
+    ],
+)
+def test_objectives_that_look_at_mu_may_be_sampled_ahead(argv):
+    assert parse(argv).rollout.ahead == 0
+    assert parse([*AHEAD, *argv]).rollout.ahead == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ahead", "2"], "'ahead' is out of range; expected 0 or 1; got 2"),
+        (
+            [*AHEAD, "--objective", "dapo"],
+            r"'dapo' with these parameters does not look at mu.*correction=tis-token, or --ahead 0",
+        ),
+        ([*AHEAD, "--objective", "minirl_no_is"], "does not look at mu"),
+        ([*AHEAD, "--max-version-lag", "-1"], "'max_version_lag' is out of range"),
+        (
+            [*AHEAD, "--max-version-lag", "0", "--plan", "packing", "--expert-parallel", "2"]
+            + ["--nproc", "2"],
+            "planned by routes that are not replayed; expected --max-version-lag of at least 1",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_ahead_is_refused(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(argv)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

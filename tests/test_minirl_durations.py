@@ -3,7 +3,7 @@
 import pytest
 
 from recipes.minirl.command_line import parse
-from recipes.minirl.durations import ModelCost, legs
+from recipes.minirl.durations import ModelCost, legs, step_seconds
 
 COST = ModelCost(forward_flops=10e9, checkpoint_bytes=60 * 10**9, route_slots=48 * 8, id_bytes=1)
 SIZES = ["--prompts-per-step", "10", "--samples-per-prompt", "10", "--minibatch-size", "100"]
@@ -53,3 +53,14 @@ def test_a_pipeline_waits_for_its_first_and_last_microbatch():
     once, twice = seconds(*padded), seconds(*padded, "--virtual-pipeline", "2")
     # 100 sequences are 50 microbatches on each data-parallel rank.
     assert once["update"] / twice["update"] == pytest.approx((50 + 1) / (50 + 0.5))
+
+
+def test_a_rollout_ahead_hides_the_training_or_is_hidden_by_it():
+    packs = ["--microbatch-tokens", "8000", "--recompute", "full"]
+    config = parse([*FLAGS, *packs])
+    # 45 + 0.0768 + 2.5 + 10 + 120, as above.
+    assert step_seconds(config, list(legs(config, COST, 2))) == pytest.approx(177.5768)
+    ahead = parse([*FLAGS, *packs, "--ahead", "1"])
+    assert step_seconds(ahead, list(legs(ahead, COST, 2))) == pytest.approx(45 + 120)
+    # Ten times the GPUs sample in 4.5 s: what is trained meanwhile takes 12.5768.
+    assert step_seconds(ahead, list(legs(ahead, COST, 20))) == pytest.approx(12.5768 + 120)

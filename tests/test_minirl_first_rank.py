@@ -1,6 +1,8 @@
 """recipes.minirl.first_rank: the other ranks wait for rank 0, and end with it."""
 
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -36,6 +38,27 @@ def waits_for_rank_0(first_rank, rank, folder):
     assert time.monotonic() - start >= WORK_S / 2
 
 
+def goes_on_while_rank_0_works(first_rank, rank):
+    released = threading.Event()
+
+    def work():
+        assert threading.current_thread() is not threading.main_thread()
+        released.wait(30)
+        return {"reward": 2.0}
+
+    pending = first_rank.begin("begun", work)
+    sum_1 = torch.ones(1)
+    dist.all_reduce(sum_1)
+    assert sum_1.item() == len(NODES)
+    released.set()
+    # Waiting once more gives the same.
+    assert pending.wait() == pending.wait() == ({"reward": 2.0} if rank == 0 else {})
+    for thread in threading.enumerate():
+        if thread.name == "begun":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
 def in_nodes(rank, port, folder):
     """One of three ranks on two nodes; rank 0 holds the store, as torchrun's agent does."""
     node = NODES[rank]
@@ -46,6 +69,7 @@ def in_nodes(rank, port, folder):
     folder = folder / f"disk_{node}"
     first_rank = FirstRank(folder / "scratch")
     waits_for_rank_0(first_rank, rank, folder)
+    goes_on_while_rank_0_works(first_rank, rank)
     errors = {
         "files": raised(files_of_rank_0_are_on_every_node, first_rank, folder),
         "full disk": raised(a_node_cannot_write, first_rank, node),
@@ -134,3 +158,36 @@ def test_machines_with_other_settings_are_refused_on_every_rank(of_ranks):
             in (outcome["errors"]["other configuration"])
         )
         assert outcome["errors"]["other folder"] is None
+
+
+def fails_with_a_cause():
+    try:
+        fail()
+    except RuntimeError as error:
+        raise DataError("the rollout failed", got=error) from error
+
+
+def begun_alone(rank, port, folder):
+    """One rank: its begun work fails; then it is interrupted while other work goes on."""
+    os.environ["GROUP_RANK"] = "0"
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    first_rank = FirstRank(folder / "scratch")
+    pending = first_rank.begin("fails", fails_with_a_cause)
+    with pytest.raises(DataError, match="the rollout failed; got the server died") as caught:
+        pending.wait()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    endless = first_rank.begin("endless", time.sleep, 600)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    (folder / "interrupted").touch()
+    endless.wait()
+
+
+def test_an_error_of_begun_work_is_raised_with_its_cause_and_an_interrupt_does_not_wait(tmp_path):
+    with HeldPort() as port:
+        context = start_ranks(begun_alone, (port, tmp_path), 1, join=False)
+        (process,) = context.processes
+        process.join(60)
+    # It did not wait for the 600 s of its begun work.
+    assert process.exitcode is not None
+    assert (tmp_path / "interrupted").exists()

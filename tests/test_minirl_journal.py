@@ -103,3 +103,16 @@ def test_the_line_of_a_step_shows_reward_entropy_both_kls_and_the_worst_layers()
         "step   2/30  reward 0.250  entropy 0.500  KL 1.00e-04 (live 4.00e-04)  "
         "lowest overlap: layers 3 (0.900), 12 (0.950)"
     )
+
+
+def test_the_line_of_a_step_sampled_ahead_shows_its_lag_with_the_kl_of_that_lag():
+    values = {
+        "rollout/version_lag": 1.0,
+        "train_infer/kl_k3_lag_1": 2e-3,
+        "train_infer/kl_k3_live_lag_1": 4e-3,
+        "routing_replay/overlap_lag_1": LayerValues(mean=0.9, layers={0: 1.0, 3: 0.8}),
+    }
+    assert line(2, 3, values) == (
+        "step   2/3  KL 2.00e-03 (live 4.00e-03) at version lag 1  "
+        "lowest overlap: layers 3 (0.800), 0 (1.000)"
+    )

@@ -58,6 +58,21 @@ def test_a_resumed_step_samples_only_what_was_not_stored(checkpoint, tmp_path):
         assert one.reward == other.reward == 1
 
 
+def test_responses_carry_the_version_that_sampled_them_and_keep_it_when_stored(
+    checkpoint, tmp_path
+):
+    with FakeServer() as server:
+        rollout = Rollout(parse(FLAGS), [server.url], checkpoint, MODEL)
+        assert {s.weight_version for s in sampled(rollout, tmp_path / "none").samples} == {0}
+        rollout.client.update_weights("v3", 3)
+        assert {s.weight_version for s in sampled(rollout, tmp_path).samples} == {3}
+        (path,) = (tmp_path / "answers").iterdir()
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+        rollout.client.update_weights("v4", 4)
+        versions = [s.weight_version for s in sampled(rollout, tmp_path).samples]
+        assert sorted(versions) == [3] * 5 + [4] * 3
+
+
 def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
     checkpoint, tmp_path, capsys
 ):

@@ -57,6 +57,17 @@ def test_the_grid_covers_every_objective():
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_gradient_depends_on_mu_exactly_where_the_parameters_say_so(name):
+    """Rollouts of older weights change mu alone: a method that does not see it corrects nothing."""
+    case = case_on_the_grid()
+    gradient, _ = gradient_of(name, inputs_of(case))
+    older_T = torch.tensor(case.mu, dtype=torch.float64) - torch.tensor(case.extra["uniform"])
+    changed, _ = gradient_of(name, inputs_of(case, logp_mu_T=older_T))
+    parameters = objectives.get(name).parameters
+    assert torch.equal(gradient, changed) is not parameters.needs_mu
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_float32_is_as_good_as_float32_can_be(name):
     case = case_on_the_grid()
     parameters = {"eps_high": 0.3} if name == "dapo" else {}

@@ -403,3 +403,36 @@ def test_the_mean_of_passes_is_of_their_log_probs():
     [(sequences, scores)] = mean_scores(passes).items()
     assert sequences == (0, 1)
     assert scores.logp_T.tolist() == [-2.0, -2.25] and scores.entropy_T.tolist() == [-1.0, -2.0]
+
+
+def by_version_lag(rank, checkpoint):
+    """Metrics of batches by their versions, and slots that soft replay filled live, by age."""
+    from recipes.minirl.old_pass import score_old
+    from routing_replay.metrics.typed import to_floats
+
+    soft = {"routing_replay_soft_ratio": 0.1, "routing_replay_soft_decay": 0.2}
+    policy = make_policy(checkpoint, nproc=1, **soft)
+    batch, table = make_step(policy.sharding.multiple)
+    table.weight_version_T[:] = 0
+    replaced, metrics = [], []
+    for version in (0, 1):
+        policy.weight_version = version
+        old = score_old(policy, batch, table)
+        replaced.append(to_floats(policy.replay.metrics())["routing_replay/replace_rate"].mean)
+    for versions in ([1] * 8, [0] * 8, [0] * 3 + [1] * 5):
+        of_versions = dataclasses.replace(batch, version_S=torch.tensor(versions))
+        metrics.append(to_floats(policy.reduce(policy.discrepancy(of_versions, old.scores))))
+    return replaced, metrics, int(batch.mask_ST[:3].sum()) / int(batch.mask_ST.sum())
+
+
+def test_gaps_are_kept_apart_by_version_lag_and_soft_replay_counts_it(checkpoint):
+    (outcome,) = run_world(by_version_lag, 1, checkpoint)
+    (fresh, older), (now, before, both), share = outcome
+    # At age 1 the ratio is 0.1 ** 0.2 = 0.63 in place of 0.1: fewer replayed experts stay.
+    assert 0 < fresh < older < 1
+    assert "train_infer/kl_k1_lag_1" not in now and "train_infer/kl_k1" not in before
+    assert before["train_infer/kl_k1_lag_1"] == now["train_infer/kl_k1"]
+    parts = share * both["train_infer/kl_k1_lag_1"] + (1 - share) * both["train_infer/kl_k1"]
+    assert parts == pytest.approx(now["train_infer/kl_k1"])
+    assert both["train_infer/kl_k1_lag_1"] != pytest.approx(both["train_infer/kl_k1"])
+    assert both["entropy"] == now["entropy"]

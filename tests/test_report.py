@@ -88,6 +88,26 @@ def test_a_healthy_run_has_no_findings(healthy):
     assert diagnose(read_run(healthy)) == []
 
 
+def sampled_ahead(row):
+    """The row of a step whose responses are one version old, and far from the trained policy."""
+    names = [n for n in row if n.startswith(("train_infer/kl", "train_infer/ex"))]
+    names += ["routing_replay/exact_match", "routing_replay/overlap"]
+    for name in names:
+        row[f"{name}_lag_1"] = row.pop(name)
+    return row | {"rollout/version_lag": 1.0, "train_infer/kl_k3_lag_1": 0.5}
+
+
+def test_a_run_sampled_ahead_is_shown_by_its_lag_and_judged_at_lag_0_alone(tmp_path):
+    rows = [healthy_row(0), *(sampled_ahead(healthy_row(step)) for step in range(1, 40))]
+    run_dir = write_run(tmp_path / "ahead", rows)
+    assert diagnose(read_run(run_dir)) == []
+    write_report([run_dir], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "replayed, lag 1" in page and "live, lag 1" in page
+    assert "Tokens whose expert set differs" in page and "Expert slots that differ" in page
+    assert "<td>0.5</td>" in page  # of the summary
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

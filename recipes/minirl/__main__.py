@@ -106,11 +106,13 @@ def prepare(config: RecipeConfig) -> tuple[RecipeConfig, Path]:
 
 def resolve_mode(config: RecipeConfig) -> RecipeConfig:
     """Resolve `auto` and print the reason."""
-    resolved = config.replay.resolve(config.num_mini_batches)
+    ahead = config.rollout.ahead
+    resolved = config.replay.resolve(config.num_mini_batches, version_lag=ahead)
     if resolved.mode != config.replay.mode:
         print(
             f"Routing replay: auto chose {resolved.mode}, for global batch / mini batch = "
             f"{config.batch_size} / {config.training.minibatch_size} = {config.num_mini_batches}"
+            + (f" and rollouts {ahead} version ahead" if ahead else "")
         )
     return replace(config, replay=resolved)
 
@@ -243,11 +245,7 @@ def result_line(run_dir: Path, seconds: float) -> str:
     if len(evaluations) > 1:
         gain = evaluations[-1] - evaluations[0]
         parts.append(f"held-out reward {evaluations[0]:.3f} -> {evaluations[-1]:.3f} ({gain:+.3f})")
-    pairs = [
-        (r["train_infer/kl_k3"], r["train_infer/kl_k3_live"])
-        for r in records
-        if "train_infer/kl_k3_live" in r
-    ]
+    pairs = [(a, b) for a, b in map(journal.kl_of, records) if a is not None and b is not None]
     if pairs:
         replayed, live = (statistics.mean(column) for column in zip(*pairs, strict=True))
         # k3 has a heavy tail: one token can outweigh a run, which the median of the ratios shows.

@@ -44,6 +44,7 @@ class Sample:
         support_mass: Mean probability of the kept tokens in the whole distribution.
         top_ids, top_logp_mu: [n, K], the engine's most likely tokens at each position, if they
             were requested.
+        weight_version: Of the oldest weights that sampled a part of it; -1: unknown.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,6 +57,7 @@ class Sample:
     support_mass: float = 1.0
     top_ids: np.ndarray | None = None
     top_logp_mu: np.ndarray | None = None
+    weight_version: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class Batch:
         lengths_S: int64, tokens of the whole sequence, the last one included.
         rewards_S: float32, the verifier's.
         group_S: int64; sequences of one prompt have one number.
+        version_S: int64, of the weights that sampled; -1: unknown.
         num_prompts: int64, one number: prompts consumed for the batch, replaced ones included.
         advantages_S: float32; 0 until they are computed, which may need log-probs.
         support_ids_N, support_starts_ST, support_counts_ST: Keep Sampling Mask: at a position the
@@ -84,6 +87,7 @@ class Batch:
     lengths_S: torch.Tensor
     rewards_S: torch.Tensor
     group_S: torch.Tensor
+    version_S: torch.Tensor
     num_prompts: torch.Tensor
     advantages_S: torch.Tensor
     support_ids_N: torch.Tensor | None = None
@@ -125,6 +129,7 @@ class Batch:
             lengths_S=torch.tensor([len(s.prompt_ids) + len(s.response_ids) for s in samples]),
             rewards_S=torch.tensor([s.reward for s in samples]),
             group_S=torch.arange(len(samples)) // group_size,
+            version_S=torch.tensor([s.weight_version for s in samples]),
             num_prompts=torch.tensor(num_groups if num_prompts is None else num_prompts),
             advantages_S=torch.zeros(len(samples)),
             **_support_of(samples, mask_ST),
@@ -147,6 +152,10 @@ class Batch:
         """Memory-map a saved batch."""
         with safe_open(Path(path), "pt") as file:
             return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+    def lag_S(self, weight_version: int) -> torch.Tensor:
+        """Return by how many versions weights are newer than those that sampled; 0 if unknown."""
+        return torch.where(self.version_S < 0, 0, weight_version - self.version_S)
 
     def token_rows(self, source: RowSource | None) -> torch.Tensor:
         """Return the row of each position's routes in a table or recording; -1 without one.

@@ -54,6 +54,29 @@ def check_objective(config: RecipeConfig) -> None:
         _check_internal(config, objective)
 
 
+def check_ahead(config: RecipeConfig) -> None:
+    """Raise ConfigError for rollouts of older weights that nothing would correct."""
+    rollout, objective = config.rollout, config.make_objective()
+    _check_range("max_version_lag", rollout.max_version_lag)
+    if rollout.ahead not in (0, 1):
+        raise _out_of_range("ahead", "0 or 1", rollout.ahead)
+    if rollout.ahead and not objective.parameters.needs_mu:
+        raise ConfigError(
+            f"objective {objective.name!r} with these parameters does not look at mu, and what is "
+            "sampled ahead is not of pi_old",
+            expected="an objective with m or w (minirl, minirl_decoupled, icepop, dppo), or a "
+            "correction",
+            got=f"--ahead {rollout.ahead}",
+            fix="Add --objective-parameters correction=tis-token, or --ahead 0",
+        )
+    if rollout.ahead > rollout.max_version_lag and config.training.plan != "none":
+        raise ConfigError(
+            "a step is planned by routes that are not replayed",
+            expected=f"--max-version-lag of at least {rollout.ahead}, or --plan none",
+            got=f"--max-version-lag {rollout.max_version_lag}, --plan {config.training.plan}",
+        )
+
+
 def check_replay(config: RecipeConfig) -> None:
     """Raise ConfigError for a replay that needs more than the servers capture."""
     may_replay = config.replay.mode in ("R3", "auto")

@@ -52,6 +52,7 @@ class RecipeConfig:
         devices.check_devices(self)
         checks.check_sampling(self)
         checks.check_objective(self)
+        checks.check_ahead(self)
         checks.check_replay(self)
         checks.check_plan(self)
         checks.check_balance(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .config import RecipeConfig
@@ -59,7 +59,7 @@ def mean_tokens(config: RecipeConfig) -> tuple[int, int]:
 
 
 def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterator[Leg]:
-    """Yield the legs of a step, in their order. Nothing is assumed to overlap."""
+    """Yield the legs of a step, in their order."""
     p, batch = config.plan, config.batch_size
     prompt, response = mean_tokens(config)
     tokens = batch * (prompt + response)
@@ -84,6 +84,15 @@ def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterato
         formula=f"{gigabytes:.1f} GB x (1 write + {num_servers} reads) "
         f"/ {p.plan_disk_gb_per_s:g} GB/s",
     )
+
+
+def step_seconds(config: RecipeConfig, steps: Sequence[Leg]) -> float:
+    """Return the time of all legs: one after another, or with the rollout beside the training."""
+    seconds = {leg.name: leg.seconds for leg in steps}
+    if not config.rollout.ahead:
+        return sum(seconds.values())
+    rollout, weights = seconds.pop("rollout"), seconds.pop("weights")
+    return max(rollout, sum(seconds.values())) + weights
 
 
 def _passes(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from routing_replay.errors import DataError
 
@@ -19,6 +23,44 @@ from .node_files import broadcast_files, first_ranks, node_number
 # ends with it. (The store's client counts milliseconds in 32 bits, hence no longer.)
 LONGEST_WAIT = timedelta(days=20)
 P = ParamSpec("P")
+Work = Callable[P, Mapping[str, float] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Work that rank 0 has begun; every rank has one.
+
+    Args:
+        key: What tells the other ranks in the store that it is done.
+        store: Of the process group.
+        future: Its result; None on the other ranks.
+    """
+
+    key: str
+    store: Store
+    future: Future[dict[str, float]] | None
+
+    def complete(self, work: Work[P], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call the work on rank 0, and keep its result or its error."""
+        if self.future is None:
+            return
+        try:
+            self.future.set_result(dict(work(*args, **kwargs) or {}))
+        except BaseException as error:
+            self.future.set_exception(error)
+
+    def wait(self) -> dict[str, float]:
+        """Return what the work returned on rank 0, nothing elsewhere, once it is done.
+
+        Raises:
+            Exception: What the work raised, on rank 0. The others' wait ends when rank 0 ends.
+        """
+        if self.future is None:
+            self.store.wait([self.key], LONGEST_WAIT)
+            return {}
+        metrics = self.future.result()
+        self.store.set(self.key, "done")
+        return metrics
 
 
 class FirstRank:
@@ -47,13 +89,7 @@ class FirstRank:
             self.folder.mkdir(parents=True)
         dist.barrier()
 
-    def run(
-        self,
-        name: str,
-        work: Callable[P, Mapping[str, float] | None],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> dict[str, float]:
+    def run(self, name: str, work: Work[P], *args: P.args, **kwargs: P.kwargs) -> dict[str, float]:
         """Call `work` on rank 0; return on every rank once it is done.
 
         Args:
@@ -63,13 +99,24 @@ class FirstRank:
         Returns:
             The metrics that `work` returned; nothing on the other ranks.
         """
-        key = f"first_rank/{name}"
-        if not self.is_me:
-            self._store.wait([key], LONGEST_WAIT)
-            return {}
-        metrics = dict(work(*args, **kwargs) or {})
-        self._store.set(key, "done")
-        return metrics
+        pending = self._pending(name)
+        pending.complete(work, *args, **kwargs)
+        return pending.wait()
+
+    def begin(self, name: str, work: Work[P], *args: P.args, **kwargs: P.kwargs) -> Pending:
+        """Call `work` in a thread of rank 0; return at once.
+
+        The arguments are those of `run`. The work takes part in no collective: those belong to the
+        main thread, which goes on meanwhile.
+        """
+        pending = self._pending(name)
+
+        def complete() -> None:
+            pending.complete(work, *args, **kwargs)
+
+        # A daemon: a process that is interrupted ends without waiting for the servers' answers.
+        threading.Thread(target=complete, name=name, daemon=True).start()
+        return pending
 
     def new_folder(self, name: str) -> Path:
         """Make a folder for files that rank 0 writes and all read, on each node."""
@@ -114,3 +161,7 @@ class FirstRank:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another node's part is still there
                 self.folder.parent.rmdir()
+
+    def _pending(self, name: str) -> Pending:
+        future: Future[dict[str, float]] | None = Future() if self.is_me else None
+        return Pending(key=f"first_rank/{name}", store=self._store, future=future)

@@ -17,6 +17,7 @@ from routing_replay.errors import ConfigError
 from routing_replay.files import atomic_write
 from routing_replay.metrics.sinks import open_sinks, scalars
 from routing_replay.metrics.typed import LayerValues, Value
+from routing_replay.metrics.version_lag import lag_suffix
 
 from .settings import TelemetrySettings
 
@@ -140,9 +141,14 @@ def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
     ):
         if name in metrics:
             parts.append(f"{label} {metrics[name]:{form}}")
-    replayed, live = (metrics.get(f"train_infer/kl_k3{s}") for s in ("", "_live"))
+    replayed, live = kl_of(metrics)
     if replayed is not None:
-        parts.append(f"KL {replayed:.2e}" + (f" (live {live:.2e})" if live is not None else ""))
+        lag = version_lag(metrics)
+        parts.append(
+            f"KL {replayed:.2e}"
+            + (f" (live {live:.2e})" if live is not None else "")
+            + (f" at version lag {lag}" if lag else "")
+        )
     worst = worst_layers(values)
     if worst:
         shown = ", ".join(f"{layer} ({overlap:.3f})" for layer, overlap in worst)
@@ -152,9 +158,20 @@ def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
     return "  ".join(parts)
 
 
+def version_lag(record: Mapping[str, Any]) -> int:
+    """Return by how many versions a step's responses are older than the weights trained on them."""
+    return round(record.get("rollout/version_lag", 0))
+
+
+def kl_of(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return a step's train-inference KL (k3), replayed and live, at its version lag."""
+    suffix = lag_suffix(version_lag(record))
+    return record.get(f"train_infer/kl_k3{suffix}"), record.get(f"train_infer/kl_k3_live{suffix}")
+
+
 def worst_layers(metrics: Mapping[str, Value]) -> list[tuple[int, float]]:
     """Return the layers whose live routes overlap least with the replayed ones."""
-    overlap = metrics.get("routing_replay/overlap")
+    overlap = metrics.get("routing_replay/overlap" + lag_suffix(version_lag(metrics)))
     if not isinstance(overlap, LayerValues):
         return []
     layers = [(layer, value) for layer, value in overlap.layers.items() if math.isfinite(value)]

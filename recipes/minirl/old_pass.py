@@ -40,14 +40,15 @@ def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass
             assert table is not None
             token_rows_ST = batch.token_rows(table)
             with (
-                policy.replay.replaying(table, **policy.planned_counts()),
+                replaying(policy, table, policy.planned_counts()),
                 policy.remembering_routers(table.num_rows),
             ):
                 scores = policy.score(batch, token_rows_ST)
             return OldPass(scores=scores, table=table, token_rows_ST=token_rows_ST)
         case "R2":
             scores, recorded = score_and_record(policy, batch)
-            table = recorded.own_table()  # an update shards the batch as this pass did
+            # An update shards the batch as this pass did.
+            table = recorded.own_table(policy.weight_version)
             return OldPass(scores=scores, table=table, token_rows_ST=batch.token_rows(table))
         case "disabled" if policy.router_shift is not None:
             scores, _ = score_and_record(policy, batch)
@@ -93,7 +94,11 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
 def replaying(
     policy: Policy, table: RouteTable | None, counts: Mapping[str, Any] | None = None
 ) -> contextlib.AbstractContextManager[object]:
-    """Open the scope of an update."""
+    """Open the scope of a pass that replays a table, if there is one.
+
+    Ages of routes (`soft_decay`) count from the trained weights: the table's newest may be older.
+    """
     if table is None:
         return contextlib.nullcontext()
-    return policy.replay.replaying(table, **(counts or {}))
+    version = policy.weight_version
+    return policy.replay.replaying(table, weight_version=version, **(counts or {}))

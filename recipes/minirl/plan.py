@@ -75,11 +75,12 @@ def _lines(config: RecipeConfig) -> Iterator[str]:
     yield f"Parameters per rank, by pipeline stage: {stages}"
     yield f"Memory per GPU, estimated: {memory_text}"
     yield from server_lines
-    yield "A step, from assumed rates, nothing overlapping:"
+    overlap = "the rollout beside the training" if config.rollout.ahead else "nothing overlapping"
+    yield f"A step, from assumed rates, {overlap}:"
     num_server_gpus = server.num_servers * server.num_gpus
     steps = list(durations.legs(config, _cost(config, model_config), num_server_gpus))
     yield from (f"  {leg.text()}" for leg in steps)
-    yield f"  together {sum(leg.seconds for leg in steps) / 60:.1f} min"
+    yield f"  together {durations.step_seconds(config, steps) / 60:.1f} min"
     loading = steps[-1].seconds
     if loading > ClientOptions.control_timeout_s:
         yield (

@@ -19,6 +19,7 @@ from routing_replay.megatron.placement import place_experts
 from routing_replay.megatron.router_shift import RouterShift
 from routing_replay.metrics.policy_kl import policy_metrics
 from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
+from routing_replay.metrics.version_lag import lag_suffix
 from routing_replay.objectives import Denominators, Objective
 from routing_replay.objectives.logprobs import TokenScores
 from routing_replay.routes.table import RouteTable
@@ -59,11 +60,15 @@ class FixedScores:
 class Policy:
     """Model, optimizer and replay of this rank.
 
+    `weight_version` counts the steps that the weights were trained for. The training loop sets it.
+
     Args:
         config: The recipe's configuration, `auto` resolved.
         checkpoint: Hugging Face folder of the weights.
         reference: That of the frozen reference, if the configuration needs one; None: `checkpoint`.
     """
+
+    weight_version = 0
 
     def __init__(self, config: RecipeConfig, checkpoint: Path, reference: Path | None = None):
         t = config.training
@@ -246,20 +251,26 @@ class Policy:
         return values_ST
 
     def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
-        """Return this rank's train-inference metrics of a pass: its scores against the engine's."""
+        """Return this rank's train-inference metrics of a pass: its scores against the engine's.
+
+        Responses of older weights have metrics of their own, by their version lag.
+        """
         metrics: dict[str, Metric] = {}
+        lag_S = batch.lag_S(self.weight_version)
         for m, part in self._scored_microbatches(batch, scores):
             mask_T = m.mask_BT.flatten()
-            metrics = merge(
-                metrics,
-                policy_metrics(
-                    part.logp_T,
-                    m.logp_mu_BT.flatten(),
-                    mask_T,
-                    suffix=suffix,
-                    sequences=self.scorer.sequences(m),
-                ),
-            )
+            lag_T = lag_S[list(m.sequences)].to(mask_T.device)[m.index_T]
+            for lag in lag_S.unique().tolist():
+                metrics = merge(
+                    metrics,
+                    policy_metrics(
+                        part.logp_T,
+                        m.logp_mu_BT.flatten(),
+                        mask_T & (lag_T == lag),
+                        suffix=suffix + lag_suffix(lag),
+                        sequences=self.scorer.sequences(m),
+                    ),
+                )
             if not suffix:
                 metrics = merge(metrics, {"entropy": masked_mean(part.entropy_T, mask_T)})
         return metrics

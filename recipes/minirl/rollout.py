@@ -209,6 +209,7 @@ class Rollout:
         return Sample(
             prompt_ids=tuple(response.prompt_ids),
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
+            weight_version=min(version_of(completion) for _, completion in response.answers),
             **response.columns(),
             **joined([sampled_logprobs(*answer) for answer in response.answers]),
         )
@@ -355,6 +356,11 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         within_TK = completion.top_logprobs - log_mass_T[:, None]
         scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
     return scores
+
+
+def version_of(completion: Completion) -> int:
+    """Return the version of the weights that sampled; -1 of a server that was told none."""
+    return int(completion.weight_version) if completion.weight_version.isdigit() else -1
 
 
 def mean_reward(samples: Sequence[Sample]) -> float:

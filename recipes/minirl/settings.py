@@ -148,6 +148,16 @@ class RolloutSettings:
         30.0,
         "seconds between health checks of a server; after two missed ones it is left out",
     )
+    ahead: int = setting(
+        0,
+        "1: the servers sample the next step while a step is trained, from weights one version "
+        "older than those that will train on it; 0: one after the other",
+    )
+    max_version_lag: int = setting(
+        1,
+        "replay the rollout's routes (R3) of weights that are at most so many versions old; older "
+        "ones route live",
+    )
     max_uncovered: float = setting(
         0.05,
         "largest fraction of a step's rows that may have no routes against the job's intention; "

@@ -17,6 +17,7 @@ from routing_replay.objectives import StepTokens
 from routing_replay.routes.table import RouteTable
 
 from .batch import Batch
+from .old_pass import replaying
 from .policy import Policy
 from .scoring import Scores
 
@@ -70,7 +71,7 @@ def same_routes_as_update(
 ) -> Iterator[torch.Tensor]:
     """Open the scope of a pass that routes as the update will; yield the rows of its tokens."""
     if replayed is not None:
-        with policy.replay.replaying(replayed):
+        with replaying(policy, replayed):
             yield batch.token_rows(replayed)
     elif policy.router_shift is not None:
         # Live routing: the recording only numbers the tokens; its routes are not used.

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, Value, merge, to_floats
+from routing_replay.metrics.version_lag import with_lag
 from routing_replay.objectives import Objective
 from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
@@ -31,7 +33,7 @@ from . import checkpoints, checks, devices
 from .answers import StoredAnswers, remove_covered
 from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
 from .config import RecipeConfig
-from .first_rank import FirstRank
+from .first_rank import FirstRank, Pending
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
 from .node import require_alike
@@ -43,6 +45,19 @@ from .rollout import Groups, Rollout, mean_reward, sample_groups
 from .scoring import Scores
 from .shaping import with_advantages
 from .step_choices import choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRollout:
+    """The rollout of a step, which rank 0 has begun.
+
+    Args:
+        folder: Where batch and routes will be, on each node.
+        pending: Its end, with its metrics.
+    """
+
+    folder: Path
+    pending: Pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +90,14 @@ class Job:
             remove_others(folder)
 
         self.first_rank.run(f"published_{version}", update)
+
+    def begin_rollout(self, step: int, first_prompt: int) -> StepRollout:
+        """Begin to sample a step's batch with the weights that the servers have."""
+        folder = self.first_rank.new_folder(f"step_{step:06d}")
+        pending = self.first_rank.begin(
+            f"sampled_{step}", sample_batch, self, step, first_prompt, folder
+        )
+        return StepRollout(folder=folder, pending=pending)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the mean reward on the held-out prompts, sampled as in training, on rank 0."""
@@ -129,24 +152,41 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         metrics = job.evaluate(0)
         if journal:
             journal.write(0, metrics)
+    begun = None
     while progress.step < config.run.steps:
-        progress = take_step(job, progress)
+        progress, begun = take_step(job, progress, begun)
     first_rank.close()
     if journal:
         journal.close()
 
 
-def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
-    """Take one step: what happens in it stands here from top to bottom."""
-    config, policy, step = job.config, job.policy, progress.step + 1
-    clock, scratch = Clock(job.journal), job.first_rank.new_folder(f"step_{step:06d}")
+def take_step(
+    job: Job, progress: checkpoints.Progress, begun: StepRollout | None
+) -> tuple[checkpoints.Progress, StepRollout | None]:
+    """Take one step: what happens in it stands here from top to bottom.
 
-    # 1. Rollout and rewards, on rank 0.
+    Args:
+        job: What it works with.
+        progress: How far the run is.
+        begun: Its rollout, where the step before has begun it.
+
+    Returns:
+        How far the run is then, and the next step's rollout if that runs ahead.
+    """
+    config, policy, step = job.config, job.policy, progress.step + 1
+    clock = Clock(job.journal)
+    policy.weight_version = progress.step
+
+    # 1. Rollout and rewards, on rank 0. The next one may begin before this one is trained.
     with clock("rollout"):
-        start = progress.prompts_consumed
-        values = job.first_rank.run(f"sampled_{step}", sample_batch, job, step, start, scratch)
-        job.first_rank.share(scratch)
-        batch, table = open_step(scratch, has_routes=config.rollout_capture != "off")
+        rollout = begun or job.begin_rollout(step, progress.prompts_consumed)
+        values = rollout.pending.wait()
+        job.first_rank.share(rollout.folder)
+        batch, table = open_step(rollout.folder, has_routes=config.rollout_capture != "off")
+    consumed = progress.prompts_consumed + int(batch.num_prompts)
+    ahead = None
+    if config.rollout.ahead and step < config.run.steps:
+        ahead = job.begin_rollout(step + 1, consumed)
 
     # 2. Known routes arrange the step: sequences to microbatches, experts to ranks.
     plan_metrics: dict[str, Value] = {}
@@ -163,7 +203,8 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
         old = averaged(policy, batch, score_old(policy, batch, table))
         metrics = policy.reduce(policy.discrepancy(batch, old.scores))
         if table is not None:
-            metrics |= policy.replay.metrics()
+            lag = int(batch.lag_S(policy.weight_version).max())
+            metrics |= with_lag(policy.replay.metrics(), lag)
         if old.table is not None:
             metrics |= expert_load(old.table, device=policy.sharding.device)
     live = None
@@ -185,7 +226,10 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
     metrics |= policy.reduce(updates)
     policy.follow(None)
 
-    # 6. New weights for the servers.
+    # 6. New weights for the servers, between two rollouts: each response is of one version.
+    if ahead is not None:
+        with clock("rollout"):
+            ahead.pending.wait()
     with clock("weights"):
         job.publish(step)
 
@@ -195,8 +239,9 @@ def take_step(job: Job, progress: checkpoints.Progress) -> checkpoints.Progress:
             values |= job.evaluate(step)
     if job.journal:
         job.journal.write(step, values | plan_metrics | to_floats(metrics) | clock.times())
-    consumed = progress.prompts_consumed + int(batch.num_prompts)
-    return finish_step(job, checkpoints.Progress(step=step, prompts_consumed=consumed), scratch)
+    progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
+    finish_step(job, progress, rollout.folder)
+    return progress, ahead
 
 
 def update_policy(
@@ -236,22 +281,30 @@ def update_policy(
     return metrics
 
 
-def finish_step(job: Job, progress: checkpoints.Progress, scratch: Path) -> checkpoints.Progress:
-    """Save a checkpoint if one is due; keep the newest batch."""
+def finish_step(job: Job, progress: checkpoints.Progress, folder: Path) -> None:
+    """Save a checkpoint if one is due; keep the newest batch.
+
+    A rollout that ran ahead has ended and its responses are stored. A resumed run samples none of
+    them, and needs no weights but those of the checkpoint.
+    """
     run = job.config.run
     if is_due(progress.step, run.checkpoint_every, run.steps):
         checkpoints.save(job.policy, job.shared_dir, progress, job.inputs.base)
         if job.first_rank.is_me:
             remove_covered(job.shared_dir, progress.step)
     # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
-    job.first_rank.keep(scratch, job.run_dir / "last_batch")
-    return progress
+    job.first_rank.keep(folder, job.run_dir / "last_batch")
 
 
 def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, float]:
-    """Sample, reward, save batch and routes for all ranks; return the rollout's metrics."""
+    """Sample, reward, save batch and routes for all ranks; return the rollout's metrics.
+
+    It runs in a thread of rank 0, beside the training of the step before if it runs ahead.
+    """
     assert job.rollout is not None
+    began = time.monotonic()
     config, data = job.config, job.config.data
+    sharding = replace(job.policy.sharding, planned=None)  # a plan is of the step in training
 
     def draw(offset: int, count: int) -> list[Prompt]:
         return take(job.inputs.prompts, start + offset, count, config.run.seed)
@@ -262,18 +315,23 @@ def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, fl
     rounds = data.dynamic_sampling
     groups = sample_groups(job.rollout, draw, data.prompts_per_step, rounds, answers)
     batch = Batch.from_samples(
-        groups.samples, data.samples_per_prompt, job.policy.sharding.multiple, groups.num_prompts
+        groups.samples, data.samples_per_prompt, sharding.multiple, groups.num_prompts
     )
     batch.save(scratch / BATCH_FILE)
     uncovered: dict[str, float] = {}
     if config.rollout_capture != "off":
-        routes = [s.routes for s in groups.samples if s.routes is not None]
+        oldest = step - 1 - config.rollout.max_version_lag if config.rollout.ahead else -1
+        routes = [
+            s.routes.without_versions_before(oldest) for s in groups.samples if s.routes is not None
+        ]
         uncovered = require_covered(routes, config.rollout.max_uncovered, "the rollout of a step")
         # Tensor-parallel ranks route parts of a sequence, each on its own.
-        num_calls = job.policy.sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
+        num_calls = sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
         keeps_gates_T = rows_with_gates(batch, routes, num_calls, config.replay)
         RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
     metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
+    metrics["rollout/version_lag"] = batch.lag_S(step - 1).double().mean().item()
+    metrics["rollout/sampling_s"] = time.monotonic() - began
     return rollout_metrics(config, batch, groups) | metrics | job.rollout.server_metrics()
 
 

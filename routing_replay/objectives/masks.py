@@ -44,6 +44,11 @@ class M2PO(Clipped):
         0.04, "largest mean of (log m)^2 over the kept tokens", source="M2PO (2510.01161)", above=0
     )
 
+    @property
+    def needs_mu(self) -> bool:
+        """True: the mask is of log m."""
+        return True
+
     def choose(self, step: StepTokens) -> dict[str, torch.Tensor]:
         keep_T = second_moment_mask(step.logp_old_T, step.logp_mu_T, step.mask_T, self.threshold)
         return {"keep_T": keep_T}

@@ -33,6 +33,11 @@ class MiniRL(Parameters):
     )
     masked: bool = parameter(True, "tokens with r outside the region are masked", source=_PAPER)
 
+    @property
+    def needs_mu(self) -> bool:
+        """Whether m is in the weight, or bounded."""
+        return self.weight != "r" or self.has_bound_of_m
+
 
 @objective(MiniRL)
 def minirl(tokens: Tokens, p: MiniRL) -> Surrogate:

@@ -143,15 +143,19 @@ class Parameters:
     @property
     def needs_mu(self) -> bool:
         """Whether the loss compares with the sampling distribution mu, its KL term aside."""
-        bounds_of_m = (
+        return self.has_m or self.correction != "none" or self.has_bound_of_m
+
+    @property
+    def has_bound_of_m(self) -> bool:
+        """Whether tokens or sequences are dropped by their distance from mu."""
+        bounds = (
             self.geometric_low,
             self.geometric_high,
             self.sequence_k3_max,
             self.veto_below,
             self.off_policy_delta if self.off_policy_anchor == "mu" else None,
         )
-        has_bound = any(bound is not None for bound in bounds_of_m)
-        return self.has_m or self.correction != "none" or has_bound
+        return any(bound is not None for bound in bounds)
 
     def __post_init__(self) -> None:
         if self.has_m and self.correction != "none":

@@ -40,7 +40,7 @@ class LayerMap:
             run: The run.
             bounds: Scale that several runs share; the run's own if None.
         """
-        series = run.layers.get(PREFIX + self.metric, {})
+        series = run.layers.get(run.named(PREFIX + self.metric), {})
         columns = list(zip(*series.values(), strict=True))
         # An evaluation before the first step has no layers: it would be an empty column.
         known = [i for i, column in enumerate(columns) if any(v is not None for v in column)]
@@ -149,7 +149,9 @@ def _heat_maps(layer_map: LayerMap, runs: Sequence[Run]) -> list[str]:
 
 
 def _recent_table(run: Run) -> str:
-    recent = {words: run.recent_by_layer(PREFIX + name) for name, words in COLUMNS.items()}
+    recent = {
+        words: run.recent_by_layer(run.named(PREFIX + name)) for name, words in COLUMNS.items()
+    }
     columns = {words: values for words, values in recent.items() if values}
     numbers = sorted({layer for values in columns.values() for layer in values})
     rows = [[str(i), *(number(values.get(i)) for values in columns.values())] for i in numbers]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reading
+from ..metrics.version_lag import lag_suffix
 
 # The share of a run's last steps that "now" means in the summary and in the findings.
 RECENT_SHARE = 0.25
@@ -56,6 +57,12 @@ class Run:
         """Return `recent` of every layer that has a value."""
         recent = {layer: self.recent(name, layer) for layer in self.layers.get(name, ())}
         return {layer: value for layer, value in recent.items() if value is not None}
+
+    def named(self, name: str) -> str:
+        """Return the name of a comparison with the rollout at the version lag of the last steps."""
+        lag = round(self.recent("rollout/version_lag") or 0)
+        at_lag = name + lag_suffix(lag)
+        return at_lag if at_lag in self.series else name
 
     def _known(self, name: str, layer: int | None = None) -> list[float]:
         values = self.series.get(name, ()) if layer is None else self.layers[name][layer]

@@ -69,8 +69,8 @@ def summary(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         reward = first_known(run, REWARD_NAMES)
-        replayed = run.recent("train_infer/kl_k3")
-        live = run.recent("train_infer/kl_k3" + LIVE_SUFFIX)
+        replayed = run.recent(run.named("train_infer/kl_k3"))
+        live = run.recent(run.named("train_infer/kl_k3" + LIVE_SUFFIX))
         ratio = f"{live / replayed:.1f}x" if live is not None and replayed else "–"
         rose = f"{number(run.earliest(reward))} → {number(run.recent(reward))}" if reward else "–"
         entropy, time = first_known(run, ENTROPY_NAMES), first_known(run, TIME_NAMES)
@@ -83,7 +83,7 @@ def summary(runs: Sequence[Run]) -> str:
                 number(replayed),
                 number(live),
                 ratio,
-                number(run.recent("routing_replay/any_layer_differs"), percent=True),
+                number(run.recent(run.named("routing_replay/any_layer_differs")), percent=True),
                 number(run.recent("routing_replay/coverage"), percent=True),
                 number(run.recent(time)) if time else "–",
             ]
@@ -136,8 +136,11 @@ def policy(runs: Sequence[Run]) -> str:
             for is_second, (name, adds) in enumerate(metrics):
                 parts = [run.name] if len(runs) > 1 else []
                 label = ", ".join([*parts, *([adds] if adds else [])]) or "replayed"
-                if name in run.series:
-                    lines.append(_line(run, name, label, color, dashed=bool(is_second)))
+                shown = run.named(name)
+                if shown != name:
+                    label += f", {shown.removeprefix(name + '_').replace('_', ' ')}"
+                if shown in run.series:
+                    lines.append(_line(run, shown, label, color, dashed=bool(is_second)))
         figures.append(line_chart(title, caption, lines, scale))
     return cards(figures)
 
