@@ -31,7 +31,7 @@ from routing_replay.routes.table import RouteTable
 
 NUM_RESPONSES = 32
 # Metrics that two runs from the same responses need not share.
-OWN = ("time", "eval/", "rollout/s")
+OWN = ("time", "eval/", "rollout/server", "rollout/stored")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * TIMEOUT_S)]
 
 

@@ -331,7 +331,7 @@ def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, fl
         RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
     metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
     metrics["rollout/version_lag"] = batch.lag_S(step - 1).double().mean().item()
-    metrics["rollout/sampling_s"] = time.monotonic() - began
+    metrics["time/sampling_s"] = time.monotonic() - began
     return rollout_metrics(config, batch, groups) | metrics | job.rollout.server_metrics()
 
 

@@ -125,7 +125,8 @@ def _sample_shares(run: Run) -> Iterator[Finding]:
 
 
 def _nonfinite(run: Run) -> Iterator[Finding]:
-    counts = run.series.get("train_infer/nonfinite_tokens", ())
+    names = {"train_infer/nonfinite_tokens", run.named("train_infer/nonfinite_tokens")}
+    counts = [count for name in names for count in run.series.get(name, ())]
     largest = max((count or 0 for count in counts), default=0)
     if largest:
         what = f"Up to {largest:.0f} tokens of a step have no finite log-prob"

@@ -61,12 +61,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chaos", description=__doc__)
     parser.add_argument("--points", type=int, default=50, help="points at which it is disturbed")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the points")
+    parser.add_argument("--ahead", type=int, default=0, help="as of the recipe")
     parser.add_argument("--folder", type=Path, help="kept, with the logs; a temporary one if empty")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        done, num_resumes = disturb(folder.absolute(), arguments.points, arguments.seed)
+        done, num_resumes = disturb(
+            folder.absolute(), arguments.points, arguments.seed, arguments.ahead
+        )
     for name, count in sorted(done.items()):
         print(f"{count:4d} x {name}")
     print(
@@ -76,19 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def disturb(folder: Path, num_points: int, seed: int) -> tuple[Counter[str], int]:
+def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[Counter[str], int]:
     """Run with faults, run without, compare; return the faults and the number of resumes.
 
     Args:
         folder: For everything.
         num_points: Faults.
         seed: Of their choice.
+        ahead: Whether rollouts run one step ahead.
 
     Raises:
         ChaosError: What was not as it should be.
     """
     num_steps = FEWEST_STEPS + STEPS_PER_POINT * num_points
-    flags = [*FLAGS, *_prompts(folder), "--steps", str(num_steps)]
+    flags = [*FLAGS, *_prompts(folder), "--steps", str(num_steps), "--ahead", str(ahead)]
     flags += ["--cache-dir", str(folder / "cache")]
     run_dir, kept = folder / "disturbed", folder / "kept"
     kept.mkdir(parents=True)
