@@ -20,6 +20,7 @@ from routing_replay.rollout import (
     RolloutClient,
     probe,
 )
+from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
 
 from .answers import StoredAnswers
@@ -356,6 +357,18 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         within_TK = completion.top_logprobs - log_mass_T[:, None]
         scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
     return scores
+
+
+def replayed_routes(config: RecipeConfig, step: int, samples: Sequence[Sample]) -> list[Routes]:
+    """Return the routes that a step replays; rows of weights beyond `max_version_lag` route live.
+
+    The step is trained from weights of version `step - 1`.
+    """
+    routes = [sample.routes for sample in samples if sample.routes is not None]
+    if not config.rollout.ahead:
+        return routes
+    oldest = step - 1 - config.rollout.max_version_lag
+    return [one.without_versions_before(oldest) for one in routes]
 
 
 def version_of(completion: Completion) -> int:

@@ -41,7 +41,7 @@ from .old_pass import OldPass, averaged, replaying, score_live, score_old, score
 from .policy import FixedScores, Policy
 from .prompts import Prompt, take
 from .publish import write_weights
-from .rollout import Groups, Rollout, mean_reward, sample_groups
+from .rollout import Groups, Rollout, mean_reward, replayed_routes, sample_groups
 from .scoring import Scores
 from .shaping import with_advantages
 from .step_choices import choose
@@ -320,10 +320,7 @@ def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, fl
     batch.save(scratch / BATCH_FILE)
     uncovered: dict[str, float] = {}
     if config.rollout_capture != "off":
-        oldest = step - 1 - config.rollout.max_version_lag if config.rollout.ahead else -1
-        routes = [
-            s.routes.without_versions_before(oldest) for s in groups.samples if s.routes is not None
-        ]
+        routes = replayed_routes(config, step, groups.samples)
         uncovered = require_covered(routes, config.rollout.max_uncovered, "the rollout of a step")
         # Tensor-parallel ranks route parts of a sequence, each on its own.
         num_calls = sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
