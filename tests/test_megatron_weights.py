@@ -86,6 +86,11 @@ def test_export_gives_back_every_tensor_of_the_file_once_and_bit_for_bit(world, 
 
 
 @pytest.mark.parametrize("case", ALL, ids="-".join)
+def test_buckets_give_every_tensor_once_to_the_first_rank_of_its_stage(world, case):
+    assert all(result[case]["buckets"] for result in world[0])
+
+
+@pytest.mark.parametrize("case", ALL, ids="-".join)
 def test_transformers_computes_megatrons_logits_from_a_saved_checkpoint(world, case):
     results, reference, _, out = world
     ours = next(r[case]["after step"] for r in results if r[case]["after step"] is not None)
@@ -114,7 +119,7 @@ def test_names_of_transformer_engine_modules_mean_the_same_weights(world, groupe
 
 def test_tied_embeddings_are_filled_on_both_ends_and_saved_once(world):
     results = [result["tied"] for result in world[0]]
-    assert all(result["exact"] for result in results)
+    assert all(result["exact"] and result["buckets"] for result in results)
     assert max(r["stacked"] for r in results if r["stacked"] is not None) < LOGIT_TOLERANCE
 
 

@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from te_stand_ins import te_spec
 
 from recipes.model import model
+from recipes.model.buckets import Buckets
 from recipes.model.parallel import ParallelLayout
 from recipes.model.weights import load_hf, named_hf_tensors, save_hf
 from routing_replay.errors import CheckpointError
 
 # isort: split
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -50,6 +52,8 @@ LAYOUTS = {
     "glm": GLM_LAYOUTS,
     "deepseek": LATENT_LAYOUTS,
 }
+# Less than an embedding, more than many tensors together.
+BUCKET_BYTES = 10_000
 # The saved model is one SGD step away from the loaded one; large enough to change every logit.
 LEARNING_RATE = 0.5
 
@@ -96,6 +100,7 @@ def _check(folder, layout, options, reference, out):
         for kind, packed in (("stacked", False), ("packed", True)):
             found[kind] = _logit_error(chunks, config, reference, kind, packed)
         found["exact"] = _equals_file(chunks, folder)
+        found["buckets"] = _gathers(chunks, folder)
         wrapped = _with_gradient_buffers(config, chunks)
         megatron_batches.megatron_backward(wrapped, reference["batches"]["packed"], packed=True)
         found["gradient"] = _gradient_error(wrapped, reference["gradients"])
@@ -115,6 +120,7 @@ def _check_tied(folder, reference):
         return {
             "stacked": _logit_error(chunks, config, reference, "stacked", False),
             "exact": _equals_file(chunks, folder),
+            "buckets": _gathers(chunks, folder),
         }
 
 
@@ -192,6 +198,28 @@ def _equals_file(chunks, folder):
     if [name for name, _ in pairs] != list(dict(pairs)) or dict(pairs).keys() != expected.keys():
         return False
     return all(torch.equal(tensor, expected[name]) for name, tensor in pairs)
+
+
+def _gathers(chunks, folder):
+    """Whether buckets are the file's tensors in bfloat16, each on its stage's first rank alone."""
+    expected = load_file(f"{folder}/model.safetensors")
+    buckets = Buckets(chunks, BUCKET_BYTES, torch.bfloat16)
+    gathered = [buckets.gather(bucket) for bucket in buckets.buckets]
+    names = [name for bucket in buckets.buckets for name in bucket.parts]
+    has_all = sorted(names) == sorted(expected)
+    rank, stage = torch.distributed.get_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    stages = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(stages, stage)
+    is_source = rank == stages.index(stage)
+    return has_all and all(
+        (tensors is not None) == (is_source and bucket.source == rank)
+        and all(torch.equal(t, _as_sent(n, expected[n])) for n, t in tensors or [])
+        for bucket, tensors in zip(buckets.buckets, gathered, strict=True)
+    )
+
+
+def _as_sent(name, tensor):
+    return tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
 
 
 def _with_gradient_buffers(config, chunks):

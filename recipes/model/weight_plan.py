@@ -57,6 +57,13 @@ class Part:
     piece: weight_names.Piece
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> list[int]:
+        """Of the part's values."""
+        shape = list(self.piece.shape)
+        shape[self.piece.axis] = self.piece.length
+        return shape
+
 
 def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
     """Return this rank's parameters (and routing biases), each with its pieces.
@@ -183,20 +190,19 @@ def gather_tensor(parts: list[Part], parameters: list[Parameter]) -> torch.Tenso
     for part in parts:
         piece = part.piece
         if part.rank == rank:
-            values = _values(parameters[part.parameter], part.index)
+            values = values_of(parameters[part.parameter], part.index)
             if rank > 0:
                 torch.distributed.send(values.contiguous(), dst=0)
         elif rank == 0:
-            shape = list(piece.shape)
-            shape[piece.axis] = piece.length
-            values = torch.empty(shape, dtype=part.dtype, device=torch.cuda.current_device())
+            values = torch.empty(part.shape, dtype=part.dtype, device=torch.cuda.current_device())
             torch.distributed.recv(values, src=part.rank)
         if whole is not None:
             whole.narrow(piece.axis, piece.start, piece.length).copy_(values)
     return whole
 
 
-def _values(parameter: Parameter, index: int) -> torch.Tensor:
+def values_of(parameter: Parameter, index: int) -> torch.Tensor:
+    """Return the values of one of a parameter's pieces."""
     piece = parameter.pieces[index]
     if piece.axis == 1:  # such a parameter has one piece: all of it
         return parameter.tensor

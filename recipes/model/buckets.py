@@ -1,0 +1,188 @@
+"""The model's Hugging Face tensors in buckets, each on one rank of the stage that holds it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import cpu, weight_plan  # noqa: F401  (cpu makes Megatron importable)
+
+# isort: split
+from megatron.core import parallel_state
+
+# isort: split
+from .checkpoint_files import natural_order
+from .collective import on_every_rank
+from .weights import is_weight
+
+Tensors = list[tuple[str, torch.Tensor]]
+# SGLang's DeepSeek models fuse two projections that come in one call, and lose them in two.
+INSEPARABLE = ".self_attn."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors that are gathered at once.
+
+    Args:
+        source: Global rank that gathers them: the first of their pipeline stage.
+        parts: By tensor, where its parts are.
+        size_bytes: In the dtype that they are gathered in.
+    """
+
+    source: int
+    parts: dict[str, list[weight_plan.Part]]
+    size_bytes: int
+
+
+class Buckets:
+    """Who holds what of a model, arranged in buckets; made once, collective.
+
+    The memory beyond the model is about two buckets on a source, and the own parts of one on any
+    other rank.
+
+    Args:
+        model_chunks: As for `load_hf`. Experts stay on their ranks.
+        bucket_bytes: Size limit; only a larger single tensor, or a layer's attention, exceeds it.
+        dtype: Of the gathered weights; None keeps the parameters'.
+    """
+
+    def __init__(
+        self,
+        model_chunks: list[torch.nn.Module],
+        bucket_bytes: int,
+        dtype: torch.dtype | None = None,
+    ):
+        self._dtype = dtype
+        self._parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
+        plan = weight_plan.gather_plan(self._parameters)
+        self.buckets = arranged(plan, _sources(), bucket_bytes, dtype)
+
+    @property
+    def sources(self) -> list[int]:
+        """The ranks that gather buckets."""
+        return sorted({bucket.source for bucket in self.buckets})
+
+    def gather(self, bucket: Bucket) -> Tensors | None:
+        """Return the bucket's tensors on its source, None elsewhere.
+
+        All ranks call it, for all buckets in their order; those without a part return at once.
+        """
+        rank = torch.distributed.get_rank()
+        by_rank = _by_rank(bucket, self._dtype)
+        if rank != bucket.source:
+            if rank in by_rank:
+                torch.distributed.send(self._own_bytes(by_rank[rank]), dst=bucket.source)
+            return None
+        device = torch.cuda.current_device()
+        whole = {
+            name: torch.empty(
+                parts[0].piece.shape, dtype=_sent_dtype(parts[0], self._dtype), device=device
+            )
+            for name, parts in bucket.parts.items()
+        }
+        for holder, parts in by_rank.items():
+            received = self._own_bytes(parts) if holder == rank else self._receive(holder, parts)
+            _place(received, parts, whole, self._dtype)
+        return list(whole.items())
+
+    def _own_bytes(self, parts: list[weight_plan.Part]) -> torch.Tensor:
+        """Return this rank's parts one after another."""
+        flat = []
+        for part in parts:
+            values = weight_plan.values_of(self._parameters[part.parameter], part.index)
+            values = values.to(_sent_dtype(part, self._dtype)).contiguous()
+            flat.append(values.view(-1).view(torch.uint8))
+        return torch.cat(flat)
+
+    def _receive(self, holder: int, parts: list[weight_plan.Part]) -> torch.Tensor:
+        size = sum(_size_bytes(part, self._dtype) for part in parts)
+        received = torch.empty(size, dtype=torch.uint8, device=torch.cuda.current_device())
+        torch.distributed.recv(received, src=holder)
+        return received
+
+
+def arranged(
+    plan: Mapping[str, list[weight_plan.Part]],
+    source_of: Mapping[int, int],
+    bucket_bytes: int,
+    dtype: torch.dtype | None,
+) -> list[Bucket]:
+    """Return the buckets of a model, those of the stages in turns: one gathers as another sends.
+
+    Args:
+        plan: Of `gather_plan`.
+        source_of: By rank the source of its stage.
+        bucket_bytes: Size limit, exceeded only by what cannot be divided.
+        dtype: Of the gathered weights; None: the parameters'.
+    """
+    stages: dict[int, list[Bucket]] = {}
+    names = sorted(plan, key=natural_order)
+    for _, group in itertools.groupby(names, key=_atom):
+        parts = {name: plan[name] for name in group}
+        size = sum(
+            _size_bytes(part, dtype) for part in itertools.chain.from_iterable(parts.values())
+        )
+        source = source_of[next(iter(parts.values()))[0].rank]
+        buckets = stages.setdefault(source, [])
+        if buckets and buckets[-1].size_bytes + size <= bucket_bytes:
+            last = buckets.pop()
+            parts, size = last.parts | parts, last.size_bytes + size
+        buckets.append(Bucket(source=source, parts=parts, size_bytes=size))
+    in_turns = itertools.zip_longest(*stages.values())
+    return [bucket for turn in in_turns for bucket in turn if bucket is not None]
+
+
+def flattened(tensors: Tensors) -> tuple[Tensors, torch.Tensor]:
+    """Return tensors in the order of a bucket, and their bytes as one tensor.
+
+    The widest elements come first, so that each tensor starts at a multiple of its elements.
+    """
+    ordered = sorted(tensors, key=lambda pair: -pair[1].element_size())
+    return ordered, torch.cat([t.contiguous().view(-1).view(torch.uint8) for _, t in ordered])
+
+
+def _atom(name: str) -> str:
+    head, middle, _ = name.partition(INSEPARABLE)
+    return head + middle if middle else name
+
+
+def _sources() -> dict[int, int]:
+    """By rank the first rank of its pipeline stage; collective."""
+    stages = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(stages, parallel_state.get_pipeline_model_parallel_rank())
+    return {rank: stages.index(stage) for rank, stage in enumerate(stages)}
+
+
+def _by_rank(bucket: Bucket, dtype: torch.dtype | None) -> dict[int, list[weight_plan.Part]]:
+    """By rank its parts, the widest elements first as in `flattened`; equal on every rank."""
+    by_rank: dict[int, list[weight_plan.Part]] = {}
+    parts = list(itertools.chain.from_iterable(bucket.parts.values()))
+    for part in sorted(parts, key=lambda part: -_sent_dtype(part, dtype).itemsize):
+        by_rank.setdefault(part.rank, []).append(part)
+    return by_rank
+
+
+def _place(
+    flat: torch.Tensor,
+    parts: list[weight_plan.Part],
+    whole: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    start = 0
+    for part in parts:
+        piece, stop = part.piece, start + _size_bytes(part, dtype)
+        values = flat[start:stop].view(_sent_dtype(part, dtype)).view(part.shape)
+        whole[piece.name].narrow(piece.axis, piece.start, piece.length).copy_(values)
+        start = stop
+
+
+def _sent_dtype(part: weight_plan.Part, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and is_weight(part.piece.name) else part.dtype
+
+
+def _size_bytes(part: weight_plan.Part, dtype: torch.dtype | None) -> int:
+    return torch.Size(part.shape).numel() * _sent_dtype(part, dtype).itemsize
