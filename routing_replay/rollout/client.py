@@ -124,7 +124,7 @@ class RolloutClient:
             PayloadError, RoutesError: On every try the answer carried no or wrong routes, or more
                 than `max_uncovered` of the batch's rows are not covered.
         """
-        return _run(self.agenerate(requests, on_completion))
+        return run_to_end(self.agenerate(requests, on_completion))
 
     async def agenerate(
         self,
@@ -143,8 +143,8 @@ class RolloutClient:
         requests: Sequence[GenerateRequest],
         on_completion: Callable[[int, Completion], None] | None,
     ) -> list[Completion]:
-        async with self._transport() as http, self._transport() as control:
-            await self._watch(control).run(until_enough=True)
+        async with self.transport() as http, self.transport() as control:
+            await self.watch(control).run(until_enough=True)
             await self._learn_sizes(control)
             dispatch = self._dispatch(http)
 
@@ -156,7 +156,7 @@ class RolloutClient:
 
             tasks = [asyncio.ensure_future(one(n, r)) for n, r in enumerate(requests)]
             work = asyncio.gather(*tasks)
-            watch = asyncio.ensure_future(self._watch(control, dispatch.drop).run())
+            watch = asyncio.ensure_future(self.watch(control, dispatch.drop).run())
             ends: list[asyncio.Future[Any]] = [work, watch]
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -184,7 +184,7 @@ class RolloutClient:
                 `min_servers` took the weights.
         """
         weights = Weights(path=str(path), version=int(weight_version), flush_cache=flush_cache)
-        _run(self._publish(weights))
+        run_to_end(self._publish(weights))
 
     def require_servers(self) -> None:
         """Leave out the servers that are not well; raise if fewer than `min_servers` are.
@@ -200,11 +200,11 @@ class RolloutClient:
 
     def weight_versions(self) -> dict[str, str]:
         """Return the weight version that each server in use reports."""
-        return _run(self._weight_versions())
+        return run_to_end(self._weight_versions())
 
     def health(self) -> dict[str, str]:
         """Return "ok", or what is wrong, for each server; never raise."""
-        return _run(self._health())
+        return run_to_end(self._health())
 
     def pause(self, mode: str = "in_place") -> None:
         """Stop sampling.
@@ -215,21 +215,21 @@ class RolloutClient:
         """
         self.servers.is_paused = True
         self.servers.num_aborts += mode == "abort"
-        _run(self._at_all("/pause_generation", {"mode": mode}))
+        run_to_end(self._at_all("/pause_generation", {"mode": mode}))
 
     def resume(self) -> None:
         """Continue sampling after `pause`."""
-        _run(self._at_all("/continue_generation", {}))
+        run_to_end(self._at_all("/continue_generation", {}))
         self.servers.is_paused = False
 
     def abort(self) -> None:
         """End all requests; each answers with the tokens and routes that it has."""
         self.servers.num_aborts += 1
-        _run(self._at_all("/abort_request", {"abort_all": True}))
+        run_to_end(self._at_all("/abort_request", {"abort_all": True}))
 
     def flush_cache(self) -> None:
         """Drop all cached prefixes."""
-        _run(self._at_all("/flush_cache", {}))
+        run_to_end(self._at_all("/flush_cache", {}))
 
     @property
     def faults(self) -> dict[str, int]:
@@ -246,8 +246,8 @@ class RolloutClient:
 
     async def _publish(self, weights: Weights) -> None:
         self.servers.expect(weights)
-        async with self._transport() as http:
-            watch = self._watch(http)
+        async with self.transport() as http:
+            watch = self.watch(http)
 
             async def one(server: ServerState) -> ServerError | None:
                 try:
@@ -279,8 +279,8 @@ class RolloutClient:
         await _all(ask(s) for s in self.servers.in_use if s.num_replicas is None)
 
     async def _health(self) -> dict[str, str]:
-        async with self._transport() as http:
-            watch = self._watch(http)
+        async with self.transport() as http:
+            watch = self.watch(http)
 
             async def one(server: ServerState) -> tuple[str, str]:
                 try:
@@ -292,25 +292,27 @@ class RolloutClient:
             return dict(await _all(one(server) for server in self.servers))
 
     async def _weight_versions(self) -> dict[str, str]:
-        async with self._transport() as http:
-            watch, servers = self._watch(http), self.servers.in_use
+        async with self.transport() as http:
+            watch, servers = self.watch(http), self.servers.in_use
             versions = await _all(watch.weight_version(server) for server in servers)
             return {s.url: version for s, version in zip(servers, versions, strict=True)}
 
     async def _at_all(self, route: str, body: Mapping[str, Any]) -> None:
         timeout_s = self.options.control_timeout_s
-        async with self._transport() as http:
+        async with self.transport() as http:
             await _all(
                 http.call("POST", server.url, route, body, timeout_s=timeout_s)
                 for server in self.servers.in_use
             )
 
-    def _transport(self) -> Transport:
+    def transport(self) -> Transport:
+        """Return connections to the servers, an asynchronous context manager."""
         return Transport(self.options.connect_timeout_s)
 
-    def _watch(
+    def watch(
         self, http: Transport, on_change: Callable[[ServerState], None] = lambda server: None
     ) -> Watch:
+        """Return what looks after the servers, over these connections."""
         return Watch(
             self.servers,
             http,
@@ -337,7 +339,7 @@ def _size_in(info: Mapping[str, Any], name: str) -> int:
     return size if isinstance(size, int) and size > 0 else 1
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end, in a thread of its own where this one has an event loop already."""
     try:
         asyncio.get_running_loop()

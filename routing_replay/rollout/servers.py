@@ -15,8 +15,15 @@ MAX_MISSES = 2
 # A server that missed a check or is left out is asked again soon. One that is left out repeatedly
 # waits twice as long each time, up to the other number.
 SOON_S, LONGEST_WAIT_S = 5.0, 600.0
+# What the version of weights that are being replaced begins with. It is no number, so that answers
+# and rows under it never pass for those of known weights.
+INCOMPLETE = "incomplete"
 # What an error tells of the past.
 NUM_EVENTS = 12
+
+
+class LostWeightsError(ServerError):
+    """Servers lost the weights, which are on no disk: publish them again."""
 
 
 @dataclass(kw_only=True)
@@ -34,6 +41,7 @@ class ServerState:
         out_since: Unix time since which it gets no requests; None while it gets some.
         reason: Why it gets none.
         is_loading: It is healthy again, and gets the current weights.
+        is_stale: It is healthy again, and nothing but a further update can give it the weights.
         check_at: When its health is asked next, by `time.monotonic`.
         answered_at: When it last answered a request well, by the same clock.
     """
@@ -48,6 +56,7 @@ class ServerState:
     out_since: float | None = None
     reason: str = ""
     is_loading: bool = False
+    is_stale: bool = False
     check_at: float = 0.0
     answered_at: float = 0.0
 
@@ -61,14 +70,27 @@ class Weights:
     """What the servers were told to load last.
 
     Args:
-        path: A Hugging Face checkpoint.
+        path: A Hugging Face checkpoint; None for weights that are on no disk, so that a server
+            which comes back cannot load them.
         version: Of its rows.
         flush_cache: Whether cached prefixes go with the old weights.
     """
 
-    path: str
+    path: str | None
     version: int
     flush_cache: bool = True
+
+
+def is_as_new(version: str, weights: Weights | None) -> bool:
+    """Return whether a version that an answer names is of whole and current weights.
+
+    Args:
+        version: What the server reports; a server that names its weights otherwise is trusted.
+        weights: What was published last; None if nothing was.
+    """
+    if version.startswith(INCOMPLETE):
+        return False
+    return weights is None or not version.isdigit() or int(version) >= weights.version
 
 
 class Servers:
@@ -128,6 +150,12 @@ class Servers:
     def is_enough(self) -> bool:
         return len(self.in_use) >= self.min_servers
 
+    @property
+    def is_enough_with_stale(self) -> bool:
+        """Whether an update of the weights would make enough servers of too few."""
+        num_stale = sum(server.is_stale for server in self)
+        return not self.is_enough and len(self.in_use) + num_stale >= self.min_servers
+
     def answered(self, server: ServerState) -> None:
         """Note an answer that was right."""
         server.faults = 0
@@ -150,7 +178,7 @@ class Servers:
         server.check_at = time.monotonic() + self._health_every_s
         if server.is_out:
             server.out_since, server.reason, server.faults = None, "", 0
-            server.is_loading = False
+            server.is_loading = server.is_stale = False
             self._note(f"{server.url} is in use again", "returned")
 
     def loading(self, server: ServerState, weights: Weights) -> None:
@@ -158,9 +186,17 @@ class Servers:
         server.is_loading = True
         self._note(f"{server.url} is healthy again and loads version {weights.version}", "loads")
 
+    def outdated(self, server: ServerState) -> None:
+        """Note that a server that was left out is healthy, and waits for the next weights."""
+        server.check_at = time.monotonic() + self._health_every_s
+        if not server.is_stale:
+            server.is_stale = True
+            self._note(f"{server.url} is healthy again and waits for new weights", "outdated")
+
     def missed(self, server: ServerState, error: object) -> None:
         """Note a health check that failed."""
         server.misses += 1
+        server.is_stale = False
         if server.is_loading:
             server.is_loading = False
             self._note(f"{server.url} could not load the weights: {error}", "failed_loads")
@@ -182,12 +218,12 @@ class Servers:
         """Note what the servers must load from now on; what is past counts less then."""
         self.weights = weights
         for server in self:
-            server.absences = 0
+            server.absences, server.is_stale = 0, False
 
-    def shortage(self) -> ServerError:
+    def shortage(self, kind: type[ServerError] = ServerError) -> ServerError:
         """Return the error of too few servers."""
         reasons = "; ".join(f"{s.url}: {s.reason}" for s in self if s.is_out)
-        return ServerError(
+        return kind(
             "too few servers are left",
             expected=f"{self.min_servers} or more",
             got=f"{len(self.in_use)}; {reasons}",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import ServerError
-from .servers import Servers, ServerState, Weights
+from .servers import LostWeightsError, Servers, ServerState, Weights
 from .transport import Transport
 
 # How soon a shortage of servers is noticed.
@@ -47,6 +47,7 @@ class Watch:
         """Check each server when it is due; return when there are enough of them, if told so.
 
         Raises:
+            LostWeightsError: There are too few, and enough if the weights were published again.
             ServerError: There have been too few for too long.
         """
         checks = [asyncio.ensure_future(self._look_after(server)) for server in self._servers]
@@ -55,6 +56,8 @@ class Watch:
             while not (until_enough and self._servers.is_enough):
                 if self._servers.is_enough:
                     enough_at = time.monotonic()
+                if self._servers.is_enough_with_stale:
+                    raise self._servers.shortage(LostWeightsError)
                 if time.monotonic() - enough_at > self._recovery_timeout_s:
                     raise self._servers.shortage()
                 await asyncio.sleep(TICK_S)
@@ -70,6 +73,9 @@ class Watch:
             await self.require_health(server)
             if was_out and self._servers.weights is not None:
                 await self._bring_up_to_date(server, self._servers.weights)
+        except LostWeightsError:
+            is_well = False
+            self._servers.outdated(server)
         except ServerError as error:
             # Under load a check may come late where answers do not.
             is_well = not was_out and server.answered_at >= start
@@ -98,8 +104,15 @@ class Watch:
         """Make a server load weights, and ask it for the version that it then has.
 
         Raises:
+            LostWeightsError: The weights are on no disk.
             ServerError: It refuses, or reports another version.
         """
+        if weights.path is None:
+            raise LostWeightsError(
+                "the server cannot load weights that are on no disk",
+                expected=f"weight version {weights.version}",
+                where=server.url,
+            )
         body = {
             "model_path": weights.path,
             "weight_version": str(weights.version),
@@ -125,5 +138,6 @@ class Watch:
 
     async def _bring_up_to_date(self, server: ServerState, weights: Weights) -> None:
         if await self.weight_version(server) != str(weights.version):
-            self._servers.loading(server, weights)
+            if weights.path is not None:
+                self._servers.loading(server, weights)
             await self.load(server, weights)
