@@ -108,6 +108,12 @@ def test_the_help_text_explains_every_key():
             "expected grpo, dapo, gspo and the like, without correction and KL",
         ),
         (["--internal-layer", "1", *GRPO, "veto_below=1e-4"], "without correction and KL"),
+        (["--publish-bucket-mb", "0"], "'publish_bucket_mb' is out of range; expected above 0"),
+        (["--publish", "buckets", "--weights", "bridge"], "gathers whole tensors on one rank only"),
+        (
+            ["--publish", "buckets", "--nnodes", "2", "--rollout-url", "http://127.0.0.1:30000"],
+            "cannot send weights to a server without an address",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_answered_with_what_to_do(argv, message):

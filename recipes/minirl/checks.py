@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from routing_replay import objectives
 from routing_replay.errors import ConfigError
 
+from .addresses import require_reachable
 from .step_plan import plan_layout
 
 if TYPE_CHECKING:
@@ -39,6 +40,24 @@ def check_sampling(config: RecipeConfig) -> None:
             got=f"--top-p {r.top_p} alone",
             fix="Add --top-k 4096, or --no-keep-sampling-mask to train on biased log-probs",
         )
+
+
+def check_publish(config: RecipeConfig) -> None:
+    """Raise ConfigError for weights that could not reach the servers in buckets."""
+    r = config.rollout
+    for name in ("publish_bucket_mb", "publish_timeout_s"):
+        if getattr(r, name) <= 0:
+            raise _out_of_range(name, "above 0", getattr(r, name))
+    if r.publish == "disk":
+        return
+    if config.training.weights == "bridge":
+        raise ConfigError(
+            "Megatron-Bridge's converter gathers whole tensors on one rank only",
+            expected="weights: own beside publish: buckets",
+            got="weights: bridge",
+            fix="Choose --weights own, or --publish disk",
+        )
+    require_reachable(r.rollout_url, config.run.nnodes)
 
 
 def check_objective(config: RecipeConfig) -> None:
@@ -220,8 +239,9 @@ def check_interleaving(config: RecipeConfig) -> None:
 def check_plan(config: RecipeConfig) -> None:
     """Raise ConfigError for machines or rates that cannot be."""
     p = config.plan
-    rates = ("plan_trainer_tflops", "plan_rollout_tokens_per_s", "plan_disk_gb_per_s")
-    for name in ("plan_gpus_per_node", *rates):
+    rates = ("plan_trainer_tflops", "plan_rollout_tokens_per_s")
+    speeds = ("plan_disk_gb_per_s", "plan_network_gb_per_s")
+    for name in ("plan_gpus_per_node", *rates, *speeds):
         if getattr(p, name) <= 0:
             raise _out_of_range(name, "above 0", getattr(p, name))
     for name in ("plan_gpu_gb", "plan_server_nodes", "plan_prompt_tokens", "plan_response_tokens"):

@@ -76,9 +76,19 @@ def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterato
     yield _passes(config, cost, "score", 1 + config.needs_reference + live, 1)
     forwards = FORWARDS_PER_UPDATE[config.training.recompute]
     yield _passes(config, cost, "update", forwards, config.num_mini_batches)
-    num_servers = max(1, p.plan_server_nodes)
-    gigabytes = cost.checkpoint_bytes / GIGA
-    yield Leg(
+    yield _weights(config, cost.checkpoint_bytes / GIGA)
+
+
+def _weights(config: RecipeConfig, gigabytes: float) -> Leg:
+    p, num_servers = config.plan, max(1, config.plan.plan_server_nodes)
+    if config.rollout.publish == "buckets":
+        return Leg(
+            name="weights",
+            seconds=gigabytes / p.plan_network_gb_per_s,
+            formula=f"{gigabytes:.1f} GB, broadcast to {num_servers} servers "
+            f"at {p.plan_network_gb_per_s:g} GB/s",
+        )
+    return Leg(
         name="weights",
         seconds=gigabytes * (1 + num_servers) / p.plan_disk_gb_per_s,
         formula=f"{gigabytes:.1f} GB x (1 write + {num_servers} reads) "

@@ -12,7 +12,6 @@ from recipes.model import flops, fp8, memory, meta
 from recipes.model.model import ModelConfig, transformer_config
 from recipes.model.parallel import ParallelLayout
 from routing_replay.errors import CheckpointError, ConfigError, reading
-from routing_replay.rollout import ClientOptions
 
 from . import commands, durations, models, server_plan, tiny_model
 from .config import RecipeConfig
@@ -81,12 +80,12 @@ def _lines(config: RecipeConfig) -> Iterator[str]:
     steps = list(durations.legs(config, _cost(config, model_config), num_server_gpus))
     yield from (f"  {leg.text()}" for leg in steps)
     yield f"  together {durations.step_seconds(config, steps) / 60:.1f} min"
-    loading = steps[-1].seconds
-    if loading > ClientOptions.control_timeout_s:
+    loading, timeout_s = steps[-1].seconds, config.rollout.publish_timeout_s
+    if config.rollout.publish == "disk" and loading > timeout_s:
         yield (
-            f"Warning: the servers are given {ClientOptions.control_timeout_s:g} s to load the "
-            f"weights of a step, which take {loading:.0f} s here with their writing; a faster disk "
-            "or fewer servers are needed"
+            f"Warning: the servers are given {timeout_s:g} s to load the weights of a step "
+            f"(--publish-timeout-s), which take {loading:.0f} s here with their writing; a faster "
+            "disk, fewer servers or --publish buckets are needed"
         )
 
 

@@ -280,6 +280,7 @@ def client_options(config: RecipeConfig) -> ClientOptions:
     r = config.rollout
     return ClientOptions(
         request_timeout_s=r.request_timeout_s,
+        control_timeout_s=r.publish_timeout_s,
         health_every_s=r.health_every_s,
         # SGLang samples a token for a check, which takes a second and more.
         health_timeout_s=max(SHORTEST_CHECK_S, min(r.health_every_s, LONGEST_CHECK_S)),

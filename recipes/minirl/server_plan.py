@@ -88,6 +88,13 @@ def _check_arguments(config: RecipeConfig, sizes: argparse.Namespace) -> None:
             expected="--dp without --enable-dp-attention",
             got="--enable-dp-attention",
         )
+    if config.rollout.publish == "buckets" and (sizes.pp > 1 or sizes.dp > 1):
+        raise ConfigError(
+            "SGLang takes weights over a process group on tensor-parallel ranks only",
+            expected="server_arguments without --pp and --dp",
+            got=f"--pp {sizes.pp} --dp {sizes.dp}",
+            fix="Start more servers instead, or choose --publish disk",
+        )
     for name in ("tp", "pp", "dp", "ep"):
         if getattr(sizes, name) < 1:
             raise ConfigError(f"the server's --{name} is out of range", expected=">= 1")

@@ -112,6 +112,16 @@ class RolloutSettings:
         "checkpoint that the servers start from; empty: --model. With rollout_weights fp8 one in "
         "block FP8, such as python -m recipes.model.fp8 writes",
     )
+    publish: Literal["disk", "buckets"] = setting(
+        "disk",
+        "how new weights reach the servers: as files that all see, or bucket by bucket into their "
+        "memory, over NCCL between GPUs and gloo otherwise (--tp only); if that fails, as files",
+        ("disk", "buckets"),
+    )
+    publish_bucket_mb: int = setting(512, "MiB of weights that a pipeline stage sends at once")
+    publish_timeout_s: float = setting(
+        600.0, "longest wait for the servers to take a bucket, or to load a checkpoint"
+    )
     rollout_gpus: str = setting("", "CUDA devices of a launched server, as 0,1,2,3")
     rollout_python: str = setting(
         "", "Python interpreter of a launched server's environment; empty: this one"
@@ -294,6 +304,9 @@ class PlanSettings:
     )
     plan_disk_gb_per_s: float = setting(
         1.0, "of the disk that all machines see, in 10^9 bytes per second; assumed"
+    )
+    plan_network_gb_per_s: float = setting(
+        10.0, "of a broadcast of weights to all servers, in 10^9 bytes per second; assumed"
     )
 
 

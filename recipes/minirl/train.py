@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -40,7 +39,7 @@ from .node import require_alike
 from .old_pass import OldPass, averaged, replaying, score_live, score_old, score_replayed
 from .policy import FixedScores, Policy
 from .prompts import Prompt, take
-from .publish import write_weights
+from .publish import Publisher
 from .rollout import Groups, Rollout, mean_reward, replayed_routes, sample_groups
 from .scoring import Scores
 from .shaping import with_advantages
@@ -52,11 +51,17 @@ class StepRollout:
     """The rollout of a step, which rank 0 has begun.
 
     Args:
+        step: Whose batch it samples.
+        first_prompt: Number of its first prompt.
         folder: Where batch and routes will be, on each node.
+        number: How often the step's sampling was begun before.
         pending: Its end, with its metrics.
     """
 
+    step: int
+    first_prompt: int
     folder: Path
+    number: int
     pending: Pending
 
 
@@ -76,28 +81,30 @@ class Job:
     rollout: Rollout | None
     journal: Journal | None
     objective: Objective
-
-    def publish(self, version: int) -> None:
-        """Give the current weights to all servers; collective."""
-        # Under a name of its own: a server's network file system may still show it an earlier
-        # folder of the same name, and the old weights would pass for the new ones.
-        folder = self.shared_dir / "weights" / f"version_{version:06d}"
-        write_weights(self.policy, folder, self.inputs.base)
-
-        def update() -> None:
-            assert self.rollout is not None
-            self.rollout.client.update_weights(str(folder), version)
-            remove_others(folder)
-
-        self.first_rank.run(f"published_{version}", update)
+    publisher: Publisher
 
     def begin_rollout(self, step: int, first_prompt: int) -> StepRollout:
         """Begin to sample a step's batch with the weights that the servers have."""
-        folder = self.first_rank.new_folder(f"step_{step:06d}")
-        pending = self.first_rank.begin(
-            f"sampled_{step}", sample_batch, self, step, first_prompt, folder
+        return self._begin(step, first_prompt, self.first_rank.new_folder(f"step_{step:06d}"), 0)
+
+    def finished(self, rollout: StepRollout, version: int) -> StepRollout:
+        """Wait for a rollout; collective.
+
+        Where the servers lost weights that are on no disk, those of now are published as `version`,
+        and what is not stored is sampled with them.
+        """
+        while self.publisher.has_lost_weights(rollout.pending.wait()):
+            self.publisher.publish(version)
+            number = rollout.number + 1
+            rollout = self._begin(rollout.step, rollout.first_prompt, rollout.folder, number)
+        return rollout
+
+    def _begin(self, step: int, first_prompt: int, folder: Path, number: int) -> StepRollout:
+        name, work = f"sampled_{step}_{number}", self.publisher.guarded(sample_batch)
+        pending = self.first_rank.begin(name, work, self, step, first_prompt, folder)
+        return StepRollout(
+            step=step, first_prompt=first_prompt, folder=folder, number=number, pending=pending
         )
-        return StepRollout(folder=folder, pending=pending)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the mean reward on the held-out prompts, sampled as in training, on rank 0."""
@@ -107,7 +114,7 @@ class Job:
             samples = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
             return {"eval/reward": mean_reward(samples)}
 
-        return self.first_rank.run(f"evaluated_{step}", sample)
+        return self.publisher.sample(f"evaluated_{step}", sample)
 
 
 def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
@@ -146,8 +153,16 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         rollout=rollout,
         journal=journal,
         objective=config.make_objective(),
+        publisher=Publisher(
+            policy,
+            inputs.base,
+            shared_dir / "weights",
+            first_rank,
+            rollout.client if rollout else None,
+            urls,
+        ),
     )
-    job.publish(progress.step)
+    job.publisher.publish(progress.step)
     if not progress.step:
         metrics = job.evaluate(0)
         if journal:
@@ -155,6 +170,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
     begun = None
     while progress.step < config.run.steps:
         progress, begun = take_step(job, progress, begun)
+    job.publisher.close()
     first_rank.close()
     if journal:
         journal.close()
@@ -180,6 +196,7 @@ def take_step(
     # 1. Rollout and rewards, on rank 0. The next one may begin before this one is trained.
     with clock("rollout"):
         rollout = begun or job.begin_rollout(step, progress.prompts_consumed)
+        rollout = job.finished(rollout, progress.step)
         values = rollout.pending.wait()
         job.first_rank.share(rollout.folder)
         batch, table = open_step(rollout.folder, has_routes=config.rollout_capture != "off")
@@ -229,9 +246,9 @@ def take_step(
     # 6. New weights for the servers, between two rollouts: each response is of one version.
     if ahead is not None:
         with clock("rollout"):
-            ahead.pending.wait()
+            ahead = job.finished(ahead, step)
     with clock("weights"):
-        job.publish(step)
+        values |= job.publisher.publish(step)
 
     # 7. Now and then an evaluation; metrics; now and then a checkpoint.
     if is_due(step, config.run.evaluate_every, config.run.steps):
@@ -360,13 +377,6 @@ def scratch_folder(config: RecipeConfig, run_dir: Path) -> Path:
     """Return the folder of a step's files; on a disk of the node it carries the run's name."""
     scratch_dir = config.run.scratch_dir
     return Path(scratch_dir) / f"minirl-{run_dir.name}" if scratch_dir else run_dir / "scratch"
-
-
-def remove_others(folder: Path) -> None:
-    """Remove everything beside a folder."""
-    for path in folder.parent.iterdir():
-        if path != folder:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def inner_layer(config: RecipeConfig, step: int) -> int:

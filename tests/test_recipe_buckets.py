@@ -1,0 +1,71 @@
+"""Weights over process groups into a real server: bitwise those of the disk, or of no version."""
+
+import pytest
+from bucket_checks import observe
+from megatron_worlds import RankError, run_world
+from sglang_servers import MODEL, random_prompt, request
+
+from routing_replay.errors import ServerError
+from routing_replay.rollout import RolloutClient
+
+
+@pytest.fixture(scope="module")
+def by_disk(sglang_server):
+    """What the server does with each checkpoint from a disk."""
+    seen = []
+    for path in sglang_server.checkpoints:
+        sglang_server.client.update_weights(str(path), 4)
+        seen.append(observe(sglang_server.server.url))
+    assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def published(sglang_server, by_disk):
+    """By event what a trainer of two pipeline stages saw, by rank."""
+    folders = [str(path) for path in sglang_server.checkpoints]
+    return run_world("bucket_checks:publish", 2, [sglang_server.server.url], folders)
+
+
+def answers_of(seen):
+    return [answer[:3] for answer in seen[2]]
+
+
+@pytest.mark.parametrize(("event", "checkpoint", "version"), [("second", 1, 5), ("first", 0, 6)])
+def test_buckets_of_two_stages_give_a_server_bitwise_the_weights_of_the_disk(
+    published, by_disk, event, checkpoint, version
+):
+    error, (seen,) = published[0][event]
+    assert error == ""
+    assert seen[0] == str(version)
+    assert seen[1] == by_disk[checkpoint][1]
+    assert answers_of(seen) == answers_of(by_disk[checkpoint])
+    assert [versions for *_, versions in seen[2]] == [{version}] * len(seen[2])
+
+
+def test_servers_stay_in_the_groups_from_one_update_to_the_next(published):
+    assert [result["same groups"] for result in published] == [True, True]
+
+
+def test_an_update_that_breaks_off_has_no_version_and_the_next_one_heals_it(published, by_disk):
+    error, (seen,) = published[0]["left"]
+    assert "/update_weights_from_distributed" in error and published[1]["left"][0] == error
+    assert seen[0] == "incomplete-7" and seen[1] not in {checksum for _, checksum, _ in by_disk}
+    error, (seen,) = published[0]["healed"]
+    assert (error, seen[0], seen[1]) == ("", "8", by_disk[1][1])
+    assert answers_of(seen) == answers_of(by_disk[1])
+
+
+def test_a_trainer_that_dies_leaves_no_server_with_parts_of_its_weights_in_use(
+    sglang_server, by_disk
+):
+    sglang_server.restore()
+    url, folder = sglang_server.server.url, str(sglang_server.checkpoints[1])
+    with pytest.raises(RankError, match="ended without a result"):
+        run_world("bucket_checks:die", 2, [url], folder)
+    client = RolloutClient([url], MODEL)
+    assert client.weight_versions() == {url: "incomplete-9"}
+    with pytest.raises(ServerError, match="or parts of new ones|too few servers"):
+        client.generate([request(random_prompt(1))])
+    client.update_weights(folder, 10)
+    assert observe(url)[1] == by_disk[1][1]
