@@ -4,6 +4,15 @@ import pytest
 from bucket_checks import observe
 from megatron_worlds import RankError, run_world
 from sglang_servers import MODEL, random_prompt, request
+from test_recipe_end_to_end import (
+    NUM_STEPS,
+    SMALL,
+    is_server,
+    kill_when,
+    records,
+    start,
+    write_prompts,
+)
 
 from routing_replay.errors import ServerError
 from routing_replay.rollout import RolloutClient
@@ -69,3 +78,21 @@ def test_a_trainer_that_dies_leaves_no_server_with_parts_of_its_weights_in_use(
         client.generate([request(random_prompt(1))])
     client.update_weights(folder, 10)
     assert observe(url)[1] == by_disk[1][1]
+
+
+@pytest.mark.slow
+def test_a_server_that_was_started_again_in_a_rollout_gets_the_same_weights_without_a_disk(
+    tmp_path,
+):
+    run_dir = tmp_path / "run"
+    flags = [*SMALL, *write_prompts(tmp_path), "--cache-dir", str(tmp_path / "cache")]
+    process = start(run_dir, *flags, "--publish", "buckets")
+    output, status = kill_when(process, lambda: len(records(run_dir)) > 1, is_server)
+    assert status == 0, output
+    left, waits, returned = (
+        output.index(text)
+        for text in ("is left out", "healthy again and waits for new weights", "in use again")
+    )
+    assert left < waits < returned
+    assert [step["rollout/weights_by_files"] for step in records(run_dir)[1:]] == [0] * NUM_STEPS
+    assert not (run_dir / "weights").exists()

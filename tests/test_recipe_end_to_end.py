@@ -204,6 +204,7 @@ MASKED = [
     *("--objective", "dapo", "--top-p", "0.95", "--top-k", "12"),
     *("--objective-parameters", "kl_coefficient=0.01", "entropy_coefficient=0.001"),
     *("--dynamic-sampling", "1", "--overlong-cache", "2", "--reward-kl-coefficient", "0.01"),
+    *("--publish", "buckets"),
 ]
 
 
@@ -232,6 +233,11 @@ def test_a_resumed_run_does_not_sample_again_what_it_had_stored(masked):
     assert [step["rollout/stored_responses"] for step in records(run_dir)[1:]] == [0, stored]
     # A checkpoint covers every step.
     assert not list((run_dir / "answers").iterdir())
+
+
+def test_weights_reach_the_server_in_buckets_before_and_after_the_trainer_was_killed(masked):
+    run_dir, *_ = masked
+    assert [step["rollout/weights_by_files"] for step in records(run_dir)[1:]] == [0, 0]
 
 
 def test_masks_penalties_and_replaced_groups_survive_the_resume(masked):
