@@ -4,6 +4,7 @@ import json
 import os
 import urllib.request
 from dataclasses import replace
+from unittest import mock
 
 from megatron_worlds import megatron
 from sglang_servers import MODEL, random_prompt, request
@@ -42,6 +43,14 @@ class Trainer:
         return self.sender.send(Buckets(self.chunks, BUCKET_BYTES), version, converted)
 
 
+class WithoutGpu(ServerGroup):
+    """A group for which a server on a CPU has no backend."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.backend = "nccl"
+
+
 def publish(rank, urls, folders):
     """By event: the error of an update, and what the servers then do (on rank 0)."""
     results = {}
@@ -53,6 +62,8 @@ def publish(rank, urls, folders):
             seen = [observe(url) for url in urls] if rank == 0 else None
             results[event] = error, seen
 
+        with mock.patch("recipes.minirl.weight_stream.ServerGroup", WithoutGpu):
+            note("refused", trainer.send(4))
         note("second", trainer.send(5))
         group = trainer.sender._group
         trainer.load(folders[0])

@@ -3,7 +3,7 @@
 import pytest
 from bucket_checks import observe
 from megatron_worlds import RankError, run_world
-from sglang_servers import MODEL, random_prompt, request
+from sglang_servers import MODEL, random_prompt, request, running
 from test_recipe_end_to_end import (
     NUM_STEPS,
     SMALL,
@@ -26,6 +26,7 @@ def by_disk(sglang_server):
         sglang_server.client.update_weights(str(path), 4)
         seen.append(observe(sglang_server.server.url))
     assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]
+    sglang_server.restore()
     return seen
 
 
@@ -50,6 +51,12 @@ def test_buckets_of_two_stages_give_a_server_bitwise_the_weights_of_the_disk(
     assert seen[1] == by_disk[checkpoint][1]
     assert answers_of(seen) == answers_of(by_disk[checkpoint])
     assert [versions for *_, versions in seen[2]] == [{version}] * len(seen[2])
+
+
+def test_a_group_that_a_server_cannot_join_is_an_error_on_every_rank(published, by_disk):
+    error, (seen,) = published[0]["refused"]
+    assert "/init_weights_update_group" in error and published[1]["refused"][0] == error
+    assert seen == ("incomplete-4", by_disk[0][1], None)
 
 
 def test_servers_stay_in_the_groups_from_one_update_to_the_next(published):
@@ -78,6 +85,24 @@ def test_a_trainer_that_dies_leaves_no_server_with_parts_of_its_weights_in_use(
         client.generate([request(random_prompt(1))])
     client.update_weights(folder, 10)
     assert observe(url)[1] == by_disk[1][1]
+
+
+@pytest.mark.slow
+def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(sglang_server, by_disk):
+    with running("gates", "--tp-size", "2") as wide:
+        expected = [by_disk, []]
+        for path in wide.checkpoints:
+            wide.client.update_weights(str(path), 4)
+            expected[1].append(observe(wide.server.url))
+        urls = [sglang_server.server.url, wide.server.url]
+        results = run_world("bucket_checks:publish", 2, urls, [str(p) for p in wide.checkpoints])
+    for event, checkpoint in (("second", 1), ("first", 0), ("healed", 1)):
+        error, seen = results[0][event]
+        assert error == ""
+        for one, from_disk in zip(seen, expected, strict=True):
+            assert one[1] == from_disk[checkpoint][1]
+            assert answers_of(one) == answers_of(from_disk[checkpoint])
+    assert [version for version, *_ in results[0]["left"][1]] == ["incomplete-7"] * 2
 
 
 @pytest.mark.slow

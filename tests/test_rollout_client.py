@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -28,6 +29,8 @@ from routing_replay.rollout import (
     request_fields,
 )
 from routing_replay.rollout.garbage import OBJECTS_BETWEEN, RARE_COLLECTIONS
+from routing_replay.rollout.servers import LostWeightsError
+from routing_replay.rollout.streaming import WeightStream
 from routing_replay.routes.origin import Origin, is_covered
 from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import Routes
@@ -100,6 +103,8 @@ class FakeServer:
             good = {"meta_info": self.generated(body)}
         if route == "/update_weights_from_disk":
             self.weight_version = body["weight_version"]
+        if route == "/update_weight_version":
+            self.weight_version = body["new_version"]
         return misbehave(route, body, good)
 
     def generated(self, body):
@@ -246,6 +251,68 @@ def test_a_restarted_server_gets_the_weights_of_the_others_before_it_gets_reques
         # Going back to older weights on purpose is not a restart.
         client.update_weights("/older", 1)
         assert client.generate([asked()])[0].weight_version == "1"
+
+
+def streamed(client, version):
+    """A whole update without a bucket."""
+    stream = WeightStream(client)
+    members = stream.open(version)
+    versions = set(client.weight_versions().values())
+    stream.close(version)
+    return members, versions
+
+
+def test_a_streamed_update_has_no_number_until_it_is_complete():
+    sizes = {"/server_info": {"tp_size": 2}}
+    with FakeServer(lambda route, body, answer: (200, sizes.get(route, answer))) as fake:
+        client = RolloutClient([fake.url], MODEL, QUICK)
+        members, versions = streamed(client, 7)
+        assert [member.num_ranks for member in members] == [2] and versions == {"incomplete-7"}
+        assert client.generate([asked()])[0].weight_version == "7"
+        routes = [route for route, _ in fake.calls if route != "/generate"]
+    # An update that broke off is ended before the next one begins.
+    assert routes[:3] == ["/update_weight_version", "/end_weight_update", "/begin_weight_update"]
+    assert routes[3:] == ["/end_weight_update", "/flush_cache", "/update_weight_version"]
+
+
+@pytest.mark.parametrize("weights", [None, 3], ids=["none published", "published"])
+def test_an_answer_from_parts_of_new_weights_is_taken_by_no_client(weights):
+    with FakeServer() as fake:
+        client = RolloutClient([fake.url], MODEL, QUICK)
+        if weights is not None:
+            client.update_weights("/checkpoint", weights)
+        fake.weight_version = "incomplete-4"
+        fake.answer = functools.partial(refuse_updates, fake.answer)
+        with pytest.raises(ServerError, match="incomplete-4"):
+            client.generate([asked()])
+
+
+def refuse_updates(answer, route, body, misbehave):
+    if route == "/update_weights_from_disk":
+        return 400, {"success": False, "message": "no such folder"}
+    return answer(route, body, misbehave)
+
+
+def test_servers_that_lost_streamed_weights_are_an_error_of_its_own_and_the_next_ones_heal_it():
+    with FakeServer() as fake, FakeServer() as other:
+        client = RolloutClient([fake.url, other.url], MODEL, replace(QUICK, min_servers=2))
+        streamed(client, 7)
+        fake.weight_version = "0"  # it was restarted
+        with pytest.raises(LostWeightsError, match="too few servers.*not weight version 7"):
+            for _ in range(100):  # the other server may answer a batch before the shortage is seen
+                client.generate([asked()] * 4)
+        assert client.counts["outdated"] == 1 and "loads" not in client.counts
+        streamed(client, 7)
+        assert {c.weight_version for c in client.generate([asked()] * 4)} == {"7"}
+
+
+def test_a_server_with_replicas_cannot_take_weights_in_buckets():
+    sizes = {"/server_info": {"dp_size": 2}}
+    with FakeServer(lambda route, body, answer: (200, sizes.get(route, answer))) as fake:
+        stream = WeightStream(RolloutClient([fake.url], MODEL, QUICK))
+        with pytest.raises(ServerError, match="expected dp_size 1; got 2.*update from disk"):
+            stream.open(1)
+        assert fake.weight_version == "0"
 
 
 def test_a_request_that_fails_on_every_try_names_the_servers_and_the_last_failure():

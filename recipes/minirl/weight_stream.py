@@ -107,7 +107,8 @@ class WeightSender:
         def join() -> str:
             assert self._stream is not None
             address, port, backend = json.loads(self._take(name))
-            self._on_servers(self._stream.join, name, address, port, backend)
+            if not self._error:
+                self._on_servers(self._stream.join, name, address, port, backend)
             return self._error
 
         error = self._from_rank_0(f"{name}/joined", join)

@@ -99,10 +99,14 @@ class KeptServer:
 def write_states(path: Path, servers: Iterable[ServerState]) -> None:
     """Write which servers are left out, since when and why.
 
-    One that loads weights on its way back is not: it must not be ended in the middle of it.
+    One that loads weights on its way back, or waits for the next ones, is not: another start would
+    not help it.
     """
     states = {
-        s.url: {"out_since": None if s.is_loading else s.out_since, "reason": s.reason}
+        s.url: {
+            "out_since": None if s.is_loading or s.is_stale else s.out_since,
+            "reason": s.reason,
+        }
         for s in servers
     }
     with atomic_write(path) as partial:

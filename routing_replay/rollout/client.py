@@ -240,7 +240,7 @@ class RolloutClient:
     def counts(self) -> dict[str, int]:
         """Events since the client began.
 
-        Their names: faults, retried, left_out, returned, loads, failed_loads, continued.
+        Their names: faults, retried, left_out, returned, loads, failed_loads, outdated, continued.
         """
         return dict(self.servers.counts)
 
