@@ -7,18 +7,27 @@ import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from routing_replay.errors import ConfigError
+from routing_replay.errors import ConfigError, ServerError
+
+ANY_PORT = 9
 
 
 def address_towards(urls: Sequence[str]) -> str:
-    """Return this machine's address in the network of the servers."""
+    """Return this machine's address in the network of the servers.
+
+    Raises:
+        ServerError: They have no address, or no route leads there.
+    """
     hosts = [urlsplit(url).hostname or "" for url in urls]
     # A server on this machine is reached by the address that the others see, too.
     host = next((host for host in hosts if not is_loopback(host)), hosts[0])
-    family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing: it chooses the route
-        return str(probe.getsockname()[0])
+    try:
+        family, *_, target = socket.getaddrinfo(host, ANY_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: it chooses the route
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ServerError("no route leads to the server", got=error, where=host) from error
 
 
 def require_reachable(urls: Sequence[str], num_nodes: int) -> None:
