@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..capture import CAPTURES, OURS, REQUEST_KEY
 from ..errors import ServerError, unknown_name
-from ..routes.payload import FIELD, decode, encode
+from ..routes.payload import FIELD, decode, encode, to_base64
 from ..routes.routes import Routes
 from ..routes.shape import MoEShape
 
@@ -213,8 +212,7 @@ def answer_of(completion: Completion, start: int) -> dict[str, Any]:
         rows = zip(completion.top_logprobs.tolist(), completion.top_ids.tolist(), strict=True)
         meta_info["output_top_logprobs"] = [list(zip(*row, strict=True)) for row in rows]
     if completion.routes is not None:
-        payload = encode(completion.routes, start=start)
-        meta_info[FIELD] = base64.b64encode(payload).decode()
+        meta_info[FIELD] = to_base64(encode(completion.routes, start=start))
     return {"meta_info": meta_info}
 
 

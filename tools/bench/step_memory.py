@@ -1,11 +1,12 @@
-"""Host memory of the process that holds a step's samples and makes its files, per token.
+"""Host memory and processor time of the process that makes a step's files, per token.
 
     python -m tools.bench.step_memory [--tokens 200_000] [--layers 48] [--top-k 8]
 
 Synthetic samples with the routes of a real size go through what rank 0 of the recipe does with a
 step: `Batch.from_samples` and `RouteTable.from_routes`, each saved to a file. Every capture level
 runs in a process of its own; the peak is of memory that the process owns (mapped file pages are the
-kernel's and do not count). What the client holds while answers arrive is not in it.
+kernel's and do not count). What the client holds while answers arrive is not in it. Beside it, the
+processor time of each part: storing the responses, the batch, the table, saving and verifying it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from recipes.minirl.batch import Batch, Sample, rows_with_gates
 from routing_replay.config import ReplayConfig
+from routing_replay.rollout import Completion
+from routing_replay.rollout.requests import answer_of
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
@@ -30,6 +35,7 @@ SEQUENCE_TOKENS = 4096
 PROMPT_TOKENS = 256
 # Calls of a layer's routers in a pass: of sequences that are packed four by four.
 SEQUENCES_PER_CALL = 4
+T = TypeVar("T")
 
 
 def samples(num_tokens: int, num_layers: int, top_k: int, has_gates: bool) -> list[Sample]:
@@ -58,15 +64,40 @@ def samples(num_tokens: int, num_layers: int, top_k: int, has_gates: bool) -> li
     return made
 
 
-def write_step(made: list[Sample], folder: Path) -> None:
-    """Make the files of a step."""
-    batch = Batch.from_samples(made, 1, 1)
-    batch.save(folder / "batch.safetensors")
+def write_step(made: list[Sample], folder: Path) -> dict[str, float]:
+    """Make the files of a step; return the processor seconds of each part."""
+    seconds: dict[str, float] = {}
+
+    def clocked(name: str, work: Callable[[], T]) -> T:
+        started = time.thread_time()
+        result = work()
+        seconds[name] = time.thread_time() - started
+        return result
+
+    clocked("one response stored", lambda: json.dumps(answer_of(_completion(made[0]), 0)))
+    batch = clocked("batch", lambda: Batch.from_samples(made, 1, 1))
+    clocked("batch saved", lambda: batch.save(folder / "batch.safetensors"))
     routes = [sample.routes for sample in made if sample.routes is not None]
     num_calls = -(-len(made) // SEQUENCES_PER_CALL)
     keeps_gates_T = rows_with_gates(batch, routes, num_calls, ReplayConfig())
-    table = RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T)
-    table.save(folder / "routes.safetensors")
+    RouteTable.from_routes(routes[:1])  # numba compiles at the first
+    table = clocked("table", lambda: RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T))
+    path = folder / "routes.safetensors"
+    clocked("table saved", lambda: table.save(path))
+    clocked("table verified", lambda: RouteTable.open(path, verify=True))
+    return seconds
+
+
+def _completion(sample: Sample) -> Completion:
+    return Completion(
+        output_ids=list(sample.response_ids),
+        mu_logprobs=np.array(sample.logp_mu, np.float32),
+        routes=sample.routes,
+        finish_reason="length",
+        weight_version="0",
+        cached_tokens=0,
+        num_retractions=0,
+    )
 
 
 def measure(num_tokens: int, num_layers: int, top_k: int, level: str) -> dict[str, float]:
@@ -84,11 +115,13 @@ def measure(num_tokens: int, num_layers: int, top_k: int, level: str) -> dict[st
     watcher = threading.Thread(target=watch)
     watcher.start()
     with tempfile.TemporaryDirectory() as folder:
-        write_step(made, Path(folder))
+        seconds = write_step(made, Path(folder))
     done.set()
     watcher.join()
     tokens = len(made) * SEQUENCE_TOKENS
-    return {"samples": (held - before) / tokens, "peak": (peak - before) / tokens}
+    seconds["one response stored"] *= len(made)
+    bytes_per_token = {"samples": (held - before) / tokens, "peak": (peak - before) / tokens}
+    return bytes_per_token | {f"{name}, us": s / tokens * 1e6 for name, s in seconds.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,6 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for level, bytes_per_token in figures.items():
         held, peak = bytes_per_token["samples"], bytes_per_token["peak"]
         print(f"| {level} | {held:.0f} | {peak:.0f} | {33e6 * peak / 1e9:.0f} |")
+    print("Microseconds of processor time per token:")
+    for level, values in figures.items():
+        parts = [f"{name[:-4]} {value:.3f}" for name, value in values.items() if name[-2:] == "us"]
+        print(f"{level}: {', '.join(parts)}")
     finish("step_memory", arguments, figures)
 
 
