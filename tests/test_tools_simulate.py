@@ -321,6 +321,21 @@ def test_a_run_is_compared_clock_by_clock(tmp_path, inputs):
     assert fastest["weights"].measured_s == 4
 
 
+def test_a_run_one_step_ahead_is_compared_by_what_its_clocks_mean(tmp_path, inputs):
+    folder = run_folder(tmp_path, [record(1, 0.5, 51, 204, 0.1) | {"time/sampling_s": 254.5}])
+    config = json.loads((folder / "config.json").read_text()) | {"ahead": 1, "publish": "buckets"}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = check.read_run(folder)
+    found = {one.clock: one for one in check.compare(inputs, run, "median")}
+    # Of 254.5 s of sampling 255 s of training hide all; sending and verifying routes take 0.5 s.
+    assert found["sampling"].predicted_s == pytest.approx(254.5)
+    assert found["rollout"].predicted_s == pytest.approx(0.5)
+    assert found["step"].predicted_s == pytest.approx(0.5 + 51 + 204 + 0.1)
+    assert found["step"].measured_s == pytest.approx(0.5 + 51 + 204 + 0.1)
+    with pytest.raises(DataError, match="fitted to runs of the default design"):
+        check.fitted(inputs, run, "median", folder)
+
+
 def test_rates_fitted_to_a_run_predict_it(tmp_path, inputs):
     folder = run_folder(tmp_path, [record(1, 105, 102, 408, 8)])
     run = check.read_run(folder)
@@ -356,7 +371,7 @@ def test_the_command_prints_every_design_and_draws_them(tmp_path, capsys):
     assert main([str(path), "--picture", str(picture), "--rates"]) == 0
     printed = capsys.readouterr().out
     assert all(f"## {design.name}" in printed for design in DESIGNS)
-    assert "| today | yes | 515 | 1.00 |" in printed
+    assert "| default | yes | 515 | 1.00 |" in printed
     assert "| network_gb_per_s | 1 | measured | by hand |" in printed
     assert picture.read_text().count("<rect") == 1 + len(DESIGNS) + 1  # ground, designs, limit
 

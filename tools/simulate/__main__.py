@@ -54,7 +54,7 @@ def _or_blank(value: float) -> str:
 def summary(inputs: Inputs) -> Iterator[str]:
     """Yield one row for each design."""
     today = step_seconds(inputs, TODAY)
-    yield "| design | built | seconds of a step | of today's | GPUs wait for rank 0, s |"
+    yield "| design | built | seconds of a step | of the default | last answer to first pass, s |"
     yield "| --- | --- | --- | --- | --- |"
     for design in DESIGNS:
         seconds = step_seconds(inputs, design)

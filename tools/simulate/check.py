@@ -12,9 +12,8 @@ from typing import Any
 from recipes.minirl.journal import read
 from routing_replay.errors import DataError, reading
 
-from .designs import TODAY
 from .inputs import Inputs, Rate
-from .legs import legs
+from .legs import AFTER_SAMPLING, PASSES, Design, legs
 
 # Which of a run's steps counts. On a shared machine the fastest is the least disturbed one.
 STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -102,35 +101,74 @@ def of_run(inputs: Inputs, run: Run) -> Inputs:
     return replace(inputs, job=job)
 
 
+def design_of(run: Run) -> Design:
+    """Return how the run took its steps."""
+    c = run.config
+    return Design(
+        name="the run's",
+        is_built=True,
+        has_buckets=c.get("publish") == "buckets",
+        is_ahead=c.get("ahead", 0) > 0,
+    )
+
+
 def compare(inputs: Inputs, run: Run, statistic: str) -> list[Comparison]:
-    """Return predicted and measured seconds of each clock, and of all of them."""
-    predicted: dict[str, float] = {}
-    for leg in legs(of_run(inputs, run), TODAY):
-        predicted[leg.clock] = predicted.get(leg.clock, 0.0) + leg.seconds
+    """Return predicted and measured seconds of each clock, and of all of them.
+
+    One step ahead the clock "rollout" is how long a step waits for the rollout, and "sampling" the
+    rollout itself, which is no part of the step's sum.
+    """
+    predicted = _predicted(inputs, run)
+    measured = {clock: run.seconds(clock, statistic) for clock in predicted}
     made = [
-        Comparison(clock=clock, predicted_s=value, measured_s=run.seconds(clock, statistic))
+        Comparison(clock=clock, predicted_s=value, measured_s=measured[clock])
         for clock, value in predicted.items()
     ]
+    summed = [one for one in made if one.clock != "sampling"]
     return [
         *made,
         Comparison(
             clock="step",
-            predicted_s=sum(one.predicted_s for one in made),
-            measured_s=sum(one.measured_s for one in made),
+            predicted_s=sum(one.predicted_s for one in summed),
+            measured_s=sum(one.measured_s for one in summed),
         ),
     ]
+
+
+def _predicted(inputs: Inputs, run: Run) -> dict[str, float]:
+    """Return the seconds of each clock."""
+    design = design_of(run)
+    steps = legs(of_run(inputs, run), design)
+    seconds: dict[str, float] = {}
+    for leg in steps:
+        seconds[leg.clock] = seconds.get(leg.clock, 0.0) + leg.seconds
+    if design.is_ahead:
+        after = sum(leg.seconds for leg in steps if leg.name in AFTER_SAMPLING)
+        training = sum(seconds.get(clock, 0.0) for clock in PASSES)
+        seconds["sampling"] = seconds["rollout"] - after
+        seconds["rollout"] = after + max(0.0, seconds["sampling"] - training)
+    return seconds
 
 
 def fitted(inputs: Inputs, run: Run, statistic: str, folder: Path) -> dict[str, Rate]:
     """Return the rates of engines and disk with which the prediction is a run's own seconds.
 
     A leg's seconds fall in proportion to its rate, so one division finds each.
+
+    Raises:
+        DataError: The run published in buckets or ran ahead: its clocks are not these legs.
     """
-    whole = of_run(inputs, run)
-    today = legs(whole, TODAY)
-    beside = sum(
-        leg.seconds for leg in today if leg.clock == "rollout" and leg.name != "generation"
-    )
+    whole, design = of_run(inputs, run), design_of(run)
+    if design.has_buckets or design.is_ahead:
+        raise DataError(
+            "rates are fitted to runs of the default design",
+            expected="a run with --publish disk and --ahead 0",
+            got=f"publish {run.config.get('publish')}, ahead {run.config.get('ahead')}",
+            where=folder,
+        )
+    today = legs(whole, design)
+    sampling = [leg for leg in today if leg.clock == "rollout"]
+    beside = sum(leg.seconds for leg in sampling if leg.name != "generation")
     generation = max(1e-9, run.seconds("rollout", statistic) - beside)
     clocks = ("old_log-probs", "live_log-probs", "update")
     computed = sum(leg.seconds for leg in today if leg.clock in clocks)

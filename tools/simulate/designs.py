@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from .legs import Design
 
-TODAY = Design(name="today", is_built=True)
+# The defaults of the recipe: one leg after another, weights through a disk.
+TODAY = Design(name="default", is_built=True)
+BUILT = Design(name="buckets, one step ahead", is_built=True, has_buckets=True, is_ahead=True)
 DESIGNS = (
     TODAY,
-    Design(name="buckets", has_buckets=True),
-    Design(name="one step ahead", is_ahead=True),
+    Design(name="buckets", is_built=True, has_buckets=True),
+    Design(name="one step ahead", is_built=True, is_ahead=True),
+    BUILT,
     Design(name="routes in parts", has_parts=True),
     Design(name="all three", has_parts=True, has_buckets=True, is_ahead=True),
     Design(name="all three, pool", has_parts=True, has_buckets=True, is_ahead=True, has_pool=True),
