@@ -114,8 +114,9 @@ class FirstRank:
         def complete() -> None:
             pending.complete(work, *args, **kwargs)
 
-        # A daemon: a process that is interrupted ends without waiting for the servers' answers.
-        threading.Thread(target=complete, name=name, daemon=True).start()
+        if self.is_me:
+            # A daemon: a process that is interrupted ends without waiting for the servers' answers.
+            threading.Thread(target=complete, name=name, daemon=True).start()
         return pending
 
     def new_folder(self, name: str) -> Path:
