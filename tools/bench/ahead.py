@@ -30,7 +30,7 @@ minibatch_size: 64
 microbatch_size: 64
 measure_live_every: 0
 checkpoint_every: 0
-server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "16"]
+server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "24"]
 """
 SUMMED = ("time_s", "time/sampling_s", "time/rollout_s", "time/weights_s", "time/update_s")
 
