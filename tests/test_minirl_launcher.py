@@ -49,6 +49,13 @@ def test_the_printed_commands_start_server_and_both_nodes(prepared):
         assert command in output
 
 
+def test_a_server_has_a_tokenizer_where_a_text_ends_the_calls_of_a_tool(prepared):
+    """SGLang refuses stop strings without one."""
+    assert "--skip-tokenizer-init" in commands.server_command(prepared[0])
+    config = parse(["--preset", "tiny_agent"])
+    assert commands.tokenizer_arguments(config) == []
+
+
 def test_prepare_only_writes_one_slurm_job_and_names_it(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     prompts = tmp_path / "prompts.jsonl"

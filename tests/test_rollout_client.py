@@ -815,6 +815,37 @@ def test_probe_passes_a_good_server():
     assert "start honoured" in str(report)
 
 
+def losing(rows, cause):
+    """These rows of every whole answer are not covered for a cause."""
+
+    def misbehave(route, body, answer):
+        start, num_rows = body.get("routed_experts_start_len"), len(body.get("input_ids", ())) + 2
+        if route == "/generate" and start is not None:
+            routes = Routes(
+                expert_ids_TLK=random_ids(num_rows), layers=MODEL.layers, num_experts=16
+            ).uncover(np.isin(np.arange(num_rows), rows), cause)
+            answer["meta_info"] |= meta(encode(routes[start:], start=start))
+        return 200, answer
+
+    return misbehave
+
+
+def test_probe_accepts_a_prompt_that_another_server_has_prefilled():
+    with FakeServer(losing(range(12), Origin.TRANSFERRED)) as fake:
+        report = probe(fake.url, MODEL)
+    assert "12 rows of the prompt are another server's: they are not covered" in str(report)
+
+
+def test_probe_names_why_rows_are_not_covered():
+    for rows, cause in ((range(14), Origin.TRANSFERRED), ((3,), Origin.EVICTED)):
+        got = f"got {14 - len(rows)}; not covered: {cause.name.lower()} {len(rows)}"
+        with (
+            FakeServer(losing(rows, cause)) as fake,
+            pytest.raises(ServerError, match=f"cannot vouch for; expected 14 covered rows; {got}"),
+        ):
+            probe(fake.url, MODEL)
+
+
 def without(name):
     def misbehave(route, body, answer):
         if route == "/server_info" and name == "flag":

@@ -12,7 +12,7 @@ from routing_replay.capture import CaptureSettings
 from routing_replay.errors import PayloadError, ServerError
 from routing_replay.routes.origin import Origin
 from routing_replay.routes.payload import decode_compact
-from routing_replay.sglang import prefixes, rows, versions
+from routing_replay.sglang import plugin, prefixes, rows, versions
 from routing_replay.sglang.gates import gate_probs, pack, score_function, unpack
 from routing_replay.sglang.host_cache import NUM_SETTLES, HostRows
 from routing_replay.sglang.logits import LogitSampler
@@ -41,6 +41,7 @@ class FakeEngine:
             num_experts=NUM_EXPERTS,
             sampler=None,
             host_rows=None,
+            cause_of_others=Origin.EVICTED,
         )
         self.pool = SimpleNamespace(req_to_token=torch.zeros(4, 32, dtype=torch.int32))
 
@@ -146,6 +147,47 @@ def test_a_slot_that_was_filled_without_a_forward_pass_is_not_covered():
     assert passes(routes)[:2] == [5, 5]
     assert routes.origin_T.tolist() == [Origin.PREFILL] * 2 + [Origin.EVICTED, Origin.PREFILL]
     assert routes.weight_version_T.tolist() == [0, 0, -1, 0]
+
+
+class TransferredBatch:
+    """Requests whose prompts came into their slots from another server."""
+
+    def __init__(self, engine, req, slots):
+        self.engine, self.reqs, self.slots, self.streamed = engine, [req], slots, []
+
+    def prepare_for_prebuilt(self):
+        self.engine.pool.req_to_token[0, : len(self.slots)] = torch.tensor(self.slots)
+        self.out_cache_loc = torch.tensor(self.slots)
+
+    def _maybe_collect_routed_experts(self, req):
+        req.routed_experts = rows.collect(self.engine.capturer, req, self.engine.pool)
+
+    def process_batch_result_prebuilt(self, batch):
+        self.streamed += [getattr(req, "routed_experts", None) for req in batch.reqs]
+
+
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_a_prompt_that_another_server_has_prefilled_has_no_rows(monkeypatch, num_new):
+    """Neither those that its slots hold, nor, from an earlier turn, those of the same tokens."""
+    engine, req = FakeEngine(has_names=True), FakeRequest(4)
+    engine.capturer.cause_of_others = Origin.TRANSFERRED
+    monkeypatch.setattr(plugin, "_capturer", lambda: engine.capturer)
+    engine.forward([20, 21], 5, Origin.DECODE, tokens=[0, 0])
+    engine.forward([22, 23], 6, Origin.DECODE, tokens=[7, 8])
+    batch = TransferredBatch(engine, req, [20, 21, 22, 23])
+    req.output_ids.append(0)  # the other server sampled it
+    req.update_finish_state = lambda: None
+    req.finished = lambda: len(req.output_ids) == num_new
+    plugin._prepare_transferred(TransferredBatch.prepare_for_prebuilt, batch)
+    plugin._end_transferred(TransferredBatch.process_batch_result_prebuilt, batch, batch)
+    # An answer of that token alone leaves with its rows; others have none before they end.
+    assert [rows_T is None for rows_T in batch.streamed] == [num_new > 1]
+    for number in range(1, num_new):
+        engine.decode(req, 30 + number, number)
+    routes = engine.routes(req)
+    assert routes.origin_T.tolist() == [Origin.TRANSFERRED] * 4 + [Origin.DECODE] * (num_new - 1)
+    assert passes(routes)[4:] == list(range(1, num_new))
+    assert not routes.expert_ids_TLK[:4].any()
 
 
 def test_the_output_of_a_request_is_shared_under_its_own_tokens():
@@ -396,6 +438,14 @@ def test_the_hooks_of_each_version_generation():
         (
             {"speculative_algorithm": "NGRAM"},
             ["move_accept_tokens_to_target_kvcache", "forward_batch_generation"],
+        ),
+        (
+            {"disaggregation_mode": "decode"},
+            [
+                "process_batch_result_disagg_prefill",
+                "prepare_for_prebuilt",
+                "process_batch_result_prebuilt",
+            ],
         ),
         ({"pp_size": 2}, ["_pp_launch_batch", "_pp_prepare_tensor_dict", "_pp_prep_batch_result"]),
     ],

@@ -267,7 +267,6 @@ def test_capture_settings_are_checked():
     [
         ({"pp_size": 2}, "pp_size=2 and the capture level logits"),
         ({"enable_hisparse": True}, "enable_hisparse=True"),
-        ({"disaggregation_mode": "decode"}, "disaggregation_mode=decode"),
         ({"enable_two_batch_overlap": True}, "enable_two_batch_overlap=True"),
         ({"dllm_algorithm": "LowConfidence"}, "dllm_algorithm=LowConfidence"),
         ({"attn_cp_size": 2}, "attn_cp_size=2"),
@@ -291,7 +290,12 @@ def test_features_under_which_rows_would_be_wrong_are_refused(arguments, message
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"enable_hierarchical_cache": True}, {"speculative_algorithm": "EAGLE"}, {"pp_size": 2}],
+    [
+        {"enable_hierarchical_cache": True},
+        {"speculative_algorithm": "EAGLE"},
+        {"disaggregation_mode": "decode"},
+        {"pp_size": 2},
+    ],
 )
 def test_features_that_were_read_in_a_later_sglang_are_refused_in_older_ones(
     monkeypatch, arguments

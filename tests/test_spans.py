@@ -9,6 +9,7 @@ from routing_replay.errors import RoutesError
 from routing_replay.rollout import Conversation, GenerateRequest
 from routing_replay.rollout.requests import Completion
 from routing_replay.routes.origin import Origin, is_covered
+from routing_replay.routes.payload import encode
 from routing_replay.routes.routes import RouterLogits, Routes
 from routing_replay.routes.spans import Sample, Span, Trajectory, num_known_rows
 
@@ -269,6 +270,35 @@ def test_a_conversation_asks_only_for_rows_that_it_does_not_hold():
     assert conversation.request([5, 6, 50], {}).start == 2
     assert conversation.request([4], {}).start == 0
     assert isinstance(conversation.request([5], {"temperature": 1.0}), GenerateRequest)
+
+
+def bytes_of_turns(num_turns, is_delta=True):
+    """What travels in a conversation: each turn adds 9 sampled tokens and 16 of a tool.
+
+    Returns:
+        Bytes of all payloads, rows in them, and tokens of the conversation.
+    """
+    rng, conversation, tokens = np.random.default_rng(0), Conversation(), []
+    num_bytes = num_rows = 0
+    for _ in range(num_turns):
+        tokens += rng.integers(0, 1000, 16).tolist()
+        start = conversation.request(tokens, {}).start if is_delta else 0
+        sample = answer(list(tokens), rng.integers(0, 1000, 9).tolist(), start)
+        conversation.samples.append(sample)
+        num_bytes += len(encode(sample.routes, start=start))
+        num_rows += sample.routes.num_rows
+        tokens += sample.output_ids
+    return num_bytes, num_rows, len(tokens)
+
+
+def test_the_bytes_of_a_conversation_grow_with_its_tokens_and_not_with_their_square():
+    (few, rows, num_tokens), (many, _, _) = bytes_of_turns(8), bytes_of_turns(32)
+    # The last token was never fed; every other row travels once.
+    assert rows == num_tokens - 1
+    assert many / few == pytest.approx(4, rel=0.02)
+    few, many = bytes_of_turns(8, is_delta=False)[0], bytes_of_turns(32, is_delta=False)[0]
+    # 32 * 33 / 2 turns instead of 8 * 9 / 2; each payload's header is the same.
+    assert 10 < many / few < 528 / 36
 
 
 def test_known_rows_end_at_the_first_one_that_is_not_covered():

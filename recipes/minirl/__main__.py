@@ -24,7 +24,7 @@ from routing_replay.report.page import write_report
 
 from . import commands, devices, journal, slurm
 from .command_line import parse_command
-from .commands import thread_environment, trainer_arguments, visible_devices
+from .commands import thread_environment, tokenizer_arguments, trainer_arguments, visible_devices
 from .config import RecipeConfig
 from .inputs import load_inputs, server_folder
 
@@ -168,7 +168,7 @@ def start_server(config: RecipeConfig, run_dir: Path) -> KeptServer:
         log_path=run_dir / "logs" / "sglang.log",
         arguments=(
             *("--dtype", rollout.rollout_dtype),
-            "--skip-tokenizer-init",  # token ids in and out: nothing to detokenize
+            *tokenizer_arguments(config),
             *("--log-level-http", "warning"),  # a line per request would bury the rest
             *rollout.server_arguments,
         ),

@@ -32,7 +32,15 @@ def server_command(config: RecipeConfig) -> list[str]:
     command += ["--port", "30000", "--dtype", config.rollout.rollout_dtype]
     if config.rollout_capture != "off":
         command.append("--enable-return-routed-experts")
-    return [*command, "--skip-tokenizer-init", *config.rollout.server_arguments]
+    return [*command, *tokenizer_arguments(config), *config.rollout.server_arguments]
+
+
+def tokenizer_arguments(config: RecipeConfig) -> list[str]:
+    """Return the server's arguments about text.
+
+    Token ids go in and out: there is nothing to detokenize, unless a tool's call ends with a text.
+    """
+    return ["--skip-tokenizer-init"] if config.rollout.tool == "none" else []
 
 
 def node_command(

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..capture import OURS
 from ..errors import PayloadError, ServerError
+from ..routes.origin import Origin, num_uncovered
 from ..routes.payload import FIELD, MAGIC, from_base64
 from ..routes.routes import Routes
 from ..routes.shape import MoEShape
@@ -94,6 +95,24 @@ class _Http:
             return error.code, error.read().decode(errors="replace")
 
 
+def _checked_coverage(routes: Routes, url: str) -> list[str]:
+    """Accept a prompt that another server has prefilled; its rows are there."""
+    causes = num_uncovered([routes])
+    num_transferred = causes.get(Origin.TRANSFERRED.name.lower(), 0)
+    if sum(causes.values()) > min(num_transferred, len(PROMPT)):
+        raise ServerError(
+            "the server returns rows that it cannot vouch for",
+            expected=f"{routes.num_rows} covered rows",
+            got=f"{int(routes.covered_T.sum())}; not covered: "
+            + ", ".join(f"{cause} {count}" for cause, count in causes.items()),
+            where=url,
+            fix="A feature of the server loses them: see docs/capture.md",
+        )
+    if not num_transferred:
+        return []
+    return [f"{num_transferred} rows of the prompt are another server's: they are not covered"]
+
+
 def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeReport:
     whole = ask(0)
     routes = whole.routes
@@ -107,14 +126,7 @@ def _report(ask: Callable[[int], Completion], capture: str, url: str) -> ProbeRe
         f"routes of {routes.num_rows} of {num_rows} tokens: {len(routes.layers)} layers, "
         f"{routes.num_experts} experts, top-{routes.top_k}",
     ]
-    if not routes.covered_T.all():
-        raise ServerError(
-            "the server returns rows that it cannot vouch for",
-            expected=f"{num_rows} covered rows",
-            got=int(routes.covered_T.sum()),
-            where=url,
-            fix="A feature of the server loses them: see docs/capture.md",
-        )
+    checks += _checked_coverage(routes, url)
     start = len(PROMPT) - 2
     delta = ask(start).routes
     assert delta is not None  # the level asks for routes

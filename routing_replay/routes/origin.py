@@ -29,6 +29,7 @@ class Origin(IntEnum):
     NOT_FED = 9  # the last token of an answer, which no later request continued
     OTHER_CONTEXT = 10  # the request saw other tokens before this one
     NOT_CAPTURED = 11  # outside the rows that the request returned
+    TRANSFERRED = 12  # another server computed its keys and values, and has the row
 
 
 COVERED = (Origin.PREFILL, Origin.DECODE)

@@ -172,6 +172,9 @@ class Capturer(RoutedExpertsCapturer):
         )
         if self.settings.has_kernel:
             kernels.require_device(self.device_cache.buffer.device)
+        # Why a shared slot may hold the row of another prefix.
+        is_half = versions.is_disaggregated(server_args)
+        self.cause_of_others = Origin.TRANSFERRED if is_half else Origin.EVICTED
         self.architecture = ", ".join(model_config.hf_config.architectures or ())
         self._router: RouterArguments | None = None
         self.host_rows: HostRows | None = None
@@ -332,7 +335,8 @@ class Capturer(RoutedExpertsCapturer):
 
 def has_outside_cache(server_args: Any) -> bool:
     """Return whether slots are filled without a forward pass of this server."""
-    return any(getattr(server_args, name, False) for name in OUTSIDE_CACHES)
+    has_cache = any(getattr(server_args, name, False) for name in OUTSIDE_CACHES)
+    return has_cache or versions.is_disaggregated(server_args)
 
 
 def is_chain(server_args: Any) -> bool:

@@ -65,6 +65,9 @@ def hook_features(targets: versions.Targets, needed: list[str]) -> None:
         targets.from_host: _load_from_host,
         targets.accept: _accept_drafts,
         targets.ngram: _keep_output,
+        targets.prefilled_for_another: _process_prefill,
+        targets.transfer: _prepare_transferred,
+        targets.transferred_result: _end_transferred,
         **dict(zip(targets.stages, (_launch_stage, _send_round, _arrive), strict=False)),
     }
     for name, hook in hooks.items():
@@ -185,6 +188,22 @@ def _keep_output(stock: Hook, worker: Any, *arguments: Any, **named: Any) -> Any
     if capturer is not None and result.routed_experts_output is None:
         result.routed_experts_output = capturer.last_output
     return result
+
+
+def _prepare_transferred(stock: Hook, batch: Any) -> None:
+    stock(batch)
+    capturer = _capturer()
+    if capturer is not None:
+        capturer.slots.unname(batch.out_cache_loc.cpu().numpy())
+
+
+def _end_transferred(stock: Hook, processor: Any, batch: Any) -> None:
+    """SGLang sends an answer of the first token alone without rows."""
+    for req in batch.reqs:
+        req.update_finish_state()  # as it is about to do, to the same effect
+        if req.finished():
+            processor._maybe_collect_routed_experts(req)
+    stock(processor, batch)
 
 
 def _launch_stage(stock: Hook, scheduler: Any, *arguments: Any) -> Any:

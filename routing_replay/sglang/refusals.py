@@ -41,11 +41,6 @@ FEATURES = (
         "decoded tokens change their slots, and nothing says which. Turn it off",
     ),
     Feature(
-        ("disaggregation_mode",),
-        (None, "null"),
-        "the decoding server never saw the prompt's rows. Use undivided servers",
-    ),
-    Feature(
         ("enable_two_batch_overlap", "enable_pdmux"),
         OFF,
         "two batches at a time write the same rows of one buffer. Turn it off",
@@ -83,6 +78,12 @@ NEWER_FEATURES = (
         ("speculative_algorithm",),
         OFF,
         "accepted tokens move between slots without their rows. Turn it off, or take SGLang 0.5.23",
+    ),
+    Feature(
+        ("disaggregation_mode",),
+        (None, "null"),
+        "the decoding server never saw the prompt's rows. Use undivided servers, or take SGLang "
+        "0.5.23",
     ),
     Feature(
         ("pp_size",),

@@ -175,7 +175,7 @@ def _slot_rows(
     if slots.has_names and num_shared > 0 and req.input_embeds is None:
         prefix_T = of_request(req)[start : start + num_shared]
         is_other_T = ~slots.is_of(slots_T[:num_shared], prefix_T)
-        rows.stamp_T[:num_shared][is_other_T] = Origin.EVICTED
+        rows.stamp_T[:num_shared][is_other_T] = capturer.cause_of_others
     return rows
 
 

@@ -127,14 +127,18 @@ class SlotRows:
         for name, values_NLK in self.values.items():
             values_NLK[slots_T] = step.values[name]
         self.stamp_N[slots_T] = step.stamp_T
-        if self.has_names:
-            self.prefix_N[slots_T] = UNNAMED
+        self.unname(slots_T)
         if self.sampler is not None and step.logits is not None:
             self.sampler.keep(slots_T, step.logits.rows_N, step.logits.values_NLE)
 
     def name(self, slots_T: np.ndarray, prefix_T: np.ndarray) -> None:
         """Say of which prefixes the rows of some slots are."""
         self.prefix_N[slots_T] = prefix_T
+
+    def unname(self, slots_T: np.ndarray) -> None:
+        """Say that the rows of some slots are of no prefix that is known."""
+        if self.has_names:
+            self.prefix_N[slots_T] = UNNAMED
 
     def expect(self, slot: int, prefix: int) -> None:
         """Say of which prefix the row is that the step in flight writes at a slot."""

@@ -66,6 +66,9 @@ def _wanted(targets: versions.Targets) -> dict[str, tuple[str, ...]]:
         targets.from_host: ("host_indices",),
         targets.accept: ("batch", "accept_index"),
         targets.ngram: ("batch",),
+        targets.prefilled_for_another: ("batch", "result"),
+        targets.transfer: (),
+        targets.transferred_result: ("batch",),
     }
     stages = (
         ("mb_id", "pp_proxy_tensors", "mb_metadata"),

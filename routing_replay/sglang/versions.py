@@ -28,6 +28,11 @@ FEATURE_TARGETS: dict[str, Any] = {
     "from_host": f"{HOST_CACHE}.load",
     "accept": "speculative.spec_utils.move_accept_tokens_to_target_kvcache",
     "ngram": "speculative.ngram_worker.NGRAMWorker.forward_batch_generation",
+    "prefilled_for_another": "disaggregation.prefill.SchedulerDisaggregationPrefillMixin."
+    "process_batch_result_disagg_prefill",
+    "transfer": "disaggregation.decode_schedule_batch_mixin."
+    "ScheduleBatchDisaggregationDecodeMixin.prepare_for_prebuilt",
+    "transferred_result": f"{PROCESSOR}.process_batch_result_prebuilt",
     "stages": tuple(
         f"managers.scheduler_pp_mixin.SchedulerPPMixin.{name}"
         for name in ("_pp_launch_batch", "_pp_prepare_tensor_dict", "_pp_prep_batch_result")
@@ -53,6 +58,11 @@ class Targets:
             is refused instead.
         accept: Moves the accepted drafts of a tree; None as above.
         ngram: Runs a step of the n-gram worker; None as above.
+        prefilled_for_another: Processes the result of a prefill that another server goes on with;
+            None as above.
+        transfer: Makes a batch of requests whose prompts another server has computed; None as
+            above.
+        transferred_result: Ends those of them that need no pass here; None as above.
         stages: Run a microbatch on a pipeline stage, make what the last stage sends round, and
             make a result of it; none as above.
     """
@@ -69,6 +79,9 @@ class Targets:
     from_host: str | None = None
     accept: str | None = None
     ngram: str | None = None
+    prefilled_for_another: str | None = None
+    transfer: str | None = None
+    transferred_result: str | None = None
     stages: tuple[str, ...] = ()
 
     def required(self, hooks_routers: bool) -> list[str]:
@@ -87,6 +100,8 @@ class Targets:
             names.append(self.accept)
         if algorithm == "NGRAM":
             names.append(self.ngram)
+        if is_disaggregated(server_args):
+            names += [self.prefilled_for_another, self.transfer, self.transferred_result]
         if getattr(server_args, "pp_size", 1) > 1:
             names += self.stages
         return [PREFIX + name for name in names if name is not None]
@@ -170,6 +185,11 @@ def server_args() -> Any:
     from sglang.srt.runtime_context import get_server_args
 
     return get_server_args()
+
+
+def is_disaggregated(server_args: Any) -> bool:
+    """Return whether the server only prefills or only decodes; it may change its role."""
+    return getattr(server_args, "disaggregation_mode", None) not in (None, "null")
 
 
 def has_compiled_prefill(server_args: Any) -> bool:
