@@ -37,10 +37,21 @@ def test_routers_are_found_through_base_classes_and_other_files(tmp_path):
         "class Own:\n  def __init__(self): self.t = TopK(2, custom_routing_function=choose)\n"
         "EntryClass = [Two, Three, Own]\n"
     )
+    choices = tmp_path / "sglang" / "srt" / "arg_groups" / "model_overrides"
+    choices.mkdir(parents=True)
+    (choices / "two.py").write_text(
+        '@_register_for("Two", "Three")\n'
+        'def choose(a): return {"moe_runner_backend": "triton_kernel" if a else "triton"}\n'
+    )
     rows = capture_families.page(tmp_path, "1.0").splitlines()[-4:]
     assert rows == [
-        "| One | ids, gates, logits | grouped |",
-        "| Own | ids | its own function |",
-        "| Three | ids, gates, logits | grouped |",
-        "| Two | ids, gates, logits | grouped |",
+        "| One | ids, gates, logits | grouped | read |  |",
+        "| Own | ids | its own function | read |  |",
+        "| Three | ids, gates, logits | grouped | read | triton_kernel |",
+        "| Two | ids, gates, logits | grouped | read | triton_kernel |",
     ]
+
+
+def test_every_family_that_is_said_to_have_been_run_is_in_the_table():
+    page = capture_families.PAGE.read_text(encoding="utf-8")
+    assert page.count("| run |") == len(capture_families.WERE_RUN)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import distribution
 from pathlib import Path
 
+from routing_replay.sglang.refusals import IN_KERNEL_BACKENDS
+
 PAGE = Path(__file__).parents[1] / "docs" / "capture_families.md"
 PREFIX = "sglang.srt.models."
 ROUTERS = ("TopK", "HashTopK")
@@ -24,17 +26,22 @@ INTRODUCTION = """\
 # Model families
 
 Which models of SGLang {version} report their routes, read from its sources by
-`python -m tools.capture_families`; **nothing of this table was run**. Run on a CPU, with rows
-compared: Qwen3-MoE, GLM-4-MoE, OLMoE.
+`python -m tools.capture_families`. "Run": on a CPU, with rows compared with transformers.
 
 A model reports where its MoE layers select with SGLang's `TopK` module. It then reports ids. Gates
 and logits need the router's logits and a known score function, which a router with a function of
 its own does not give. A model without `TopK`, and one in which two routers have one layer number,
 are refused when the server starts.
 
-| architecture | reports | routers |
-| --- | --- | --- |
+For some models SGLang chooses a MoE runner by itself that routes inside its kernel, on some GPUs or
+with some quantizations. The server is then refused at its start, with the runner's name. Where the
+weights allow it, `--moe-runner-backend triton` or `flashinfer_trtllm_routed` reports.
+
+| architecture | reports | routers | known by | silent runners that it may choose |
+| --- | --- | --- | --- | --- |
 """
+# `tests/test_sglang_*.py` compare their rows.
+WERE_RUN = ("Glm4MoeForCausalLM", "OlmoeForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -125,8 +132,31 @@ def _is_grouped(arguments: Sequence[dict[str | None, str]]) -> bool:
     return any(a.get("use_grouped_topk", "False") not in ("False", "None") for a in arguments)
 
 
+def silent_runners(folder: Path) -> dict[str, list[str]]:
+    """Return by architecture the runners without reports that SGLang's own choices name.
+
+    Args:
+        folder: `sglang/srt/arg_groups/model_overrides`: a file names its architectures in a
+            decorator, and values of arguments in its functions.
+    """
+    runners: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        decorators = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and _name(node.func) == "_register_for"
+        ]
+        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        for constant in [c for decorator in decorators for c in decorator.args]:
+            if isinstance(constant, ast.Constant):
+                runners[str(constant.value)] = [r for r in IN_KERNEL_BACKENDS if r in named]
+    return runners
+
+
 def page(folder: Path, version: str) -> str:
     """Return the page for the SGLang in a folder."""
+    silent = silent_runners(folder / "sglang" / "srt" / "arg_groups" / "model_overrides")
     paths = sorted((folder / "sglang" / "srt" / "models").glob("*.py"))
     modules = {path.stem: read_module(path) for path in paths}
     rows = []
@@ -137,7 +167,9 @@ def page(folder: Path, version: str) -> str:
             routers = list(routers_of(modules, source, entry))
             if routers:
                 reports, traits = describe(routers)
-                rows.append(f"| {entry} | {reports} | {traits} |")
+                known_by = "run" if entry in WERE_RUN else "read"
+                runners = ", ".join(silent.get(entry, []))
+                rows.append(f"| {entry} | {reports} | {traits} | {known_by} | {runners} |")
     return INTRODUCTION.format(version=version) + "\n".join(sorted(set(rows))) + "\n"
 
 
