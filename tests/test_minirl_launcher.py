@@ -138,3 +138,23 @@ def test_megatron_bridge_does_not_convert_experts_that_have_moved():
 
 def test_a_resolved_configuration_with_its_ranks_is_accepted():
     require_ready(parse(["--nnodes", "2", "--nproc", "2"]), 4, Path("run/config.json"))
+
+
+def test_the_result_of_a_run_sampled_ahead_is_of_one_version_lag(tmp_path):
+    records = [
+        {"step": 1, "train_infer/kl_k3": 1.0, "train_infer/kl_k3_live": 1.0},
+        *(
+            {
+                "step": step,
+                "rollout/version_lag": 1.0,
+                "train_infer/kl_k3_lag_1": 2e-3,
+                "train_infer/kl_k3_live_lag_1": 6e-3,
+            }
+            for step in (2, 3)
+        ),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert launcher.result_line(tmp_path, 120.0) == (
+        "Result: 3 steps in 2.0 min; k3 KL 6.00e-03 live, 2.00e-03 as trained "
+        "(3.0x; median of the steps 3.0x) at version lag 1"
+    )

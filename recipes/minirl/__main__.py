@@ -245,7 +245,9 @@ def result_line(run_dir: Path, seconds: float) -> str:
     if len(evaluations) > 1:
         gain = evaluations[-1] - evaluations[0]
         parts.append(f"held-out reward {evaluations[0]:.3f} -> {evaluations[-1]:.3f} ({gain:+.3f})")
-    pairs = [(a, b) for a, b in map(journal.kl_of, records) if a is not None and b is not None]
+    lag = journal.version_lag(records[-1])
+    kls = [journal.kl_of(r) for r in records if journal.version_lag(r) == lag]
+    pairs = [(a, b) for a, b in kls if a is not None and b is not None]
     if pairs:
         replayed, live = (statistics.mean(column) for column in zip(*pairs, strict=True))
         # k3 has a heavy tail: one token can outweigh a run, which the median of the ratios shows.
@@ -253,6 +255,7 @@ def result_line(run_dir: Path, seconds: float) -> str:
         parts.append(
             f"k3 KL {live:.2e} live, {replayed:.2e} as trained "
             f"({live / replayed:.1f}x; median of the steps {ratio:.1f}x)"
+            + (f" at version lag {lag}" if lag else "")
         )
     return "Result: " + "; ".join(parts)
 
