@@ -190,6 +190,25 @@ def test_a_prompt_that_another_server_has_prefilled_has_no_rows(monkeypatch, num
     assert not routes.expert_ids_TLK[:4].any()
 
 
+def test_an_answer_that_is_retracted_after_a_transfer_keeps_its_rows(monkeypatch):
+    """Its tokens come back, into other slots, from a copy or from the other server."""
+    engine, req = FakeEngine(has_names=True), FakeRequest(3)
+    engine.capturer.cause_of_others = Origin.TRANSFERRED
+    monkeypatch.setattr(plugin, "_capturer", lambda: engine.capturer)
+    prepare = TransferredBatch.prepare_for_prebuilt
+    plugin._prepare_transferred(prepare, TransferredBatch(engine, req, [0, 1, 2]))
+    req.output_ids.append(0)
+    engine.decode(req, 3, 1)
+    engine.decode(req, 4, 2)
+    rows.keep_retracted(engine.capturer, req, engine.pool)
+    engine.forward(range(5), 5, Origin.PREFILL)  # the slots change hands
+    plugin._prepare_transferred(prepare, TransferredBatch(engine, req, [10, 11, 12, 13, 14]))
+    engine.decode(req, 15, 3)
+    routes = engine.routes(req)
+    assert routes.origin_T.tolist() == [Origin.TRANSFERRED] * 3 + [Origin.DECODE] * 3
+    assert passes(routes)[3:] == [1, 2, 3]
+
+
 def test_the_output_of_a_request_is_shared_under_its_own_tokens():
     engine = FakeEngine(has_names=True)
     first, second = FakeRequest(2), FakeRequest(5, pool_index=1)
