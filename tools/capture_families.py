@@ -37,7 +37,7 @@ For some models SGLang chooses a MoE runner by itself that routes inside its ker
 with some quantizations. The server is then refused at its start, with the runner's name. Where the
 weights allow it, `--moe-runner-backend triton` or `flashinfer_trtllm_routed` reports.
 
-| architecture | reports | routers | known by | silent runners that it may choose |
+| architecture | reports | routers | known by | runners without reports that it may choose |
 | --- | --- | --- | --- | --- |
 """
 # `tests/test_sglang_*.py` compare their rows.
