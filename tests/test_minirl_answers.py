@@ -134,8 +134,8 @@ def test_what_a_crash_cut_off_or_a_disk_damaged_is_sampled_again(stored):
     path = opened(folder).path
     lines = path.read_bytes().splitlines(keepends=True)
     record = json.loads(lines[0])
-    payload = record["answer"]["meta_info"]["routed_experts"]
-    record["answer"]["meta_info"]["routed_experts"] = payload[:60] + "AAAA" + payload[64:]
+    payload = record["routes"]
+    record["routes"] = payload[:60] + "AAAA" + payload[64:]
     path.write_bytes(json.dumps(record).encode() + b"\n" + lines[1][:-20])
     answers = opened(folder)
     assert found(answers) == [None] * 3

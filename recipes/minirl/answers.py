@@ -1,7 +1,8 @@
 """Responses of a step, stored as they end: an interrupted run samples none of them again.
 
 answers/step_000007.jsonl      one line of JSON per response, in the order in which they ended:
-    {"key": request and settings, "url": server, "answer": as SGLang's /generate would say it}
+    {"key": request and settings, "url": server, "answer": as SGLang's /generate would say it,
+     "routes": its routed_experts}
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from routing_replay.errors import DataError, RoutingReplayError, writing
 from routing_replay.rollout import Completion, GenerateRequest
 from routing_replay.rollout.requests import answer_of, completion_of
+from routing_replay.routes.payload import FIELD
 from routing_replay.routes.shape import MoEShape
 
 from .config import RecipeConfig
@@ -71,7 +73,8 @@ class StoredAnswers:
         if record is None:
             return None
         try:
-            return completion_of(record["answer"], request, record["url"], self._model)
+            answer = _with_routes(record["answer"], record.get("routes"))
+            return completion_of(answer, request, record["url"], self._model)
         except RoutingReplayError:
             return None
 
@@ -81,8 +84,7 @@ class StoredAnswers:
         Raises:
             DataError: It cannot be written.
         """
-        answer = answer_of(completion, request.start)
-        line = json.dumps({"key": key, "url": completion.url, "answer": answer}) + "\n"
+        line = line_of(key, completion, request.start)
         fix = "Free space and go on with --resume; or train with --no-store-answers"
         with (
             self._lock,
@@ -90,6 +92,24 @@ class StoredAnswers:
             open(self.path, "a", encoding="utf-8") as file,
         ):
             file.write(line)
+
+
+def line_of(key: str, completion: Completion, start: int) -> str:
+    """Return the line that stores a response: one JSON object.
+
+    Its routes stand beside the answer, as they are: base64 has nothing to escape, and JSON's search
+    for it would take longer than all the rest.
+    """
+    answer = answer_of(completion, start)
+    routes = answer["meta_info"].pop(FIELD, None)
+    line = json.dumps({"key": key, "url": completion.url, "answer": answer})
+    return line + "\n" if routes is None else f'{line[:-1]}, "routes": "{routes}"}}\n'
+
+
+def _with_routes(answer: dict[str, Any], routes: str | None) -> dict[str, Any]:
+    if routes is None:
+        return answer
+    return answer | {"meta_info": answer["meta_info"] | {FIELD: routes}}
 
 
 def remove_covered(shared_dir: Path, step: int) -> None:

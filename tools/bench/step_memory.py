@@ -21,10 +21,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from recipes.minirl.answers import line_of
 from recipes.minirl.batch import Batch, Sample, rows_with_gates
 from routing_replay.config import ReplayConfig
 from routing_replay.rollout import Completion
-from routing_replay.rollout.requests import answer_of
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
@@ -74,7 +74,7 @@ def write_step(made: list[Sample], folder: Path) -> dict[str, float]:
         seconds[name] = time.thread_time() - started
         return result
 
-    clocked("one response stored", lambda: json.dumps(answer_of(_completion(made[0]), 0)))
+    clocked("one response stored", lambda: line_of("", _completion(made[0]), 0).encode())
     batch = clocked("batch", lambda: Batch.from_samples(made, 1, 1))
     clocked("batch saved", lambda: batch.save(folder / "batch.safetensors"))
     routes = [sample.routes for sample in made if sample.routes is not None]
