@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import urllib.request
 from dataclasses import replace
 from unittest import mock
@@ -69,11 +70,33 @@ def publish(rank, urls, folders):
         trainer.load(folders[0])
         note("first", trainer.send(6))
         results["same groups"] = trainer.sender._group is group
+        results["running"] = send_to_running(trainer, 7)
         trainer.load(folders[1])
-        note("left", trainer.send(7, leaving_after(rank, num_buckets // 2, urls[0], trainer)))
-        note("healed", trainer.send(8))
+        note("left", trainer.send(8, leaving_after(rank, num_buckets // 2, urls[0], trainer)))
+        note("healed", trainer.send(9))
         trainer.sender.leave()
     return results
+
+
+def send_to_running(trainer, version):
+    """The error of an update in the middle of responses, and these (on rank 0)."""
+    client, completions, is_sampling = trainer.client, [], threading.Event()
+    if client is None:
+        return trainer.send(version), None
+    # The others are in their middle when the shortest has ended.
+    asked = [request(prompt, num_new=4 if n == 0 else 200) for n, prompt in enumerate(PROMPTS)]
+
+    def sample():
+        completions.extend(client.generate(asked, lambda number, completion: is_sampling.set()))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    assert is_sampling.wait(TIMEOUT_S)
+    client.pause("retract")
+    error = trainer.send(version)
+    client.resume()
+    thread.join()
+    return error, completions
 
 
 def leaving_after(rank, count, url, trainer):
@@ -96,7 +119,7 @@ def die(rank, urls, folder):
         trainer = Trainer(rank, urls, folder)
         if rank == 1:
             ServerGroup.broadcast = lambda self, flat: os._exit(1)
-        trainer.send(9)
+        trainer.send(10)
 
 
 def observe(url):

@@ -63,12 +63,20 @@ def test_servers_stay_in_the_groups_from_one_update_to_the_next(published):
     assert [result["same groups"] for result in published] == [True, True]
 
 
+def test_responses_that_are_paused_and_retracted_go_on_with_whole_new_weights(published):
+    error, completions = published[0]["running"]
+    assert error == ""
+    long = completions[1:]
+    assert all(c.routes.covered_T.all() and c.weight_version == "7" for c in long)
+    assert [set(c.routes.weight_version_T.tolist()) for c in long] == [{6, 7}] * len(long)
+
+
 def test_an_update_that_breaks_off_has_no_version_and_the_next_one_heals_it(published, by_disk):
     error, (seen,) = published[0]["left"]
     assert "/update_weights_from_distributed" in error and published[1]["left"][0] == error
-    assert seen[0] == "incomplete-7" and seen[1] not in {checksum for _, checksum, _ in by_disk}
+    assert seen[0] == "incomplete-8" and seen[1] not in {checksum for _, checksum, _ in by_disk}
     error, (seen,) = published[0]["healed"]
-    assert (error, seen[0], seen[1]) == ("", "8", by_disk[1][1])
+    assert (error, seen[0], seen[1]) == ("", "9", by_disk[1][1])
     assert answers_of(seen) == answers_of(by_disk[1])
 
 
@@ -80,10 +88,10 @@ def test_a_trainer_that_dies_leaves_no_server_with_parts_of_its_weights_in_use(
     with pytest.raises(RankError, match="ended without a result"):
         run_world("bucket_checks:die", 2, [url], folder)
     client = RolloutClient([url], MODEL)
-    assert client.weight_versions() == {url: "incomplete-9"}
+    assert client.weight_versions() == {url: "incomplete-10"}
     with pytest.raises(ServerError, match="or parts of new ones|too few servers"):
         client.generate([request(random_prompt(1))])
-    client.update_weights(folder, 10)
+    client.update_weights(folder, 11)
     assert observe(url)[1] == by_disk[1][1]
 
 
@@ -102,7 +110,7 @@ def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(sglang_
         for one, from_disk in zip(seen, expected, strict=True):
             assert one[1] == from_disk[checkpoint][1]
             assert answers_of(one) == answers_of(from_disk[checkpoint])
-    assert [version for version, *_ in results[0]["left"][1]] == ["incomplete-7"] * 2
+    assert [version for version, *_ in results[0]["left"][1]] == ["incomplete-8"] * 2
 
 
 @pytest.mark.slow

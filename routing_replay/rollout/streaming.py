@@ -61,9 +61,9 @@ class WeightStream:
     gives the version. After a failure `abandon`, then update from disk or open anew: both replace
     all weights.
 
-    Servers should be idle. While requests run, pause first: "retract" gives their slots back, so
-    later tokens see new weights alone; under "in_place" they attend to keys and values of the old
-    weights, and `flush_cache` must be False.
+    Servers should be idle. While requests run, pause the client first and resume it afterwards:
+    "retract" gives their slots back, so later tokens see new weights alone; under "in_place" they
+    attend to keys and values of the old weights, and `flush_cache` must be False.
 
     Args:
         client: Decides which servers take part.
@@ -171,7 +171,8 @@ class WeightStream:
         servers.weights = None
         async with self._client.transport() as http:
             watch = self._client.watch(http)
-            await asyncio.gather(*[watch.check(server) for server in servers])
+            if not servers.is_paused:  # a paused server answers no health check
+                await asyncio.gather(*[watch.check(server) for server in servers])
             await watch.run(until_enough=True)
             members = await asyncio.gather(*[self._begin(http, s, version) for s in servers.in_use])
         earlier, self._members = self._members, [m for m, _ in members if m is not None]
