@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder))
         folder = Path(name)
+        hf.architectures = ["Qwen3MoeForCausalLM"]  # type: ignore[attr-defined]
         hf.save_pretrained(folder / "source")  # type: ignore[attr-defined]
 
         def publish(name: str) -> None:
