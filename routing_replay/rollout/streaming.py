@@ -171,8 +171,8 @@ class WeightStream:
         servers.weights = None
         async with self._client.transport() as http:
             watch = self._client.watch(http)
-            if not servers.is_paused:  # a paused server answers no health check
-                await asyncio.gather(*[watch.check(server) for server in servers])
+            # A health check samples a token, which takes a second: those in use do without.
+            await asyncio.gather(*[watch.check(server) for server in servers if server.is_out])
             await watch.run(until_enough=True)
             members = await asyncio.gather(*[self._begin(http, s, version) for s in servers.in_use])
         earlier, self._members = self._members, [m for m, _ in members if m is not None]
