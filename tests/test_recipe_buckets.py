@@ -96,7 +96,10 @@ def test_a_trainer_that_dies_leaves_no_server_with_parts_of_its_weights_in_use(
 
 
 @pytest.mark.slow
-def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(sglang_server, by_disk):
+def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(
+    sglang_server, by_disk, monkeypatch
+):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     with running("gates", "--tp-size", "2") as wide:
         expected = [by_disk, []]
         for path in wide.checkpoints:
