@@ -1,24 +1,37 @@
 """The recipe one step ahead beside one step after the other: seconds of all steps, and the reward.
 
-    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--recipe FLAGS ...]
+    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--latency-s 4] [--recipe FLAGS ...]
 
 Both start a server and a trainer of their own, from the same tiny model, and take turns; each round
 has a seed of its own. Rollouts take most of a step here, because the server runs few requests at a
 time. On a machine that other work fills, nothing can overlap: look at the load.
+
+With --latency-s a stand-in answers every request after so many seconds, with random tokens and
+routes, as servers on other machines take time and none of this one's processors. It learns nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recipes.minirl import journal
+from routing_replay.routes.payload import FIELD, encode
+from routing_replay.routes.routes import Routes
 
 from .paired import finish, parse, parser, ratios, spread
 
@@ -33,6 +46,84 @@ checkpoint_every: 0
 server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "24"]
 """
 SUMMED = ("time_s", "time/sampling_s", "time/rollout_s", "time/weights_s", "time/update_s")
+
+
+# Of the tiny model.
+LAYERS, EXPERTS, TOP_K = 6, 32, 2
+SAMPLED_TOKEN = 3  # any will do
+
+
+class LateServer(ThreadingHTTPServer):
+    """Answers as SGLang does, after a while, and computes nothing."""
+
+    request_queue_size = 1024  # all requests of a step come at once
+    daemon_threads = True
+
+    def __init__(self, latency_s: float):
+        super().__init__(("127.0.0.1", 0), LateAnswer)
+        self.latency_s = latency_s
+        self.weight_version = "0"
+
+
+class LateAnswer(BaseHTTPRequestHandler):
+    server: LateServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.reply({"weight_version": self.server.weight_version, "dp_size": 1})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/generate":
+            time.sleep(self.server.latency_s)
+            self.reply({"meta_info": self.generated(body)})
+            return
+        if self.path == "/update_weights_from_disk":
+            self.server.weight_version = body["weight_version"]
+        self.reply({"success": True})
+
+    def generated(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the longest response that was asked for, with random routes."""
+        num_new = body["sampling_params"]["max_new_tokens"]
+        num_rows = len(body["input_ids"]) + num_new - 1
+        scores_TLE = np.random.default_rng(body["input_ids"]).random((num_rows, LAYERS, EXPERTS))
+        routes = Routes(
+            expert_ids_TLK=scores_TLE.argsort(-1)[..., :TOP_K].astype(np.uint8),
+            layers=tuple(range(LAYERS)),
+            num_experts=EXPERTS,
+            weight_version_T=np.full(num_rows, int(self.server.weight_version)),
+        )
+        start = body.get("routed_experts_start_len", 0)
+        payload = base64.b64encode(encode(routes[start:], start=start)).decode()
+        return {
+            "output_token_logprobs": [[-1.0, SAMPLED_TOKEN, None]] * num_new,
+            "finish_reason": {"type": "length"},
+            "weight_version": self.server.weight_version,
+            **({FIELD: payload} if body.get("return_routed_experts") else {}),
+        }
+
+    def reply(self, answer: dict[str, Any]) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def late_server(latency_s: float) -> Iterator[list[str]]:
+    """Serve on a free port; yield the recipe's flags. Without a latency there is neither."""
+    if not latency_s:
+        yield []
+        return
+    with LateServer(latency_s) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield ["--rollout-url", url, "--routing-replay-capture", "ids"]
+        server.shutdown()
 
 
 def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
@@ -75,10 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=24)
     made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--latency-s", type=float, default=0.0, help="of a stand-in; 0: real servers")
     made.add_argument("--cache-dir", default="runs/cache", help="where the tiny models are kept")
     made.add_argument("--recipe", nargs=argparse.REMAINDER, default=[], help="flags of the recipe")
     arguments = parse(made, argv, {"steps": 2, "rounds": 1})
-    with tempfile.TemporaryDirectory() as folder:
+    late = late_server(arguments.latency_s)
+    with tempfile.TemporaryDirectory() as folder, late as flags:
+        arguments.recipe = [*flags, *arguments.recipe]
         runs = compared(arguments, Path(folder))
     seconds = {ahead: [run["time_s"] for run in of] for ahead, of in runs.items()}
     share = spread([run["time/sampling_s"] / run["time_s"] for run in runs["0"]])
