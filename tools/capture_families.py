@@ -41,7 +41,9 @@ weights allow it, `--moe-runner-backend triton` or `flashinfer_trtllm_routed` re
 | --- | --- | --- | --- | --- |
 """
 # `tests/test_sglang_*.py` compare their rows.
-WERE_RUN = ("Glm4MoeForCausalLM", "OlmoeForCausalLM", "Qwen3MoeForCausalLM")
+WERE_RUN = (
+    *("Glm4MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM", "Qwen3MoeForCausalLM"),
+)
 
 
 @dataclass(kw_only=True, eq=False)
