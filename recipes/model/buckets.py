@@ -85,24 +85,33 @@ class Buckets:
             for name, parts in bucket.parts.items()
         }
         for holder, parts in by_rank.items():
-            received = self._own_bytes(parts) if holder == rank else self._receive(holder, parts)
-            _place(received, parts, whole, self._dtype)
+            values = map(self._values, parts) if holder == rank else self._receive(holder, parts)
+            for part, part_values in zip(parts, values, strict=True):
+                piece = part.piece
+                target = whole[piece.name].narrow(piece.axis, piece.start, piece.length)
+                target.copy_(part_values)
         return list(whole.items())
+
+    def _values(self, part: weight_plan.Part) -> torch.Tensor:
+        return weight_plan.values_of(self._parameters[part.parameter], part.index)
 
     def _own_bytes(self, parts: list[weight_plan.Part]) -> torch.Tensor:
         """Return this rank's parts one after another."""
         flat = []
         for part in parts:
-            values = weight_plan.values_of(self._parameters[part.parameter], part.index)
-            values = values.to(_sent_dtype(part, self._dtype)).contiguous()
+            values = self._values(part).to(_sent_dtype(part, self._dtype)).contiguous()
             flat.append(values.view(-1).view(torch.uint8))
         return torch.cat(flat)
 
-    def _receive(self, holder: int, parts: list[weight_plan.Part]) -> torch.Tensor:
-        size = sum(_size_bytes(part, self._dtype) for part in parts)
-        received = torch.empty(size, dtype=torch.uint8, device=torch.cuda.current_device())
+    def _receive(self, holder: int, parts: list[weight_plan.Part]) -> list[torch.Tensor]:
+        """Return another rank's parts."""
+        sizes = [_size_bytes(part, self._dtype) for part in parts]
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=torch.cuda.current_device())
         torch.distributed.recv(received, src=holder)
-        return received
+        return [
+            values.view(_sent_dtype(part, self._dtype)).view(part.shape)
+            for part, values in zip(parts, received.split(sizes), strict=True)
+        ]
 
 
 def arranged(
@@ -164,20 +173,6 @@ def _by_rank(bucket: Bucket, dtype: torch.dtype | None) -> dict[int, list[weight
     for part in sorted(parts, key=lambda part: -_sent_dtype(part, dtype).itemsize):
         by_rank.setdefault(part.rank, []).append(part)
     return by_rank
-
-
-def _place(
-    flat: torch.Tensor,
-    parts: list[weight_plan.Part],
-    whole: dict[str, torch.Tensor],
-    dtype: torch.dtype | None,
-) -> None:
-    start = 0
-    for part in parts:
-        piece, stop = part.piece, start + _size_bytes(part, dtype)
-        values = flat[start:stop].view(_sent_dtype(part, dtype)).view(part.shape)
-        whole[piece.name].narrow(piece.axis, piece.start, piece.length).copy_(values)
-        start = stop
 
 
 def _sent_dtype(part: weight_plan.Part, dtype: torch.dtype | None) -> torch.dtype:
