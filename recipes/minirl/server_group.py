@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -35,7 +35,7 @@ class ServerGroup:
         self.port = self._store.port
         own = PrefixStore(name, self._open_store(address, self.port))
         self._threads = ThreadPoolExecutor(1)
-        self._group = self._threads.submit(self._connect, own, world_size)
+        self._group: Future[Any] = self._threads.submit(self._connect, own, world_size)
 
     def wait(self) -> None:
         """Return once all have joined; raise RuntimeError if they do not."""
@@ -52,6 +52,8 @@ class ServerGroup:
         self._store = None
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group(self._group.result())
+        # Connections end with the last reference to the group.
+        self._group = Future()
         self._threads.shutdown()
 
     def _open_store(self, address: str, port: int) -> TCPStore:

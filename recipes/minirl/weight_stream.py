@@ -75,10 +75,11 @@ class WeightSender:
 
     def leave(self) -> None:
         """Leave the groups; the next update makes new ones."""
-        if self._stream is not None and self._names:
-            self._stream.leave(list(self._names.values()))
+        # First this end: a server that waits for a broadcast answers nothing.
         if self._group is not None:
             self._group.close()
+        if self._stream is not None and self._names:
+            self._stream.leave(list(self._names.values()))
         self._names, self._group = {}, None
 
     def _join(self, sources: Sequence[int], version: int) -> None:

@@ -17,7 +17,7 @@ from .servers import INCOMPLETE, ServerState, Weights
 from .transport import Transport
 
 # To leave a group and to end an update take no time, unless the server hangs.
-ABANDON_TIMEOUT_S = 20.0
+ABANDON_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
