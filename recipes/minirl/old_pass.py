@@ -1,4 +1,4 @@
-"""The old policy's passes over a step: what is scored under which routes."""
+"""The passes over a step before its updates: what is scored under which routes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from routing_replay.megatron import Recording
+from routing_replay.metrics.load import expert_load
+from routing_replay.metrics.typed import Metric
+from routing_replay.metrics.version_lag import with_lag
 from routing_replay.routes.table import RouteTable
 
 from .batch import Batch
+from .journal import Clock
 from .policy import Policy
 from .scoring import Scores, mean_scores
 
@@ -30,6 +34,46 @@ class OldPass:
     scores: Scores
     table: RouteTable | None
     token_rows_ST: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepScores:
+    """What a step's passes before its updates found.
+
+    Args:
+        old: Of pi_old.
+        live: Its scores without replay, if this step measures what replay changes.
+        reference: Of the reference policy, if there is one.
+        metrics: Of all passes, over all ranks.
+    """
+
+    old: OldPass
+    live: Scores | None
+    reference: Scores | None
+    metrics: dict[str, Metric]
+
+
+def score_batch(
+    policy: Policy, clock: Clock, batch: Batch, table: RouteTable | None, measures_live: bool
+) -> StepScores:
+    """Score a step's batch with pi_old, without replay if asked, and with the reference."""
+    with clock("old log-probs"):
+        old = averaged(policy, batch, score_old(policy, batch, table))
+        metrics = policy.reduce(policy.discrepancy(batch, old.scores))
+        if table is not None:
+            lag = int(batch.lag_S(policy.weight_version).max())
+            metrics |= with_lag(policy.replay.metrics(), lag)
+        if old.table is not None:
+            metrics |= expert_load(old.table, device=policy.sharding.device)
+    live = reference = None
+    if measures_live:
+        with clock("live log-probs"):
+            live = score_live(policy, batch, old.scores)
+            metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
+    if policy.reference is not None:
+        with clock("reference log-probs"):
+            reference = policy.score_reference(batch)
+    return StepScores(old=old, live=live, reference=reference, metrics=metrics)
 
 
 def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass:

@@ -21,9 +21,7 @@ from recipes.model import bridge, parallel
 from recipes.model.collective import on_every_rank
 from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
-from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric, Value, merge, to_floats
-from routing_replay.metrics.version_lag import with_lag
 from routing_replay.objectives import Objective
 from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
@@ -36,12 +34,11 @@ from .first_rank import FirstRank, Pending
 from .inputs import Inputs, load_inputs
 from .journal import Clock, Journal
 from .node import require_alike
-from .old_pass import OldPass, averaged, replaying, score_live, score_old, score_replayed
+from .old_pass import StepScores, replaying, score_batch, score_replayed
 from .policy import FixedScores, Policy
 from .prompts import Prompt, take
 from .publish import Publisher
 from .rollout import Groups, Rollout, mean_reward, replayed_routes, sample_groups
-from .scoring import Scores
 from .shaping import with_advantages
 from .step_choices import choose
 
@@ -197,7 +194,7 @@ def take_step(
     with clock("rollout"):
         rollout = begun or job.begin_rollout(step, progress.prompts_consumed)
         rollout = job.finished(rollout, progress.step)
-        values = rollout.pending.wait()
+        values: dict[str, Value] = dict(rollout.pending.wait())
         job.first_rank.share(rollout.folder)
         batch, table = open_step(rollout.folder, has_routes=config.rollout_capture != "off")
     consumed = progress.prompts_consumed + int(batch.num_prompts)
@@ -206,41 +203,18 @@ def take_step(
         ahead = job.begin_rollout(step + 1, consumed)
 
     # 2. Known routes arrange the step: sequences to microbatches, experts to ranks.
-    plan_metrics: dict[str, Value] = {}
-    if config.training.plan != "none":
-        assert table is not None
-        with clock("plan"):
-            planned = policy.plan(batch, table)
-        with clock("move experts"):
-            policy.follow(planned)
-        plan_metrics = planned.metrics
+    values |= arrange(policy, clock, batch, table)
 
     # 3. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
-    with clock("old log-probs"):
-        old = averaged(policy, batch, score_old(policy, batch, table))
-        metrics = policy.reduce(policy.discrepancy(batch, old.scores))
-        if table is not None:
-            lag = int(batch.lag_S(policy.weight_version).max())
-            metrics |= with_lag(policy.replay.metrics(), lag)
-        if old.table is not None:
-            metrics |= expert_load(old.table, device=policy.sharding.device)
-    live = None
-    if is_due(step, config.run.measure_live_every, config.run.steps):
-        with clock("live log-probs"):
-            live = score_live(policy, batch, old.scores)
-            metrics |= policy.reduce(policy.discrepancy(batch, live, "_live"))
-    reference = None
-    if policy.reference is not None:
-        with clock("reference log-probs"):
-            reference = policy.score_reference(batch)
+    measures_live = is_due(step, config.run.measure_live_every, config.run.steps)
+    scored = score_batch(policy, clock, batch, table, measures_live)
 
     # 4. Rewards become advantages.
-    batch, shaping = with_advantages(policy, batch, old.scores, reference)
-    metrics |= policy.reduce(shaping)
+    batch, shaping = with_advantages(policy, batch, scored.old.scores, scored.reference)
+    metrics = scored.metrics | policy.reduce(shaping)
 
     # 5. N updates, each on its own minibatch, with the same routes.
-    updates = update_policy(job, clock, step, batch, old, reference, live)
-    metrics |= policy.reduce(updates)
+    metrics |= policy.reduce(update_policy(job, clock, step, batch, scored))
     policy.follow(None)
 
     # 6. New weights for the servers, between two rollouts: each response is of one version.
@@ -255,40 +229,44 @@ def take_step(
         with clock("evaluation"):
             values |= job.evaluate(step)
     if job.journal:
-        job.journal.write(step, values | plan_metrics | to_floats(metrics) | clock.times())
+        job.journal.write(step, values | to_floats(metrics) | clock.times())
     progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
     finish_step(job, progress, rollout.folder)
     return progress, ahead
 
 
-def update_policy(
-    job: Job,
-    clock: Clock,
-    step: int,
-    batch: Batch,
-    old: OldPass,
-    reference: Scores | None,
-    live: Scores | None,
-) -> dict[str, Metric]:
-    """Take all updates of a step; return this rank's metrics.
+def arrange(
+    policy: Policy, clock: Clock, batch: Batch, table: RouteTable | None
+) -> dict[str, Value]:
+    """Plan the step by its routes, if asked, and move the experts; return the plan's metrics."""
+    if policy.config.training.plan == "none":
+        return {}
+    assert table is not None
+    with clock("plan"):
+        planned = policy.plan(batch, table)
+    with clock("move experts"):
+        policy.follow(planned)
+    return dict(planned.metrics)
 
-    Args:
-        live: pi_old's scores without replay, if this step measures what replay changes.
-    """
-    config, policy = job.config, job.policy
+
+def update_policy(
+    job: Job, clock: Clock, step: int, batch: Batch, scored: StepScores
+) -> dict[str, Metric]:
+    """Take all updates of a step; return this rank's metrics."""
+    config, policy, old = job.config, job.policy, scored.old
     layer = inner_layer(config, step)
     metrics: dict[str, Metric] = {}
     with policy.logits_from_layer(layer):
         scores = old.scores if layer < 0 else score_replayed(policy, batch, old)
         for number in range(config.num_mini_batches):
-            if live is not None and layer < 0:
+            if scored.live is not None and layer < 0:
                 with clock("live log-probs"):
-                    metrics = merge(metrics, policy.live_ratios(batch, live, number))
+                    metrics = merge(metrics, policy.live_ratios(batch, scored.live, number))
             with clock("update"):
                 seed = (config.run.seed, step, number)
                 chosen = choose(policy, batch, old.table, scores, number, seed)
                 fixed = FixedScores(
-                    old=scores, reference=reference, chosen=chosen, has_mu=layer < 0
+                    old=scores, reference=scored.reference, chosen=chosen, has_mu=layer < 0
                 )
                 with replaying(policy, old.table, policy.planned_counts(number)):
                     metrics = merge(
