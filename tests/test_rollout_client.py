@@ -411,15 +411,14 @@ def test_a_server_that_hangs_costs_its_timeout_once():
         client = RolloutClient([bad.url, good.url], MODEL, options)
         client.generate([asked()] * 4)
         is_hanging.set()
-        seconds = []
+        start, met = time.monotonic(), []
         for _ in range(2):
-            start = time.monotonic()
             completions = client.generate([asked()] * 8)
-            seconds.append(time.monotonic() - start)
             assert {c.url for c in completions} == {good.url}
+            met.append(sum(route == "/generate" for route, _ in bad.calls))
         # Checks of 0.5 s, 0.3 s apart, begin at most 0.3 s after the requests.
-        assert 0.5 < seconds[0] < 7
-        assert seconds[1] < 0.6 * seconds[0]
+        assert time.monotonic() - start < 7
+        assert met[0] == met[1]
         calls = len(bad.calls)
         client.update_weights("/checkpoint", 1)
         assert len(bad.calls) == calls
