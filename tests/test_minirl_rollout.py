@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from rollout_servers import MODEL, FakeServer
 from sglang_servers import write_checkpoint
 from test_payload import random_ids
-from test_rollout_client import MODEL, FakeServer
 
 from recipes.minirl.answers import StoredAnswers
 from recipes.minirl.batch import Sample
