@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from routing_replay.routes import counts, payload, table
+from routing_replay.routes import columns, counts, payload
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable
 
@@ -43,7 +43,7 @@ def measure(num_tokens: int, length: int, rounds: int) -> dict[str, object]:
         return RouteTable.from_routes(sequences)
 
     def build_without() -> RouteTable:
-        with mock.patch.object(table, "count_covered", return_value=0):
+        with mock.patch.object(columns, "count_covered", return_value=0):
             return RouteTable.from_routes(sequences)
 
     def build_with_numpy() -> RouteTable:
