@@ -130,7 +130,7 @@ def kill(keeper):
 
 def wait_for_answer(url, timeout_s=15):
     deadline = time.monotonic() + timeout_s
-    while not server._answers(url):
+    while not server.answers(url):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -175,6 +175,29 @@ def test_a_server_that_its_client_has_left_out_for_long_is_started_again_once(co
         time.sleep(0.3)
         assert not keeper.keep(absence)
     assert read_absences(tmp_path / "none.json") == {}
+
+
+def test_a_server_that_loads_longer_than_it_may_be_left_out_is_not_started_a_third_time(
+    command, tmp_path
+):
+    loading = f"""
+        import pathlib, time
+        marker = pathlib.Path({str(tmp_path / "started once")!r})
+        time.sleep(1.5 if marker.exists() else 0)
+        marker.touch()
+    """
+    command(textwrap.dedent(loading) + textwrap.dedent(SERVING))
+    with kept(tmp_path, num_restarts=2) as keeper:
+        kill(keeper)
+        assert keeper.keep(None)
+        left_out = time.time()  # by a client that has met nobody at the port
+        time.sleep(0.5)
+        assert not keeper.keep(left_out)
+        wait_for_answer(keeper.url)
+        assert not keeper.keep(left_out)
+        # It answers, and is of no use to its client all the same.
+        time.sleep(0.3)
+        assert keeper.keep(left_out)
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(command, tmp_path):

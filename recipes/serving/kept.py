@@ -17,7 +17,7 @@ from routing_replay.errors import ServerError
 from routing_replay.files import atomic_write
 from routing_replay.rollout.servers import ServerState
 
-from .server import Server, ServerOptions, launch
+from .server import Server, ServerOptions, answers, launch
 
 STATE_FILE = "servers.json"
 
@@ -49,6 +49,8 @@ class KeptServer:
         self._options = replace(options, log_path=self.server.log_path)
         self._num_restarts = num_restarts
         self._restart_after_s = restart_after_s
+        # Since when this process answers; None while it loads.
+        self._answers_since: float | None = time.time()
         self._started_at = time.time()
 
     def __enter__(self) -> KeptServer:
@@ -86,14 +88,19 @@ class KeptServer:
         self.server.stop()
         self.server = Server(self._model_path, self._options, self.server.port)
         self.num_started += 1
-        self._started_at = time.time()
+        self._answers_since, self._started_at = None, time.time()
         return True
 
     def _is_lost(self, out_since: float | None) -> bool:
-        # What was decided before its last start is about the process before it.
-        if out_since is None or out_since < self._started_at:
+        if out_since is None:
             return False
-        return time.time() - out_since > self._restart_after_s
+        if self._answers_since is None and answers(self.url):
+            self._answers_since = time.time()
+        if self._answers_since is None:
+            patience_s = max(self._restart_after_s, self._options.ready_timeout_s)
+            return time.time() - self._started_at > patience_s
+        # What was decided before its last start is about the process before it.
+        return time.time() - max(out_since, self._answers_since) > self._restart_after_s
 
 
 def write_states(path: Path, servers: Iterable[ServerState]) -> None:

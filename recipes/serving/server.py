@@ -158,7 +158,7 @@ def _wait_until_ready(
     server: Server, timeout_s: float, on_progress: Callable[[float, str], None] | None
 ) -> None:
     start = time.monotonic()
-    while not _answers(server.url):
+    while not answers(server.url):
         server.check()
         waited_s = time.monotonic() - start
         if waited_s > timeout_s:
@@ -174,7 +174,8 @@ def _wait_until_ready(
         time.sleep(POLL_S)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Return whether a server is healthy, after at most `HEALTH_TIMEOUT_S`."""
     # Without a proxy: the server is on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
