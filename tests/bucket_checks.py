@@ -10,8 +10,8 @@ from unittest import mock
 from megatron_worlds import megatron
 from sglang_servers import MODEL, random_prompt, request
 
-from recipes.minirl.server_group import ServerGroup
-from recipes.minirl.weight_stream import WeightSender
+from recipes.minirl.publish.server_group import ServerGroup
+from recipes.minirl.publish.weight_stream import WeightSender
 from recipes.model.buckets import Buckets
 from recipes.model.model import build_model, transformer_config
 from recipes.model.parallel import ParallelLayout
@@ -63,7 +63,7 @@ def publish(rank, urls, folders):
             seen = [observe(url) for url in urls] if rank == 0 else None
             results[event] = error, seen
 
-        with mock.patch("recipes.minirl.weight_stream.ServerGroup", WithoutGpu):
+        with mock.patch("recipes.minirl.publish.weight_stream.ServerGroup", WithoutGpu):
             note("refused", trainer.send(4))
         note("second", trainer.send(5))
         group = trainer.sender._group

@@ -35,7 +35,12 @@ RANK_ENVIRONMENT = {
 }
 TESTS = str(Path(__file__).parent)
 # What nearly every rank imports, for 5 s; the process from which ranks are forked does it once.
-PRELOADED = ["pytest", "transformers.models.auto", "recipes.minirl.policy", "recipes.model.weights"]
+PRELOADED = [
+    "pytest",
+    "transformers.models.auto",
+    "recipes.minirl.policy.policy",
+    "recipes.model.weights",
+]
 
 
 class RankError(AssertionError):

@@ -10,8 +10,8 @@ import torch
 from megatron_worlds import megatron
 from te_stand_ins import te_spec
 
-from recipes.minirl import models
-from recipes.minirl.settings import TrainingSettings
+from recipes.minirl.policy import models
+from recipes.minirl.settings.sections import TrainingSettings
 from recipes.model.cpu import InertEvent
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout

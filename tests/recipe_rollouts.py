@@ -13,13 +13,13 @@ MASKED = ["--top-p", "0.6", "--top-k", "100"]
 
 
 def configuration(*flags):
-    from recipes.minirl.command_line import parse
+    from recipes.minirl.settings.command_line import parse
 
     return parse([*SIZES, *flags])
 
 
 def prompts_of(answers):
-    from recipes.minirl.prompts import Prompt
+    from recipes.minirl.data.prompts import Prompt
 
     rng = np.random.default_rng(3)
     texts = [" ".join(f"t{n}" for n in rng.integers(3, 128, 6)) for _ in answers]
@@ -38,8 +38,8 @@ def parity(response, answer):
 @pytest.fixture(scope="module")
 def rollout_of(sglang_server):
     """Makes the recipe's Rollout for some flags, on the shared server with its first weights."""
-    from recipes.minirl.rollout import Rollout
-    from recipes.minirl.verifiers import VERIFIERS
+    from recipes.minirl.data.verifiers import VERIFIERS
+    from recipes.minirl.rollout.sampling import Rollout
 
     sglang_server.restore()
     VERIFIERS["parity"] = parity

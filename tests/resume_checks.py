@@ -12,9 +12,10 @@ import torch
 from megatron_batches import megatron_backward
 from megatron_worlds import megatron
 
-from recipes.minirl import checkpoints, models
-from recipes.minirl.config import RolloutSettings, RunSettings, TrainingSettings
-from recipes.minirl.publish import write_weights
+from recipes.minirl.job import checkpoints
+from recipes.minirl.policy import models
+from recipes.minirl.publish.publisher import write_weights
+from recipes.minirl.settings.config import RolloutSettings, RunSettings, TrainingSettings
 from recipes.model import weight_plan
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes.minirl import models, plan
-from recipes.minirl.command_line import parse_command, preset_names
+from recipes.minirl.launch import plan
+from recipes.minirl.policy import models
+from recipes.minirl.settings.command_line import parse_command, preset_names
 from recipes.model import flops, fp8, memory, meta
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout

@@ -1,8 +1,8 @@
-"""recipes.minirl.addresses: where the servers reach a trainer."""
+"""recipes.minirl.launch.addresses: where the servers reach a trainer."""
 
 import pytest
 
-from recipes.minirl.addresses import address_towards, is_loopback
+from recipes.minirl.launch.addresses import address_towards, is_loopback
 from routing_replay.errors import ServerError
 
 

@@ -1,4 +1,4 @@
-"""recipes.minirl.answers: what was sampled is found again, bit for bit, or sampled again."""
+"""The recipe's answers: what was sampled is found again, bit for bit, or sampled again."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from recipes.minirl.answers import StoredAnswers, remove_covered
-from recipes.minirl.command_line import parse
+from recipes.minirl.rollout.answers import StoredAnswers, remove_covered
+from recipes.minirl.settings.command_line import parse
 from routing_replay.errors import DataError
 from routing_replay.rollout import Completion, GenerateRequest
 from routing_replay.routes.origin import Origin, is_covered

@@ -1,4 +1,4 @@
-"""recipes.minirl.batch: what belongs to which token."""
+"""recipes.minirl.rollout.batch: what belongs to which token."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.minirl.batch import (
+from recipes.minirl.rollout.batch import (
     BATCH_FILE,
     ROUTES_FILE,
     Batch,

@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
-from recipes.minirl.command_line import PRESETS, make_parser, parse, preset_names
-from recipes.minirl.config import RecipeConfig
-from recipes.minirl.devices import require_own_devices
-from recipes.minirl.inputs import load_inputs
-from recipes.minirl.settings import known_settings
+from recipes.minirl.data.inputs import load_inputs
+from recipes.minirl.launch.devices import require_own_devices
+from recipes.minirl.settings.command_line import PRESETS, make_parser, parse, preset_names
+from recipes.minirl.settings.config import RecipeConfig
+from recipes.minirl.settings.sections import known_settings
 from routing_replay import objectives
 from routing_replay.errors import CheckpointError, ConfigError
 

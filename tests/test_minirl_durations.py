@@ -2,8 +2,8 @@
 
 import pytest
 
-from recipes.minirl.command_line import parse
-from recipes.minirl.durations import ModelCost, legs, step_seconds
+from recipes.minirl.launch.durations import ModelCost, legs, step_seconds
+from recipes.minirl.settings.command_line import parse
 
 COST = ModelCost(forward_flops=10e9, checkpoint_bytes=60 * 10**9, route_slots=48 * 8, id_bytes=1)
 SIZES = ["--prompts-per-step", "10", "--samples-per-prompt", "10", "--minibatch-size", "100"]

@@ -1,4 +1,4 @@
-"""recipes.minirl.first_rank: the other ranks wait for rank 0, and end with it."""
+"""recipes.minirl.job.first_rank: the other ranks wait for rank 0, and end with it."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch_ranks import start_ranks
 
-from recipes.minirl import node_files
-from recipes.minirl.first_rank import FirstRank
+from recipes.minirl.job import node_files
+from recipes.minirl.job.first_rank import FirstRank
 from recipes.minirl.node import require_alike
 from recipes.serving.ports import HeldPort
 from routing_replay.errors import ConfigError, DataError

@@ -1,10 +1,10 @@
-"""recipes.minirl.journal: what a run leaves behind."""
+"""recipes.minirl.job.journal: what a run leaves behind."""
 
 import pytest
 
-from recipes.minirl import journal
-from recipes.minirl.journal import Journal, check_telemetry, line, truncate, worst_layers
-from recipes.minirl.settings import TelemetrySettings
+from recipes.minirl.job import journal
+from recipes.minirl.job.journal import Journal, check_telemetry, line, truncate, worst_layers
+from recipes.minirl.settings.sections import TelemetrySettings
 from routing_replay.errors import ConfigError
 from routing_replay.metrics.typed import LayerValues
 

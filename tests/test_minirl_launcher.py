@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from recipes.minirl import __main__ as launcher
-from recipes.minirl import commands
-from recipes.minirl.checks import require_ready
-from recipes.minirl.command_line import parse, parse_command
-from recipes.minirl.devices import (
+from recipes.minirl.launch import commands
+from recipes.minirl.launch.devices import (
     require_gpu,
     require_gpu_per_rank,
     require_own_devices,
     why_no_cuda,
 )
+from recipes.minirl.settings.checks import require_ready
+from recipes.minirl.settings.command_line import parse, parse_command
 from routing_replay.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""recipes.minirl.microbatches: who computes which tokens, padded and packed."""
+"""recipes.minirl.policy.microbatches: who computes which tokens, padded and packed."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_minirl_batch import SAMPLES, a_batch
 
-from recipes.minirl.batch import Batch, Sample
-from recipes.minirl.microbatches import Sharding, balanced_packs
+from recipes.minirl.policy.microbatches import Sharding, balanced_packs
+from recipes.minirl.rollout.batch import Batch, Sample
 
 # 9 to 1 positions: the lengths in tokens are one more.
 LENGTHS_S = torch.arange(10, 2, -1)

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from recipes.minirl import commands
-from recipes.minirl.command_line import parse
+from recipes.minirl.launch import commands
 from recipes.minirl.node import NodeError, main, make_parser, meet
+from recipes.minirl.settings.command_line import parse
 from recipes.serving.ports import HeldPort
 
 HOST = "127.0.0.1"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from recipes.minirl.prompts import Prompt, read_prompts, take
-from recipes.minirl.tiny_task import VOCABULARY, write_task, write_tokenizer
-from recipes.minirl.verifiers import exact, math
+from recipes.minirl.data.prompts import Prompt, read_prompts, take
+from recipes.minirl.data.tiny_task import VOCABULARY, write_task, write_tokenizer
+from recipes.minirl.data.verifiers import exact, math
 from routing_replay.errors import DataError
 
 GOOD = '{"prompt": "1+1=", "answer": "2"}\n'

@@ -1,4 +1,4 @@
-"""recipes.minirl.rollout and its servers: stored responses, servers left out, metrics."""
+"""recipes.minirl.rollout.sampling and its servers: stored responses, servers left out, metrics."""
 
 import json
 
@@ -8,11 +8,11 @@ from rollout_servers import MODEL, FakeServer
 from sglang_servers import write_checkpoint
 from test_payload import random_ids
 
-from recipes.minirl.answers import StoredAnswers
-from recipes.minirl.batch import Sample
-from recipes.minirl.command_line import parse
-from recipes.minirl.prompts import Prompt
-from recipes.minirl.rollout import Rollout, replayed_routes, sample_groups
+from recipes.minirl.data.prompts import Prompt
+from recipes.minirl.rollout.answers import StoredAnswers
+from recipes.minirl.rollout.batch import Sample
+from recipes.minirl.rollout.sampling import Rollout, replayed_routes, sample_groups
+from recipes.minirl.settings.command_line import parse
 from recipes.serving.kept import read_absences
 from routing_replay.errors import ConfigError, ServerError
 from routing_replay.routes.origin import require_covered

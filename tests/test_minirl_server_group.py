@@ -1,4 +1,4 @@
-"""recipes.minirl.server_group: the trainer's end of a group, with a rank in a server's place."""
+"""The recipe's server_group: the trainer's end of a group, with a rank in a server's place."""
 
 import time
 from datetime import timedelta
@@ -7,7 +7,7 @@ import torch
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d
 from torch_ranks import start_ranks
 
-from recipes.minirl.server_group import ServerGroup
+from recipes.minirl.publish.server_group import ServerGroup
 
 
 def receive(rank, port, name, folder):

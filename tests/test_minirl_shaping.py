@@ -1,13 +1,13 @@
-"""recipes.minirl.shaping: from rewards to advantages; what a saved batch may be used for."""
+"""recipes.minirl.policy.shaping: from rewards to advantages; what a saved batch may be used for."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from recipes.minirl.batch import Batch, Sample
-from recipes.minirl.command_line import parse
-from recipes.minirl.shaping import with_advantages
+from recipes.minirl.policy.shaping import with_advantages
+from recipes.minirl.rollout.batch import Batch, Sample
+from recipes.minirl.settings.command_line import parse
 from routing_replay.errors import DataError
 from routing_replay.routes.batch import RolloutBatch
 

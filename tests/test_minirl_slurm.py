@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from recipes.minirl.command_line import parse, preset_names
-from recipes.minirl.slurm import job_text
+from recipes.minirl.launch.slurm import job_text
+from recipes.minirl.settings.command_line import parse, preset_names
 
 # What the job calls, each as a script that notes its arguments in $NOTES.
 STAND_INS = {

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from test_table import random_routes
 
-from recipes.minirl.batch import Batch, Sample
-from recipes.minirl.config import RecipeConfig
-from recipes.minirl.microbatches import Sharding
-from recipes.minirl.settings import TrainingSettings
-from recipes.minirl.step_plan import plan_layout, plan_step
+from recipes.minirl.policy.microbatches import Sharding
+from recipes.minirl.policy.step_plan import plan_layout, plan_step
+from recipes.minirl.rollout.batch import Batch, Sample
+from recipes.minirl.settings.config import RecipeConfig
+from recipes.minirl.settings.sections import TrainingSettings
 from routing_replay.errors import ConfigError
 from routing_replay.routes.table import RouteTable
 

@@ -1,11 +1,11 @@
-"""recipes.minirl.tiny_model: the checkpoint that runs with the same settings share."""
+"""recipes.minirl.data.tiny_model: the checkpoint that runs with the same settings share."""
 
 import pytest
 import torch
 
-from recipes.minirl import tiny_model
-from recipes.minirl.command_line import parse
-from recipes.minirl.tiny_task import EOS, VOCABULARY
+from recipes.minirl.data import tiny_model
+from recipes.minirl.data.tiny_task import EOS, VOCABULARY
+from recipes.minirl.settings.command_line import parse
 
 SMALL = ["--warmup-target", "0", "--tiny-layers", "2", "--tiny-experts", "4"]
 

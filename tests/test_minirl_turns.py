@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_spans import answer, true_rows
 
-from recipes.minirl.batch import Batch, Sample
-from recipes.minirl.prompts import Prompt
-from recipes.minirl.rollout import joined
-from recipes.minirl.turns import TOOLS, Response, Tool, calculate
+from recipes.minirl.data.prompts import Prompt
+from recipes.minirl.rollout.batch import Batch, Sample
+from recipes.minirl.rollout.sampling import joined
+from recipes.minirl.rollout.turns import TOOLS, Response, Tool, calculate
 from routing_replay.errors import DataError
 from routing_replay.rollout import Completion, GenerateRequest
 
@@ -93,8 +93,8 @@ class Engine:
 @pytest.fixture
 def rollout_of(monkeypatch):
     """The recipe's Rollout over an engine; what its constructor asks of a server is left out."""
-    from recipes.minirl.command_line import parse
-    from recipes.minirl.rollout import Rollout
+    from recipes.minirl.rollout.sampling import Rollout
+    from recipes.minirl.settings.command_line import parse
 
     monkeypatch.setitem(TOOLS, "calculator", DOUBLE)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sglang_checks import Reference, assert_ids_follow
 
-from recipes.minirl.batch import BATCH_FILE, ROUTES_FILE, Batch
-from recipes.minirl.tiny_task import VOCABULARY
-from recipes.minirl.turns import calculate
+from recipes.minirl.data.tiny_task import VOCABULARY
+from recipes.minirl.rollout.batch import BATCH_FILE, ROUTES_FILE, Batch
+from recipes.minirl.rollout.turns import calculate
 from routing_replay.routes.table import RouteTable
 
 pytestmark = pytest.mark.slow  # starts both engines, and makes a model

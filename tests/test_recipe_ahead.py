@@ -24,8 +24,8 @@ from test_recipe_end_to_end import (
     write_prompts,
 )
 
-from recipes.minirl.answers import FOLDER
-from recipes.minirl.batch import BATCH_FILE, ROUTES_FILE, Batch
+from recipes.minirl.rollout.answers import FOLDER
+from recipes.minirl.rollout.batch import BATCH_FILE, ROUTES_FILE, Batch
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.routes.table import RouteTable
 

@@ -1,4 +1,4 @@
-"""recipes.minirl.checkpoints: what an interruption leaves behind never looks like a checkpoint."""
+"""The recipe's checkpoints: what an interruption leaves behind never looks like a checkpoint."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from megatron_worlds import run_world
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_qwen3_moe, write_tiny_glm4_moe
 
-from recipes.minirl import checkpoints
+from recipes.minirl.job import checkpoints
 from recipes.model.optimizer_shards import blocks, parse_key, require_resumable
 from recipes.model.parallel import ParallelLayout
 from recipes.model.weight_names import Piece

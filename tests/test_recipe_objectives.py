@@ -39,7 +39,7 @@ INNER_LAYER = 1
 
 def save_step(rollout, folder):
     """One batch of the server's samples and its routes, as the first rank saves them."""
-    from recipes.minirl.batch import Batch
+    from recipes.minirl.rollout.batch import Batch
     from routing_replay.routes.table import RouteTable
 
     samples = rollout.sample(prompts_of([""] * PROMPTS), GROUP, for_training=True)
@@ -104,10 +104,10 @@ class Step:
     """A policy, a saved batch, and the recipe's own way from one to the other."""
 
     def __init__(self, folder, checkpoint, *flags, mode="R3", reference=None):
-        from recipes.minirl.batch import Batch
-        from recipes.minirl.old_pass import score_old
-        from recipes.minirl.policy import Policy
-        from recipes.minirl.shaping import with_advantages
+        from recipes.minirl.policy.old_pass import score_old
+        from recipes.minirl.policy.policy import Policy
+        from recipes.minirl.policy.shaping import with_advantages
+        from recipes.minirl.rollout.batch import Batch
         from routing_replay.routes.table import RouteTable
 
         config = configuration("--routing-replay-mode", mode, "--learning-rate", "1e-2", *flags)
@@ -122,9 +122,9 @@ class Step:
         self.chosen = []
 
     def update(self, number, objective=None, old=None):
-        from recipes.minirl.old_pass import replaying
-        from recipes.minirl.policy import FixedScores
-        from recipes.minirl.step_choices import choose
+        from recipes.minirl.policy.old_pass import replaying
+        from recipes.minirl.policy.policy import FixedScores
+        from recipes.minirl.policy.step_choices import choose
 
         old = old or self.old.scores
         objective = objective or self.policy.config.make_objective()
@@ -242,7 +242,7 @@ def with_a_reference(folder, checkpoints):
 
 def of_an_inner_layer(folder, checkpoints):
     """BuPO's first step: the scores of an inner layer's policy, and which weights it moves."""
-    from recipes.minirl.old_pass import score_replayed
+    from recipes.minirl.policy.old_pass import score_replayed
 
     flags = ["--objective", "grpo", "--internal-layer", str(INNER_LAYER)]
     step = Step(folder / "plain", checkpoints[0], *flags)

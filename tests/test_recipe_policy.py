@@ -73,8 +73,8 @@ ATOL = 1e-6
 
 
 def make_policy(checkpoint, mode="R3", **settings):
-    from recipes.minirl.command_line import parse
-    from recipes.minirl.policy import Policy
+    from recipes.minirl.policy.policy import Policy
+    from recipes.minirl.settings.command_line import parse
 
     flags = ["--routing-replay-mode", mode, *ADAM]
     flags += ["--prompts-per-step", "4", "--samples-per-prompt", "2", "--minibatch-size", "4"]
@@ -87,7 +87,7 @@ def make_policy(checkpoint, mode="R3", **settings):
 
 def make_step(multiple, num_layers=LAYERS):
     """Eight sequences of different lengths with random routes of the model's shape."""
-    from recipes.minirl.batch import Batch, Sample
+    from recipes.minirl.rollout.batch import Batch, Sample
     from routing_replay.routes.routes import Routes
     from routing_replay.routes.table import RouteTable
 
@@ -130,10 +130,10 @@ def likely_tokens(rng, response):
 
 def take_step(policy, folder):
     """The old pass and both updates; the metrics over all ranks."""
-    from recipes.minirl.old_pass import replaying, score_old
-    from recipes.minirl.policy import FixedScores
-    from recipes.minirl.shaping import with_advantages
-    from recipes.minirl.step_choices import choose
+    from recipes.minirl.policy.old_pass import replaying, score_old
+    from recipes.minirl.policy.policy import FixedScores
+    from recipes.minirl.policy.shaping import with_advantages
+    from recipes.minirl.policy.step_choices import choose
     from routing_replay.metrics.typed import merge, to_floats
 
     batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)
@@ -302,7 +302,7 @@ def test_random_routes_change_the_scores_and_recorded_ones_do_not(outcomes):
 
 def scores_in_bf16(rank, checkpoint):
     """Log-probs of a bf16 policy, those from an fp32 copy of the logits, and the logits' dtypes."""
-    from recipes.minirl import scoring as module
+    from recipes.minirl.policy import scoring as module
 
     policy = make_policy(checkpoint, "disabled", nproc=1, trainer_dtype="bfloat16")
     dtypes, token_logprobs = [], module.token_logprobs
@@ -332,7 +332,7 @@ def test_the_updates_moved_the_policy(outcomes):
 
 
 def save_and_resume(rank, checkpoint, folder):
-    from recipes.minirl import checkpoints
+    from recipes.minirl.job import checkpoints
     from recipes.model import parallel
 
     folder = Path(folder)
@@ -395,7 +395,7 @@ def test_a_trainer_that_resumes_in_another_layout_takes_the_next_step(resumption
 
 
 def test_the_mean_of_passes_is_of_their_log_probs():
-    from recipes.minirl.scoring import mean_scores
+    from recipes.minirl.policy.scoring import mean_scores
     from routing_replay.objectives.logprobs import TokenScores
 
     values = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -2.5])]
@@ -407,7 +407,7 @@ def test_the_mean_of_passes_is_of_their_log_probs():
 
 def by_version_lag(rank, checkpoint):
     """Metrics of batches by their versions, and slots that soft replay filled live, by age."""
-    from recipes.minirl.old_pass import score_old
+    from recipes.minirl.policy.old_pass import score_old
     from routing_replay.metrics.typed import to_floats
 
     soft = {"routing_replay_soft_ratio": 0.1, "routing_replay_soft_decay": 0.2}

@@ -1,9 +1,9 @@
-"""recipes.minirl.publish: weights for the servers."""
+"""recipes.minirl.publish.publisher: weights for the servers."""
 
 import pytest
 import torch
 
-from recipes.minirl.publish import round_to_fp8_grid
+from recipes.minirl.publish.publisher import round_to_fp8_grid
 
 
 def e4m3_numbers():

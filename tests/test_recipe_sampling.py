@@ -1,4 +1,4 @@
-"""recipes.minirl.rollout on a real SGLang server: masks, likely tokens, dynamic sampling."""
+"""The recipe's sampling on a real SGLang server: masks, likely tokens, dynamic sampling."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_more_likely_tokens_than_there_are_is_an_error_at_the_start(rollout_of):
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
-    from recipes.minirl.rollout import sample_groups
+    from recipes.minirl.rollout.sampling import sample_groups
 
     rollout = rollout_of()
     answers = ["always", "", "always", ""] + [""] * 20
@@ -80,7 +80,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
 
 
 def test_dynamic_sampling_gives_up_after_its_rounds_with_a_full_batch(rollout_of):
-    from recipes.minirl.rollout import sample_groups
+    from recipes.minirl.rollout.sampling import sample_groups
 
     stream = prompts_of(["always"] * 12)
     groups = sample_groups(rollout_of(), lambda o, c: stream[o : o + c], PROMPTS, rounds=2)
@@ -90,7 +90,7 @@ def test_dynamic_sampling_gives_up_after_its_rounds_with_a_full_batch(rollout_of
 
 
 def test_without_dynamic_sampling_a_batch_is_its_prompts_in_order(rollout_of):
-    from recipes.minirl.rollout import sample_groups
+    from recipes.minirl.rollout.sampling import sample_groups
 
     rollout = rollout_of()
     stream = prompts_of(["always", "", "always", ""])

@@ -8,7 +8,7 @@ from recipe_rollouts import prompts_of, rollout_of
 from sglang_checks import assert_ids_follow
 from sglang_servers import wait_for_decoding
 
-from recipes.minirl.turns import TOOLS, Tool
+from recipes.minirl.rollout.turns import TOOLS, Tool
 
 __all__ = ["rollout_of"]  # a fixture
 RETURNED = [9, 10, 11]

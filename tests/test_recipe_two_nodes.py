@@ -103,7 +103,7 @@ def test_two_nodes_of_two_ranks_train_and_resume_with_disks_of_their_own(tmp_pat
 
 def agreed(rank, folder):
     """The checkpoint of a resume, or its error; rank 1 has a folder of its own, `late` or empty."""
-    from recipes.minirl import checkpoints
+    from recipes.minirl.job import checkpoints
 
     checkpoints.VISIBLE_AFTER_S = 2.0
     found = {}

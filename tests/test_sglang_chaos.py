@@ -14,8 +14,8 @@ import pytest
 from sglang_checks import assert_true
 from sglang_servers import MODEL, random_prompt, request
 
-from recipes.minirl.answers import StoredAnswers
-from recipes.minirl.command_line import parse
+from recipes.minirl.rollout.answers import StoredAnswers
+from recipes.minirl.settings.command_line import parse
 from routing_replay.rollout import ClientOptions, RolloutClient
 from tools.chaos.proxy import FAULTS, Proxy
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from recipes.minirl.command_line import parse
+from recipes.minirl.settings.command_line import parse
 from recipes.study import tables
 from recipes.study.__main__ import command, main, run
 from recipes.study.cells import Cell, main_cells, pilot, presets

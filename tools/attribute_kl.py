@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recipes.minirl.microbatches import Grid, Sharding
+from recipes.minirl.policy.microbatches import Grid, Sharding
 from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
 from recipes.model.weights import load_hf

@@ -22,11 +22,17 @@ from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from . import commands, devices, journal, slurm
-from .command_line import parse_command
-from .commands import thread_environment, tokenizer_arguments, trainer_arguments, visible_devices
-from .config import RecipeConfig
-from .inputs import load_inputs, server_folder
+from .data.inputs import load_inputs, server_folder
+from .job import journal
+from .launch import commands, devices, slurm
+from .launch.commands import (
+    thread_environment,
+    tokenizer_arguments,
+    trainer_arguments,
+    visible_devices,
+)
+from .settings.command_line import parse_command
+from .settings.config import RecipeConfig
 
 POLL_S = 0.25
 # How long the other side of a broken connection gets to report its own error.
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(commands.text(config, run_dir))
                 print(f"All of it as one SLURM job:\n  sbatch {slurm.write_job(config, run_dir)}")
             case "dry-run":
-                from .plan import plan_text  # it imports Megatron, which takes many seconds
+                from .launch.plan import plan_text  # it imports Megatron, which takes many seconds
 
                 print(plan_text(resolve_mode(command.config)))
     except RoutingReplayError as error:
@@ -143,7 +149,7 @@ def make_tiny_model(config: RecipeConfig, run_dir: Path) -> None:
     """Make the tiny model in a child process: its memory is free again before the engines start."""
     if config.model.model != "tiny":
         return
-    command = [sys.executable, "-m", "recipes.minirl.tiny_model", str(run_dir / "config.json")]
+    command = [sys.executable, "-m", "recipes.minirl.data.tiny_model", str(run_dir / "config.json")]
     log_path = run_dir / "logs" / "prepare.log"
     with Child(command, log_path, thread_environment(config, 1)) as child:
         while child.status is None:

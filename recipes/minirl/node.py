@@ -22,8 +22,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from routing_replay.errors import ConfigError, RoutingReplayError, reading
 
-from .config import RecipeConfig
-from .node_files import node_number
+from .job.node_files import node_number
+from .settings.config import RecipeConfig
 
 POLL_S = 0.2
 # Settings that may differ between machines.

@@ -26,21 +26,23 @@ from routing_replay.objectives import Objective
 from routing_replay.routes.origin import require_covered
 from routing_replay.routes.table import RouteTable
 
-from . import checkpoints, checks, devices
-from .answers import StoredAnswers, remove_covered
-from .batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
-from .config import RecipeConfig
-from .first_rank import FirstRank, Pending
-from .inputs import Inputs, load_inputs
-from .journal import Clock, Journal
+from .data.inputs import Inputs, load_inputs
+from .data.prompts import Prompt, take
+from .job import checkpoints
+from .job.first_rank import FirstRank, Pending
+from .job.journal import Clock, Journal
+from .launch import devices
 from .node import require_alike
-from .old_pass import StepScores, replaying, score_batch, score_replayed
-from .policy import FixedScores, Policy
-from .prompts import Prompt, take
-from .publish import Publisher
-from .rollout import Groups, Rollout, mean_reward, replayed_routes, sample_groups
-from .shaping import with_advantages
-from .step_choices import choose
+from .policy.old_pass import StepScores, replaying, score_batch, score_replayed
+from .policy.policy import FixedScores, Policy
+from .policy.shaping import with_advantages
+from .policy.step_choices import choose
+from .publish.publisher import Publisher
+from .rollout.answers import StoredAnswers, remove_covered
+from .rollout.batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
+from .rollout.sampling import Groups, Rollout, mean_reward, replayed_routes, sample_groups
+from .settings import checks
+from .settings.config import RecipeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.minirl import journal
+from recipes.minirl.job import journal
 from routing_replay.errors import RoutingReplayError
 from routing_replay.files import atomic_write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.minirl.tiny_task import write_tokenizer
+from recipes.minirl.data.tiny_task import write_tokenizer
 from recipes.model.tiny import tiny_config
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 4, 8, 2, 512

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.minirl import journal
+from recipes.minirl.job import journal
 from routing_replay.routes.payload import FIELD, encode
 from routing_replay.routes.routes import Routes
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.minirl.models import make_optimizer
-from recipes.minirl.settings import TrainingSettings
+from recipes.minirl.policy.models import make_optimizer
+from recipes.minirl.settings.sections import TrainingSettings
 from recipes.model import memory, parallel
 from recipes.model.model import ModelConfig, build_model, transformer_config
 from recipes.model.tiny import tiny_config

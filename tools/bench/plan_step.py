@@ -34,10 +34,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from recipes.minirl.batch import Batch
-from recipes.minirl.config import RecipeConfig
-from recipes.minirl.policy import FixedScores, Policy
-from recipes.minirl.step_plan import PlannedStep, plan_alone
+from recipes.minirl.policy.policy import FixedScores, Policy
+from recipes.minirl.policy.step_plan import PlannedStep, plan_alone
+from recipes.minirl.rollout.batch import Batch
+from recipes.minirl.settings.config import RecipeConfig
 from recipes.model.cpu import enable_cpu
 from routing_replay.balance import StepPlan
 from routing_replay.routes.table import RouteTable

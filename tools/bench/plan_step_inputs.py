@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.minirl.batch import Batch, Sample
+from recipes.minirl.rollout.batch import Batch, Sample
 from recipes.model.tiny import tiny_config
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.table import RouteTable

@@ -76,7 +76,7 @@ def served(
         chunks: The model.
         folder: Of its checkpoints; "source" has its configuration.
     """
-    from recipes.minirl.weight_stream import WeightSender
+    from recipes.minirl.publish.weight_stream import WeightSender
     from recipes.serving.server import ServerOptions, launch
     from routing_replay.rollout import RolloutClient
     from routing_replay.rollout.streaming import WeightStream

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from recipes.minirl.answers import line_of
-from recipes.minirl.batch import Batch, Sample, rows_with_gates
+from recipes.minirl.rollout.answers import line_of
+from recipes.minirl.rollout.batch import Batch, Sample, rows_with_gates
 from routing_replay.config import ReplayConfig
 from routing_replay.rollout import Completion
 from routing_replay.routes.routes import Routes

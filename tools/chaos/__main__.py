@@ -30,7 +30,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from recipes.minirl.answers import FOLDER
+from recipes.minirl.rollout.answers import FOLDER
 from recipes.serving.kept import KeptServer
 from recipes.serving.server import ServerOptions
 

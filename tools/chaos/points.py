@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from recipes.minirl.answers import FOLDER
+from recipes.minirl.rollout.answers import FOLDER
 from recipes.serving.kept import KeptServer
 from routing_replay.rollout import RolloutClient
 

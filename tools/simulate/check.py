@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.minirl.journal import read
+from recipes.minirl.job.journal import read
 from routing_replay.errors import DataError, reading
 
 from .inputs import Inputs, Rate

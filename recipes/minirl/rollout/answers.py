@@ -23,7 +23,7 @@ from routing_replay.rollout.requests import answer_of, completion_of
 from routing_replay.routes.payload import FIELD
 from routing_replay.routes.shape import MoEShape
 
-from .config import RecipeConfig
+from ..settings.config import RecipeConfig
 
 FOLDER = "answers"
 # What decides the weights of a step: responses of a run with other values are of another policy.

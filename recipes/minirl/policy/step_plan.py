@@ -26,9 +26,9 @@ from routing_replay.balance import (
 from routing_replay.metrics.typed import LayerValues, Value
 from routing_replay.routes.table import RouteTable
 
-from .batch import Batch
+from ..rollout.batch import Batch
+from ..settings.sections import TrainingSettings
 from .microbatches import Sharding
-from .settings import TrainingSettings
 
 # Ranks whose loads become metrics of their own.
 MOST_RANKS = 8

@@ -10,7 +10,7 @@ import os
 import random
 from pathlib import Path
 
-from .turns import calculate
+from ..rollout.turns import calculate
 
 # Fixed: every run of a comparison trains and evaluates on the same split, whatever its seed.
 SPLIT_SEED = 0

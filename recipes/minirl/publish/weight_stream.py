@@ -21,8 +21,8 @@ from recipes.model.buckets import Bucket, Buckets, Tensors, flattened
 from routing_replay.errors import ServerError
 from routing_replay.rollout.streaming import BucketHeader, WeightStream
 
-from .addresses import address_towards
-from .first_rank import LONGEST_WAIT
+from ..job.first_rank import LONGEST_WAIT
+from ..launch.addresses import address_towards
 from .server_group import ServerGroup
 
 P = ParamSpec("P")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from routing_replay.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .config import RecipeConfig
+    from ..settings.config import RecipeConfig
 
 
 def check_devices(config: RecipeConfig) -> None:

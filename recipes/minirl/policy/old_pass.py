@@ -15,8 +15,8 @@ from routing_replay.metrics.typed import Metric
 from routing_replay.metrics.version_lag import with_lag
 from routing_replay.routes.table import RouteTable
 
-from .batch import Batch
-from .journal import Clock
+from ..job.journal import Clock
+from ..rollout.batch import Batch
 from .policy import Policy
 from .scoring import Scores, mean_scores
 

@@ -10,7 +10,7 @@ from recipes.model import fp8
 from recipes.model.weight_names import require_supported
 from routing_replay.errors import CheckpointError
 
-from .config import RecipeConfig
+from ..settings.config import RecipeConfig
 from .prompts import Prompt, read_prompts
 from .tiny_model import checkpoint_folder
 

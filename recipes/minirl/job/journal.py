@@ -19,7 +19,7 @@ from routing_replay.metrics.sinks import open_sinks, scalars
 from routing_replay.metrics.typed import LayerValues, Value
 from routing_replay.metrics.version_lag import lag_suffix
 
-from .settings import TelemetrySettings
+from ..settings.sections import TelemetrySettings
 
 WORST_LAYERS = 2
 

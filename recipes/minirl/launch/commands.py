@@ -9,8 +9,8 @@ from pathlib import Path
 
 from routing_replay.capture import CaptureSettings
 
-from .config import RecipeConfig
-from .inputs import server_folder
+from ..data.inputs import server_folder
+from ..settings.config import RecipeConfig
 
 
 def text(config: RecipeConfig, run_dir: Path) -> str:

@@ -26,8 +26,8 @@ from recipes.model.collective import on_every_rank
 from recipes.model.optimizer_shards import num_steps, restore_shards, save_shards
 from routing_replay.errors import CheckpointError
 
-from . import models
-from .policy import Policy
+from ..policy import models
+from ..policy.policy import Policy
 
 PREFIX = "step_"
 # A network file system may remember for a minute that a file did not exist.

@@ -23,12 +23,12 @@ from routing_replay.rollout import (
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
 
+from ..data.prompts import Prompt
+from ..data.verifiers import VERIFIERS
+from ..settings.config import RecipeConfig
 from .answers import StoredAnswers
 from .batch import Sample
-from .config import RecipeConfig
-from .prompts import Prompt
 from .turns import TOOLS, Response
-from .verifiers import VERIFIERS
 
 FINISHED = ("stop", "length")
 # Any tokens will do: only the form of the answer is checked.

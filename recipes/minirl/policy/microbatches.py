@@ -16,7 +16,7 @@ from routing_replay.objectives.logprobs import Support
 from routing_replay.routes.batch import RolloutBatch
 from routing_replay.routes.token_rows import context_positions
 
-from .batch import Batch
+from ..rollout.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

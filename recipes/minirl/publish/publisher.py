@@ -24,11 +24,11 @@ from routing_replay.rollout import RolloutClient
 from routing_replay.rollout.servers import LostWeightsError
 from routing_replay.rollout.streaming import WeightStream
 
-from . import models
-from .addresses import require_reachable
-from .first_rank import FirstRank, Work
-from .policy import Policy
-from .settings import RolloutSettings
+from ..job.first_rank import FirstRank, Work
+from ..launch.addresses import require_reachable
+from ..policy import models
+from ..policy.policy import Policy
+from ..settings.sections import RolloutSettings
 from .weight_stream import WeightSender
 
 P = ParamSpec("P")

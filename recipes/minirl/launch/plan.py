@@ -13,11 +13,13 @@ from recipes.model.model import ModelConfig, transformer_config
 from recipes.model.parallel import ParallelLayout
 from routing_replay.errors import CheckpointError, ConfigError, reading
 
-from . import commands, durations, models, server_plan, tiny_model
-from .config import RecipeConfig
+from ..data import tiny_model
+from ..policy import models
+from ..settings.config import RecipeConfig
+from . import commands, durations, server_plan
 
 # The config.json of public models, so that a plan needs no download.
-ARCHITECTURES = Path(__file__).parent / "presets" / "architectures"
+ARCHITECTURES = Path(__file__).parents[1] / "presets" / "architectures"
 
 
 def plan_text(config: RecipeConfig) -> str:

@@ -30,12 +30,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..launch.plan import memory_estimate
+from ..rollout.batch import Batch
+from ..settings.config import RecipeConfig
 from . import models
-from .batch import Batch
-from .config import RecipeConfig
 from .inner_layer import inner_logits
 from .microbatches import Microbatch, Sharding
-from .plan import memory_estimate
 from .scoring import Scorer, Scores
 from .step_plan import PlannedStep, plan_step
 

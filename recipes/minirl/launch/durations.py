@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .config import RecipeConfig
+from ..settings.config import RecipeConfig
 
 GIGA = 1e9
 TERA = 1e12

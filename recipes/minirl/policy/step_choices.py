@@ -16,7 +16,7 @@ import torch
 from routing_replay.objectives import StepTokens
 from routing_replay.routes.table import RouteTable
 
-from .batch import Batch
+from ..rollout.batch import Batch
 from .old_pass import replaying
 from .policy import Policy
 from .scoring import Scores

@@ -12,7 +12,7 @@ from routing_replay.errors import ConfigError
 if TYPE_CHECKING:
     from recipes.model.model import ModelConfig
 
-    from .config import RecipeConfig
+    from ..settings.config import RecipeConfig
 
 GIB = 1 << 30
 # SGLang's own choice on an 80 GB GPU is near it; it depends on the GPU and on the graphs.

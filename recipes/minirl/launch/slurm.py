@@ -11,8 +11,8 @@ from pathlib import Path
 from routing_replay.errors import ConfigError, writing
 from routing_replay.files import atomic_write
 
+from ..settings.config import RecipeConfig
 from .commands import server_command, visible_devices
-from .config import RecipeConfig
 
 # The trainer's nodes come first; a server has a node of its own, or the first GPUs of node 0.
 JOB = """\

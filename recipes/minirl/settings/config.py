@@ -12,8 +12,9 @@ from routing_replay import objectives
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError
 
-from . import checks, devices
-from .settings import (
+from ..launch import devices
+from . import checks
+from .sections import (
     SECTIONS,
     DataSettings,
     ModelSettings,

@@ -14,9 +14,9 @@ from routing_replay.config import FLAG_PREFIX, read_yaml
 from routing_replay.errors import ConfigError, reading
 
 from .config import RecipeConfig
-from .settings import SECTIONS, by_section, key_of, unknown_setting
+from .sections import SECTIONS, by_section, key_of, unknown_setting
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = "tiny_cpu"
 
 

@@ -1,7 +1,7 @@
 """The tiny model: a Qwen3-MoE checkpoint with a tokenizer, warmed up on the task's answers.
 
-Run as `python -m recipes.minirl.tiny_model CONFIG.json` by the launcher: a child process, so that
-its memory is free again before the engines start.
+The launcher runs it as `python -m recipes.minirl.data.tiny_model CONFIG.json`: a child process, so
+that its memory is free again before the engines start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from recipes.model.tiny import tiny_config
 
-from .config import RecipeConfig
+from ..settings.config import RecipeConfig
 from .prompts import Prompt, read_prompts, take
 from .tiny_task import EOS, PAD, VOCABULARY, demonstration, write_task, write_tokenizer
 

@@ -15,7 +15,7 @@ from routing_replay.objectives import (
     reward_penalty,
 )
 
-from .batch import Batch
+from ..rollout.batch import Batch
 
 if TYPE_CHECKING:  # Megatron takes many seconds to import, and nothing here runs it
     from .policy import Policy

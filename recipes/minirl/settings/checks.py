@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from routing_replay import objectives
 from routing_replay.errors import ConfigError
 
-from .addresses import require_reachable
-from .step_plan import plan_layout
+from ..launch.addresses import require_reachable
+from ..policy.step_plan import plan_layout
 
 if TYPE_CHECKING:
     from .config import RecipeConfig

@@ -1,0 +1,1 @@
+"""What goes on around the steps: work of rank 0, files between nodes, checkpoints, metrics."""

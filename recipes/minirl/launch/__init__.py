@@ -1,0 +1,1 @@
+"""From a configuration to processes: plans, commands, machines, devices."""

@@ -1,0 +1,1 @@
+"""The trained policy on a rank: passes over a batch, advantages, updates."""

@@ -1,0 +1,1 @@
+"""New weights into the servers, through a disk or in buckets."""
