@@ -40,6 +40,23 @@ def test_a_restarted_server_gets_the_weights_of_the_others_before_it_gets_reques
         assert client.generate([asked()])[0].weight_version == "1"
 
 
+@pytest.mark.parametrize("version", ["default", "-1", "2", "4"])
+def test_the_first_answer_of_weights_that_were_not_published_here_is_refused(version):
+    with FakeServer() as fake:
+        options = replace(QUICK, recovery_timeout_s=20)
+        client = RolloutClient([fake.url], MODEL, options)
+        # Until weights are published, a server may name its own as it likes.
+        fake.weight_version = version
+        assert client.generate([asked()])[0].weight_version == version
+        client.update_weights("/checkpoint", 3)
+        fake.weight_version = version  # another job's, or those of its start
+        loads = len(fake.calls)
+        assert client.generate([asked()])[0].weight_version == "3"
+        routes = [route for route, _ in fake.calls[loads:]]
+        assert routes.count("/generate") == 2 and routes.count("/update_weights_from_disk") == 1
+        assert f"weight version {version}, not weight version 3" in client.servers._events[0]
+
+
 def streamed(client, version):
     """A whole update without a bucket."""
     stream = WeightStream(client)

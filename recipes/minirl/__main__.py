@@ -168,6 +168,7 @@ def start_server(config: RecipeConfig, run_dir: Path) -> KeptServer:
     print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
     rollout = config.rollout
     options = ServerOptions(
+        weight_version=-1,
         port=rollout.server_port or None,
         python=rollout.rollout_python or sys.executable,
         capture=config.rollout_capture,

@@ -36,7 +36,8 @@ class ServerOptions:
             "gates", "logits". It bounds what a request can ask for.
         logit_fraction: Fraction of the tokens whose full router logits "logits" keeps, in (0, 1].
         has_kernel: Whether a Triton kernel computes the gates; needs a GPU.
-        weight_version: Version of the weights that the server starts with.
+        weight_version: Version of the weights that the server starts with; -1: of none that a
+            trainer publishes, so that a server that starts again never passes for one with those.
         log_path: Where its output goes; a new temporary file, if None.
         arguments: Further arguments of `sglang.launch_server`, last, so that they win.
         environment: Further environment variables (CUDA_VISIBLE_DEVICES, ...).

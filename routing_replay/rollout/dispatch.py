@@ -12,7 +12,7 @@ from ..errors import RoutingReplayError, ServerError
 from ..routes.shape import MoEShape
 from .continuation import joined, rest_of, standing
 from .requests import ABORT, Completion, GenerateRequest, completion_of
-from .servers import Servers, ServerState, is_as_new
+from .servers import Servers, ServerState, is_current
 from .transport import Reply, TransientError, Transport, read_reply
 
 
@@ -119,14 +119,15 @@ class Dispatch:
         # JSON, base64, checksum and validation of a long rollout block for milliseconds.
         completion = await asyncio.to_thread(_completion, reply, request, server.url, self._model)
         version = completion.weight_version
-        if not is_as_new(version, weights):
-            # It looks healthy, and serves the weights that it started with, or parts of new ones.
+        if not is_current(version, weights, self._servers.weights):
+            # It looks healthy.
             expected = "known weights" if weights is None else f"weight version {weights.version}"
             self._servers.leave_out(server, f"it runs weight version {version}, not {expected}")
             raise TransientError(
-                "the server runs older weights than were published, or parts of new ones",
+                "the server runs other weights than were published, or parts of new ones",
                 expected=expected,
-                got=f"weight version {version}: it was restarted, or its update broke off",
+                got=f"weight version {version}: it was restarted, or its update broke off, or "
+                "another job updates it",
                 where=server.url,
             )
         if self._is_cut_short(completion) and not rest_of(request, self._standing(completion)):

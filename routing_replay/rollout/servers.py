@@ -81,16 +81,24 @@ class Weights:
     flush_cache: bool = True
 
 
-def is_as_new(version: str, weights: Weights | None) -> bool:
-    """Return whether a version that an answer names is of whole and current weights.
+def is_current(version: str, sent: Weights | None, now: Weights | None) -> bool:
+    """Return whether a version that an answer names is of whole weights that are in use.
+
+    A server that was started again names the version that it started with, and one that someone
+    else updates a version that was never published here.
 
     Args:
-        version: What the server reports; a server that names its weights otherwise is trusted.
-        weights: What was published last; None if nothing was.
+        version: What the server reports. It is trusted until weights are published.
+        sent: What had been published when the request was sent; None if nothing had.
+        now: What has been published since, the same unless requests run on through an update; None
+            while an update is under way.
     """
     if version.startswith(INCOMPLETE):
         return False
-    return weights is None or not version.isdigit() or int(version) >= weights.version
+    if sent is None:
+        return True
+    is_old = not version.isdigit() or int(version) < sent.version
+    return not is_old and (now is None or int(version) <= now.version)
 
 
 class Servers:
