@@ -85,6 +85,7 @@ class Job:
         live_every: Every so many steps the batch is scored without replay as well, twice; 0: never.
         stores_answers: Rank 0 stores every response as it ends.
         weight_bytes: Of a published parameter.
+        weight_nodes: Nodes of the trainer that hold the first copy of the weights, and write them.
         checkpoint_every: Steps between two checkpoints; 0: none.
     """
 
@@ -102,6 +103,7 @@ class Job:
     live_every: int = 0
     stores_answers: bool = True
     weight_bytes: float = 2
+    weight_nodes: int = 1
     checkpoint_every: int = 0
 
     @property
@@ -149,7 +151,6 @@ class Rates:
         token_bytes: Host memory of a token on rank 0 beside its routes, which are held twice.
         json_token_bytes: Of a sampled token on the wire, beside its routes.
         network_gb_per_s: Between two hosts, one connection.
-        gather_gb_per_s: Weights from all ranks to the host memory of rank 0.
         disk_write_gb_per_s, disk_read_gb_per_s: One host at the disk that servers share.
         disk_total_gb_per_s: All hosts together.
         bucket_gb_per_s: Weights broadcast from trainer to server GPUs.
@@ -170,7 +171,6 @@ class Rates:
     token_bytes: Rate
     json_token_bytes: Rate
     network_gb_per_s: Rate
-    gather_gb_per_s: Rate
     disk_write_gb_per_s: Rate
     disk_read_gb_per_s: Rate
     disk_total_gb_per_s: Rate

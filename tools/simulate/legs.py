@@ -262,27 +262,21 @@ def _weights(inputs: Inputs, design: Design) -> Leg:
         name="weights",
         clock="weights",
         seconds=_writing_s(inputs) + reading,
-        bound="one process that gathers and writes, then the servers' reading",
-        rates=(
-            "gather_gb_per_s",
-            "disk_write_gb_per_s",
-            "disk_read_gb_per_s",
-            "disk_total_gb_per_s",
-        ),
-        network_bytes=size,
+        bound="nodes that write, then the servers' reading",
+        rates=("disk_write_gb_per_s", "disk_read_gb_per_s", "disk_total_gb_per_s"),
+        network_bytes=size / job.weight_nodes,
     )
 
 
 def _writing_s(inputs: Inputs) -> float:
-    """Seconds of a Hugging Face folder: gathered on rank 0 tensor by tensor, then written."""
+    """Seconds of a Hugging Face folder, of which each node writes what it holds."""
     size = inputs.model.parameters * inputs.job.weight_bytes / GIGA
-    # One rank has nothing to gather.
-    gathering = size / _rate(inputs, "gather_gb_per_s") if inputs.job.trainer_gpus > 1 else 0.0
-    return gathering + size / _rate(inputs, "disk_write_gb_per_s")
+    per_node = size / inputs.job.weight_nodes / _rate(inputs, "disk_write_gb_per_s")
+    return max(per_node, size / _rate(inputs, "disk_total_gb_per_s"))
 
 
 def _checkpoint(inputs: Inputs) -> Iterator[Leg]:
-    """A checkpoint's share of a step: weights through rank 0, optimizer states by every rank."""
+    """A checkpoint's share of a step: weights, then optimizer states by every rank."""
     job = inputs.job
     if not job.checkpoint_every:
         return
@@ -293,6 +287,6 @@ def _checkpoint(inputs: Inputs) -> Iterator[Leg]:
         name=f"checkpoint, 1 in {job.checkpoint_every} steps",
         clock="checkpoint",
         seconds=(_writing_s(inputs) + parallel) / job.checkpoint_every,
-        bound="one process that gathers and writes the weights",
-        rates=("gather_gb_per_s", "disk_write_gb_per_s", "disk_total_gb_per_s"),
+        bound="the disk",
+        rates=("disk_write_gb_per_s", "disk_total_gb_per_s"),
     )
