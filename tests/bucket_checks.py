@@ -5,13 +5,16 @@ import os
 import threading
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
+import torch
 from megatron_worlds import megatron
 from sglang_servers import MODEL, random_prompt, request
 
+from recipes.minirl.publish.broadcasts import Broadcasts
 from recipes.minirl.publish.server_group import ServerGroup
-from recipes.minirl.publish.weight_stream import WeightSender
+from recipes.minirl.publish.shared_tensors import SharedTensors
 from recipes.model.buckets import Buckets
 from recipes.model.model import build_model, transformer_config
 from recipes.model.parallel import ParallelLayout
@@ -34,7 +37,9 @@ class Trainer:
         self.load(folder)
         self.client = RolloutClient(urls, MODEL) if rank == 0 else None
         stream = WeightStream(self.client) if self.client else None
-        self.sender = WeightSender(stream, urls, TIMEOUT_S)
+        self.broadcasts = Broadcasts(stream, urls, TIMEOUT_S)
+        self.shared = SharedTensors(stream)
+        self.sender = self.broadcasts
 
     def load(self, folder):
         load_hf(self.chunks, folder)
@@ -57,13 +62,15 @@ def publish(rank, urls, folders):
     results = {}
     with megatron(LAYOUT):
         trainer = Trainer(rank, urls, folders[1])
-        num_buckets = len(Buckets(trainer.chunks, BUCKET_BYTES).buckets)
+        buckets = Buckets(trainer.chunks, BUCKET_BYTES).buckets
+        num_buckets = len(buckets)
+        results["largest bucket"] = max(bucket.size_bytes for bucket in buckets)
 
         def note(event, error):
             seen = [observe(url) for url in urls] if rank == 0 else None
             results[event] = error, seen
 
-        with mock.patch("recipes.minirl.publish.weight_stream.ServerGroup", WithoutGpu):
+        with mock.patch("recipes.minirl.publish.broadcasts.ServerGroup", WithoutGpu):
             note("refused", trainer.send(4))
         note("second", trainer.send(5))
         group = trainer.sender._group
@@ -75,6 +82,15 @@ def publish(rank, urls, folders):
         note("left", trainer.send(8, leaving_after(rank, num_buckets // 2, urls[0], trainer)))
         note("healed", trainer.send(9))
         trainer.sender.leave()
+        trainer.sender = trainer.shared
+        trainer.load(folders[0])
+        note("shared", trainer.send(10))
+        results["kept memory"] = [kept_memory()]
+        trainer.load(folders[1])
+        note("shared ended", trainer.send(11, ending_after(rank, num_buckets // 2, urls[0])))
+        note("shared healed", trainer.send(12))
+    results["kept memory"].append(kept_memory())
+    results["sharing strategy"] = torch.multiprocessing.get_sharing_strategy()
     return results
 
 
@@ -108,6 +124,25 @@ def leaving_after(rank, count, url, trainer):
         if rank == 0 and len(tensors_seen) == count // 2:
             name = trainer.sender._names[0]
             post(url, "/destroy_weights_update_group", {"group_name": name})
+        return tensors
+
+    return converted
+
+
+def kept_memory():
+    """Bytes of this process's files in shared memory."""
+    files = Path("/dev/shm").glob(f"torch_{os.getpid()}_*")
+    return sum(path.stat().st_size for path in files)
+
+
+def ending_after(rank, count, url):
+    """A conversion that does nothing but make a server end its update in the middle."""
+    tensors_seen = []
+
+    def converted(tensors):
+        tensors_seen.append(tensors)
+        if rank == 0 and len(tensors_seen) == count // 2:
+            post(url, "/end_weight_update", {})
         return tensors
 
     return converted

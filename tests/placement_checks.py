@@ -15,7 +15,8 @@ from recipes.minirl.settings.sections import TrainingSettings
 from recipes.model.cpu import InertEvent
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout
-from recipes.model.weights import load_hf, named_hf_tensors, save_hf
+from recipes.model.saving import save_hf
+from recipes.model.weights import load_hf, named_hf_tensors
 from routing_replay.balance import Placement
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import ConfigError, ReplayError

@@ -19,7 +19,7 @@ from recipes.minirl.settings.config import RolloutSettings, RunSettings, Trainin
 from recipes.model import weight_plan
 from recipes.model.model import transformer_config
 from recipes.model.parallel import ParallelLayout
-from recipes.model.weights import save_hf
+from recipes.model.saving import save_hf
 from routing_replay.balance import Placement
 from routing_replay.errors import RoutingReplayError
 

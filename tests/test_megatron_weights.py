@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_batches import hf_loss
-from megatron_worlds import run_world
+from megatron_worlds import RankError, run_world
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     hf_logits,
@@ -22,6 +22,8 @@ from tiny_models import (
 )
 
 from recipes.model import fp8
+from recipes.model.checkpoint_files import CheckpointReader
+from routing_replay.errors import CheckpointError
 
 # Two float32 forwards that sum in different orders: the largest error over all layouts was 2.5e-6
 # at logits up to 3.7. A wrong layer, shard or order of heads is off by the size of a logit.
@@ -91,6 +93,57 @@ def test_buckets_give_every_tensor_once_to_the_first_rank_of_its_stage(world, ca
 
 
 @pytest.mark.parametrize("case", ALL, ids="-".join)
+def test_each_rank_writes_a_share_of_the_tensors_no_larger_than_what_it_holds(world, case):
+    assert all(result[case]["shares"] for result in world[0])
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "fp8", "fp8-grid"])
+def test_files_of_all_ranks_are_bitwise_those_of_rank_0_alone(world, form):
+    shares, first = (load_folder(world[3] / f"{way}-{form}") for way in ("shares", "first"))
+    assert shares.keys() == first.keys()
+    assert all(_bits(shares[name]) == _bits(first[name]) for name in first)
+    assert "lm_head.weight" not in shares  # the embeddings are tied
+    configs = [
+        (world[3] / f"{way}-{form}" / "config.json").read_text() for way in ("shares", "first")
+    ]
+    assert configs[0] == configs[1]
+    # Two stages of two owners of experts each.
+    assert len(list((world[3] / f"shares-{form}").glob("*.safetensors"))) == 4
+    assert len(list((world[3] / f"first-{form}").glob("*.safetensors"))) == 1
+
+
+def test_rank_0_writes_everything_where_a_rank_sees_another_folder(world):
+    out = world[3]
+    written, expected = (
+        load_folder(out / "disk-0" / "unshared"),
+        load_folder(out / "first-checkpoint"),
+    )
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    assert not (out / "disk-1").exists()
+
+
+def test_transformers_reads_the_files_of_all_ranks_without_a_missing_or_further_tensor(world):
+    from transformers import AutoModelForCausalLM
+
+    folder = world[3] / "shares-checkpoint"
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_a_rank_that_dies_in_a_save_leaves_the_earlier_checkpoint_and_no_complete_one(tmp_path):
+    folder = tiny_qwen3_moe()
+    with pytest.raises(RankError, match="ended without a result"):
+        run_world("weight_checks:die_in_save", 2, folder, str(tmp_path))
+    kept, original = (load_folder(path) for path in (tmp_path / "kept", folder))
+    assert kept.keys() == original.keys()
+    assert all(torch.equal(kept[name], original[name]) for name in kept)
+    with pytest.raises(CheckpointError, match="has no weights"):
+        CheckpointReader(tmp_path / ".kept.partial")
+    assert any((tmp_path / ".kept.partial").iterdir())
+
+
+@pytest.mark.parametrize("case", ALL, ids="-".join)
 def test_transformers_computes_megatrons_logits_from_a_saved_checkpoint(world, case):
     results, reference, _, out = world
     ours = next(r[case]["after step"] for r in results if r[case]["after step"] is not None)
@@ -131,7 +184,7 @@ def test_bfloat16_parameters_are_saved_in_the_dtype_asked_for(world):
         ("bf16", torch.bfloat16, "bfloat16"),
         ("bf16-as-fp32", torch.float32, "float32"),
     ):
-        saved = load_file(out / name / "model.safetensors")
+        saved = load_folder(out / name)
         rounded = {key: value.to(torch.bfloat16).to(dtype) for key, value in original.items()}
         assert saved.keys() == rounded.keys()
         assert all(torch.equal(saved[key], rounded[key]) for key in saved)
@@ -140,10 +193,10 @@ def test_bfloat16_parameters_are_saved_in_the_dtype_asked_for(world):
 
 def test_weights_go_out_in_block_fp8_and_come_back_rounded(world):
     out = world[3]
-    source, quantized = (load_file(out / name / "model.safetensors") for name in ("bf16", "fp8"))
+    source, quantized = (load_folder(out / name) for name in ("bf16", "fp8"))
     projections = {name for name in source if name.endswith("_proj.weight")}
     assert quantized.keys() == source.keys() | {name + "_scale_inv" for name in projections}
-    back = load_file(out / "bf16-of-fp8" / "model.safetensors")
+    back = load_folder(out / "bf16-of-fp8")
     for name, weight in source.items():
         expected = weight
         if name in projections:
@@ -193,12 +246,24 @@ def test_a_full_disk_is_an_error_and_the_earlier_checkpoint_stays_whole(world):
         assert re.search(
             r"could not be written.*what was there before is untouched", result["full disk"]
         )
-    kept, original = (
-        load_file(folder / "model.safetensors") for folder in (out / "kept", folders["qwen"])
-    )
+    kept, original = (load_folder(folder) for folder in (out / "kept", folders["qwen"]))
     assert kept.keys() == original.keys()
     assert all(torch.equal(kept[name], original[name]) for name in kept)
     assert not (out / ".kept.partial").exists()
+
+
+def load_folder(folder):
+    """All tensors of a checkpoint, each from the file that the index names."""
+    with CheckpointReader(folder) as reader:
+        return {name: reader.read_whole(name) for name in reader._file_of}
+
+
+def _bits(tensor):
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def _reference(folder):

@@ -114,6 +114,14 @@ def test_the_help_text_explains_every_key():
             ["--publish", "buckets", "--nnodes", "2", "--rollout-url", "http://127.0.0.1:30000"],
             "cannot send weights to a server without an address",
         ),
+        (
+            ["--publish", "tensors", "--nnodes", "2", "--rollout-url", "http://10.0.0.1:30000"],
+            "need the trainer and the servers on one machine; expected nnodes 1",
+        ),
+        (
+            ["--publish", "tensors", "--weights", "bridge"],
+            "expected weights: own beside publish: tensors",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_answered_with_what_to_do(argv, message):
@@ -141,6 +149,15 @@ def test_ranks_and_devices_that_do_not_fit_are_refused(argv, message):
     with pytest.raises(ConfigError) as caught:
         parse(argv)
     assert message in str(caught.value)
+
+
+def test_a_server_of_bounded_memory_that_reads_shared_tensors_may_have_the_trainers_gpus():
+    same = ["--rollout-gpus", "0,1", "--trainer-gpus", "0,1", "--nproc", "2"]
+    bounded = ["--server-arguments=--mem-fraction-static=0.4"]
+    parse([*same, "--publish", "tensors", *bounded])
+    for argv in (bounded, ["--publish", "tensors"], ["--publish", "buckets", *bounded]):
+        with pytest.raises(ConfigError, match="share GPUs.*--publish tensors and bound"):
+            parse([*same, *argv])
 
 
 def test_a_server_is_not_launched_on_the_gpus_of_the_trainer():

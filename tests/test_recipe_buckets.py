@@ -17,6 +17,9 @@ from test_recipe_end_to_end import (
 from routing_replay.errors import ServerError
 from routing_replay.rollout import ClientOptions, RolloutClient
 
+# torch counts the readers in front of the bytes.
+SHARED_HEADER_BYTES = 64
+
 
 @pytest.fixture(scope="module")
 def by_disk(sglang_server):
@@ -41,7 +44,10 @@ def answers_of(seen):
     return [answer[:3] for answer in seen[2]]
 
 
-@pytest.mark.parametrize(("event", "checkpoint", "version"), [("second", 1, 5), ("first", 0, 6)])
+@pytest.mark.parametrize(
+    ("event", "checkpoint", "version"),
+    [("second", 1, 5), ("first", 0, 6), ("shared", 0, 10), ("shared healed", 1, 12)],
+)
 def test_buckets_of_two_stages_give_a_server_bitwise_the_weights_of_the_disk(
     published, by_disk, event, checkpoint, version
 ):
@@ -61,6 +67,20 @@ def test_a_group_that_a_server_cannot_join_is_an_error_on_every_rank(published, 
 
 def test_servers_stay_in_the_groups_from_one_update_to_the_next(published):
     assert [result["same groups"] for result in published] == [True, True]
+
+
+def test_shared_tensors_of_an_update_that_broke_off_have_no_version_and_are_freed_but_one_bucket(
+    published, by_disk
+):
+    error, (seen,) = published[0]["shared ended"]
+    assert "must run between begin_weight_update() and" in error
+    assert published[1]["shared ended"][0] == error
+    assert seen[0] == "incomplete-11" and seen[1] not in {checksum for _, checksum, _ in by_disk}
+    # The bucket that was refused unread stays until the trainer ends.
+    (whole, ended), others = (result["kept memory"] for result in published)
+    assert (whole, others) == (0, [0, 0])
+    assert ended <= published[0]["largest bucket"] + SHARED_HEADER_BYTES
+    assert [result["sharing strategy"] for result in published] == ["file_descriptor"] * 2
 
 
 def test_responses_that_are_paused_and_retracted_go_on_with_whole_new_weights(published):
@@ -107,7 +127,8 @@ def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(
             expected[1].append(observe(wide.server.url))
         urls = [sglang_server.server.url, wide.server.url]
         results = run_world("bucket_checks:publish", 2, urls, [str(p) for p in wide.checkpoints])
-    for event, checkpoint in (("second", 1), ("first", 0), ("healed", 1)):
+    events = [("second", 1), ("first", 0), ("healed", 1), ("shared", 0), ("shared healed", 1)]
+    for event, checkpoint in events:
         error, seen = results[0][event]
         assert error == ""
         for one, from_disk in zip(seen, expected, strict=True):

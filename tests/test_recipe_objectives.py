@@ -263,7 +263,7 @@ def of_an_inner_layer(folder, checkpoints):
 
 def router_shift(folder, checkpoints):
     """gamma of the second minibatch after one update: the recipe's, and transformers'."""
-    from recipes.model.weights import save_hf
+    from recipes.model.saving import save_hf
 
     step = Step(folder / "plain", checkpoints[0], "--objective", "rspo", mode="disabled")
     step.update(0)

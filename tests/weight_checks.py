@@ -1,6 +1,9 @@
 """What the ranks of the world in `test_megatron_weights.py` compute."""
 
 import contextlib
+import itertools
+import os
+from collections import Counter
 
 import megatron_batches
 import torch
@@ -10,8 +13,10 @@ from te_stand_ins import te_spec
 
 from recipes.model import model
 from recipes.model.buckets import Buckets
+from recipes.model.checkpoint_files import CheckpointWriter
 from recipes.model.parallel import ParallelLayout
-from recipes.model.weights import load_hf, named_hf_tensors, save_hf
+from recipes.model.saving import save_hf, written_tensors
+from recipes.model.weights import load_hf, named_hf_tensors
 from routing_replay.errors import CheckpointError
 
 # isort: split
@@ -79,6 +84,7 @@ def run(rank, folders, reference_path, out):
             )
     results["tied"] = _check_tied(folders["tied"], reference["tied"])
     results["bf16"] = _check_bf16(folders["qwen"], out)
+    _save_both_ways(rank, folders["tied"], out)
     results["errors"] = {kind: _load_error(folder) for kind, folder in folders["broken"].items()}
     results["full disk"] = _full_disk(rank, folders["qwen"], out)
     return results
@@ -101,6 +107,7 @@ def _check(folder, layout, options, reference, out):
             found[kind] = _logit_error(chunks, config, reference, kind, packed)
         found["exact"] = _equals_file(chunks, folder)
         found["buckets"] = _gathers(chunks, folder)
+        found["shares"] = _writes_shares(chunks, folder)
         wrapped = _with_gradient_buffers(config, chunks)
         megatron_batches.megatron_backward(wrapped, reference["batches"]["packed"], packed=True)
         found["gradient"] = _gradient_error(wrapped, reference["gradients"])
@@ -132,10 +139,36 @@ def _check_bf16(folder, out):
         load_hf(chunks, folder)
         save_hf(chunks, f"{out}/bf16", source=folder)
         save_hf(chunks, f"{out}/bf16-as-fp32", source=folder, dtype=torch.float32)
-        save_hf(chunks, f"{out}/fp8", source=folder, is_fp8=True)
+        save_hf(chunks, f"{out}/fp8", source=folder, form="fp8")
         load_hf(chunks, f"{out}/fp8")
         save_hf(chunks, f"{out}/bf16-of-fp8", source=f"{out}/fp8")
         return {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
+
+
+def _save_both_ways(rank, folder, out):
+    """Each form from all ranks, from rank 0 alone, and where rank 3 sees another folder."""
+    layout = ParallelLayout(pipeline=2, expert=2)
+    with megatron(layout):
+        _, chunks = _build(folder, layout, dtype=torch.bfloat16)
+        load_hf(chunks, folder)
+        for form in ("checkpoint", "fp8", "fp8-grid"):
+            save_hf(chunks, f"{out}/shares-{form}", source=folder, form=form)
+            gathered = named_hf_tensors(chunks)
+            save_hf(chunks, f"{out}/first-{form}", source=folder, form=form, tensors=gathered)
+        own = f"{out}/disk-{int(rank == 3)}"
+        save_hf(chunks, f"{own}/unshared", source=folder)
+
+
+def die_in_save(rank, folder, out):
+    """Rank 1 dies when it has written a file of a second save."""
+    layout = ParallelLayout(expert=2)
+    with megatron(layout):
+        _, chunks = _build(folder, layout)
+        load_hf(chunks, folder)
+        save_hf(chunks, f"{out}/kept", source=folder)
+        if rank == 1:
+            CheckpointWriter.close = lambda self: self._flush() or os._exit(1)
+        save_hf(chunks, f"{out}/kept", source=folder, dtype=torch.bfloat16)
 
 
 def _load_error(folder):
@@ -162,14 +195,14 @@ def _full_disk(rank, folder, out):
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.zero_()
-        if rank == 0:
+        if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         try:
             save_hf(chunks, f"{out}/kept", source=folder)
         except CheckpointError as error:
             return str(error)
         finally:
-            if rank == 0:
+            if rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return None
 
@@ -215,6 +248,25 @@ def _gathers(chunks, folder):
         (tensors is not None) == (is_source and bucket.source == rank)
         and all(torch.equal(t, _as_sent(n, expected[n])) for n, t in tensors or [])
         for bucket, tensors in zip(buckets.buckets, gathered, strict=True)
+    )
+
+
+def _writes_shares(chunks, folder):
+    """Whether the ranks write each of the file's tensors once, and none more than it holds."""
+    expected = load_file(f"{folder}/model.safetensors")
+    own = dict(written_tensors(chunks))
+    names = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, list(own))
+    num_held = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+    # Whole tensors, and a layer's attention, are not divided.
+    sizes = Counter()
+    for name, tensor in expected.items():
+        sizes[name.partition(".self_attn.")[0]] += tensor.nbytes
+    slack = max(sizes.values())
+    return (
+        sorted(itertools.chain.from_iterable(names)) == sorted(expected)
+        and all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
+        and sum(tensor.nbytes for tensor in own.values()) <= num_held + slack
     )
 
 

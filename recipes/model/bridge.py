@@ -18,7 +18,8 @@ from routing_replay.errors import CheckpointError, ConfigError
 from . import weight_plan
 from .collective import on_every_rank
 from .local_modules import DuplicatedLinear
-from .weights import is_weight, widen_routing_biases
+from .weight_names import is_weight
+from .weights import widen_routing_biases
 
 
 def require_installed() -> None:

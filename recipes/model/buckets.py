@@ -1,9 +1,10 @@
-"""The model's Hugging Face tensors in buckets, each on one rank of the stage that holds it."""
+"""The model's Hugging Face tensors in buckets, each on one rank that gathers it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 # isort: split
 from .checkpoint_files import natural_order
 from .collective import on_every_rank
-from .weights import is_weight
+from .weight_names import is_weight
 
 Tensors = list[tuple[str, torch.Tensor]]
 # SGLang's DeepSeek models fuse two projections that come in one call, and lose them in two.
@@ -24,18 +25,32 @@ INSEPARABLE = ".self_attn."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Tensors that are gathered at once.
+class Atom:
+    """Tensors that are never divided between buckets.
 
     Args:
-        source: Global rank that gathers them: the first of their pipeline stage.
         parts: By tensor, where its parts are.
         size_bytes: In the dtype that they are gathered in.
     """
 
-    source: int
     parts: dict[str, list[weight_plan.Part]]
     size_bytes: int
+
+    @property
+    def all_parts(self) -> list[weight_plan.Part]:
+        """The parts of all tensors."""
+        return list(itertools.chain.from_iterable(self.parts.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket(Atom):
+    """Tensors that are gathered at once.
+
+    Args:
+        source: Global rank that gathers them.
+    """
+
+    source: int
 
 
 class Buckets:
@@ -48,6 +63,8 @@ class Buckets:
         model_chunks: As for `load_hf`. Experts stay on their ranks.
         bucket_bytes: Size limit; only a larger single tensor, or a layer's attention, exceeds it.
         dtype: Of the gathered weights; None keeps the parameters'.
+        is_spread: Whether a rank that holds a part of a tensor gathers it, all in equal shares;
+            otherwise the first rank of its pipeline stage.
     """
 
     def __init__(
@@ -55,21 +72,28 @@ class Buckets:
         model_chunks: list[torch.nn.Module],
         bucket_bytes: int,
         dtype: torch.dtype | None = None,
+        is_spread: bool = False,
     ):
         self._dtype = dtype
         self._parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
         plan = weight_plan.gather_plan(self._parameters)
-        self.buckets = arranged(plan, _sources(), bucket_bytes, dtype)
+        ranks = range(torch.distributed.get_world_size())
+        sources = {rank: rank for rank in ranks} if is_spread else _firsts_of_stages()
+        self.buckets = arranged(plan, sources, bucket_bytes, dtype)
 
     @property
     def sources(self) -> list[int]:
         """The ranks that gather buckets."""
         return sorted({bucket.source for bucket in self.buckets})
 
-    def gather(self, bucket: Bucket) -> Tensors | None:
+    def gather(self, bucket: Bucket, device: torch.device | str | None = None) -> Tensors | None:
         """Return the bucket's tensors on its source, None elsewhere.
 
         All ranks call it, for all buckets in their order; those without a part return at once.
+
+        Args:
+            bucket: One of these.
+            device: Of the tensors; None: the model's.
         """
         rank = torch.distributed.get_rank()
         by_rank = _by_rank(bucket, self._dtype)
@@ -77,13 +101,7 @@ class Buckets:
             if rank in by_rank:
                 torch.distributed.send(self._own_bytes(by_rank[rank]), dst=bucket.source)
             return None
-        device = torch.cuda.current_device()
-        whole = {
-            name: torch.empty(
-                parts[0].piece.shape, dtype=_sent_dtype(parts[0], self._dtype), device=device
-            )
-            for name, parts in bucket.parts.items()
-        }
+        whole = self._empty(bucket, torch.cuda.current_device() if device is None else device)
         for holder, parts in by_rank.items():
             values = map(self._values, parts) if holder == rank else self._receive(holder, parts)
             for part, part_values in zip(parts, values, strict=True):
@@ -91,6 +109,14 @@ class Buckets:
                 target = whole[piece.name].narrow(piece.axis, piece.start, piece.length)
                 target.copy_(part_values)
         return list(whole.items())
+
+    def _empty(self, bucket: Bucket, device: torch.device | str | int) -> dict[str, torch.Tensor]:
+        """Return the bucket's tensors, to be filled."""
+        whole = {}
+        for name, (part, *_) in bucket.parts.items():
+            dtype = _sent_dtype(part, self._dtype)
+            whole[name] = torch.empty(part.piece.shape, dtype=dtype, device=device)
+        return whole
 
     def _values(self, part: weight_plan.Part) -> torch.Tensor:
         return weight_plan.values_of(self._parameters[part.parameter], part.index)
@@ -120,28 +146,29 @@ def arranged(
     bucket_bytes: int,
     dtype: torch.dtype | None,
 ) -> list[Bucket]:
-    """Return the buckets of a model, those of the stages in turns: one gathers as another sends.
+    """Return the buckets of a model, those of the sources in turns: one gathers as another sends.
 
     Args:
         plan: Of `gather_plan`.
-        source_of: By rank the source of its stage.
+        source_of: By rank the source of its parts. Of a tensor's sources that one gathers it which
+            has the fewest bytes.
         bucket_bytes: Size limit, exceeded only by what cannot be divided.
         dtype: Of the gathered weights; None: the parameters'.
     """
-    stages: dict[int, list[Bucket]] = {}
-    names = sorted(plan, key=natural_order)
-    for _, group in itertools.groupby(names, key=_atom):
-        parts = {name: plan[name] for name in group}
-        size = sum(
-            _size_bytes(part, dtype) for part in itertools.chain.from_iterable(parts.values())
-        )
-        source = source_of[next(iter(parts.values()))[0].rank]
-        buckets = stages.setdefault(source, [])
-        if buckets and buckets[-1].size_bytes + size <= bucket_bytes:
+    atoms = [
+        _atom_of({name: plan[name] for name in names}, dtype)
+        for _, names in itertools.groupby(sorted(plan, key=natural_order), key=_atom_name)
+    ]
+    by_source: dict[int, list[Bucket]] = {}
+    for source, atom in zip(_assigned(atoms, source_of), atoms, strict=True):
+        buckets = by_source.setdefault(source, [])
+        if buckets and buckets[-1].size_bytes + atom.size_bytes <= bucket_bytes:
             last = buckets.pop()
-            parts, size = last.parts | parts, last.size_bytes + size
+            parts, size = last.parts | atom.parts, last.size_bytes + atom.size_bytes
+        else:
+            parts, size = atom.parts, atom.size_bytes
         buckets.append(Bucket(source=source, parts=parts, size_bytes=size))
-    in_turns = itertools.zip_longest(*stages.values())
+    in_turns = itertools.zip_longest(*by_source.values())
     return [bucket for turn in in_turns for bucket in turn if bucket is not None]
 
 
@@ -154,12 +181,28 @@ def flattened(tensors: Tensors) -> tuple[Tensors, torch.Tensor]:
     return ordered, torch.cat([t.contiguous().view(-1).view(torch.uint8) for _, t in ordered])
 
 
-def _atom(name: str) -> str:
+def _atom_name(name: str) -> str:
     head, middle, _ = name.partition(INSEPARABLE)
     return head + middle if middle else name
 
 
-def _sources() -> dict[int, int]:
+def _atom_of(parts: dict[str, list[weight_plan.Part]], dtype: torch.dtype | None) -> Atom:
+    all_parts = itertools.chain.from_iterable(parts.values())
+    return Atom(parts=parts, size_bytes=sum(_size_bytes(part, dtype) for part in all_parts))
+
+
+def _assigned(atoms: Sequence[Atom], source_of: Mapping[int, int]) -> list[int]:
+    """Return the source of each atom; those with a choice fill up what the others leave uneven."""
+    candidates = [sorted({source_of[part.rank] for part in atom.all_parts}) for atom in atoms]
+    sources, loads = [0] * len(atoms), Counter[int]()
+    for number in sorted(range(len(atoms)), key=lambda number: len(candidates[number])):
+        source = min(candidates[number], key=lambda rank: loads[rank])
+        loads[source] += atoms[number].size_bytes
+        sources[number] = source
+    return sources
+
+
+def _firsts_of_stages() -> dict[int, int]:
     """By rank the first rank of its pipeline stage; collective."""
     stages = [0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(stages, parallel_state.get_pipeline_model_parallel_rank())
@@ -169,8 +212,7 @@ def _sources() -> dict[int, int]:
 def _by_rank(bucket: Bucket, dtype: torch.dtype | None) -> dict[int, list[weight_plan.Part]]:
     """By rank its parts, the widest elements first as in `flattened`; equal on every rank."""
     by_rank: dict[int, list[weight_plan.Part]] = {}
-    parts = list(itertools.chain.from_iterable(bucket.parts.values()))
-    for part in sorted(parts, key=lambda part: -_sent_dtype(part, dtype).itemsize):
+    for part in sorted(bucket.all_parts, key=lambda part: -_sent_dtype(part, dtype).itemsize):
         by_rank.setdefault(part.rank, []).append(part)
     return by_rank
 

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,17 +124,34 @@ class CheckpointReader:
             ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A written file of a checkpoint.
+
+    Args:
+        file: Its name until the checkpoint is finished.
+        names: Its tensors.
+        size_bytes: Of these.
+    """
+
+    file: str
+    names: list[str]
+    size_bytes: int
+
+
 class CheckpointWriter:
     """Write a checkpoint into a folder beside the final one, which `finish` renames.
 
-    Invariant: until `finish` returns, the final folder is as it was. `abandon` removes what was
-    written.
+    Several writers may write files into it. One of them starts and finishes, or abandons.
+    Invariant: until `finish` returns, the final folder is as it was, and what was written has
+    neither an index nor a config.
 
     Args:
         folder: The checkpoint's final folder; an earlier checkpoint there is replaced as a whole.
         source: Folder to copy config and tokenizer files from.
         config_changes: Keys of config.json to set, or with None to remove.
         max_shard_bytes: A file's size limit (one tensor may exceed it); bounds the memory used.
+        number: Of this writer.
     """
 
     def __init__(
@@ -143,15 +161,16 @@ class CheckpointWriter:
         source: str | os.PathLike[str],
         config_changes: Mapping[str, object] | None = None,
         max_shard_bytes: int = 4 << 30,
+        number: int = 0,
     ):
         self.folder, self.source = Path(folder), Path(source)
         self.config_changes = dict(config_changes or {})
         self.max_shard_bytes = max_shard_bytes
+        self.number = number
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []  # the names in each file
-        self._total_bytes = 0
+        self._shards: list[Shard] = []
 
     def start(self) -> None:
         """Make the folder to write into, and remove what an interrupted save left."""
@@ -165,12 +184,15 @@ class CheckpointWriter:
             self._flush()
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += size_bytes
-        self._total_bytes += size_bytes
 
-    def finish(self) -> None:
-        """Write what is pending, the index and the side files, and move the folder into place."""
+    def close(self) -> list[Shard]:
+        """Write what is pending; return all files of this writer."""
         self._flush()
-        self._name_shards()
+        return self._shards
+
+    def finish(self, shards: Sequence[Shard]) -> None:
+        """Name the files of all writers, write index and side files, move the folder into place."""
+        self._name_shards(shards)
         self._copy_side_files()
         for path in self.partial.iterdir():
             if path.suffix != ".safetensors":
@@ -185,29 +207,28 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         if self._pending:
+            file = f"{self.number}-{len(self._shards)}.safetensors"
             # transformers refuses files whose metadata does not name the framework.
-            path = self.partial / f"{len(self._shards)}.safetensors"
-            save_file(self._pending, path, metadata={"format": "pt"})
+            save_file(self._pending, self.partial / file, metadata={"format": "pt"})
             # Here rather than at the end: the other ranks wait in a collective, whose time limit
             # must not depend on the size of the whole model.
-            sync(path)
-            self._shards.append(list(self._pending))
+            sync(self.partial / file)
+            names = list(self._pending)
+            shard = Shard(file=file, names=names, size_bytes=self._pending_bytes)
+            self._shards.append(shard)
             self._pending, self._pending_bytes = {}, 0
 
-    def _name_shards(self) -> None:
-        count = len(self._shards)
-        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        if count == 1:
-            files = [SINGLE]
-        for i, file in enumerate(files):
-            (self.partial / f"{i}.safetensors").rename(self.partial / file)
+    def _name_shards(self, shards: Sequence[Shard]) -> None:
+        weight_map: dict[str, str] = {}
+        count = len(shards)
+        in_order = sorted(shards, key=lambda shard: natural_order(shard.names[0]))
+        for number, shard in enumerate(in_order, 1):
+            file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.partial / shard.file).rename(self.partial / file)
+            weight_map |= dict.fromkeys(shard.names, file)
         if count > 1:
-            weight_map = {
-                name: file
-                for file, names in zip(files, self._shards, strict=True)
-                for name in names
-            }
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            metadata = {"total_size": sum(shard.size_bytes for shard in shards)}
+            index = {"metadata": metadata, "weight_map": weight_map}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _copy_side_files(self) -> None:

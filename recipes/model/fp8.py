@@ -12,12 +12,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from routing_replay.errors import CheckpointError, RoutingReplayError, reading
 
+# Of weights for a server: as they are, in block FP8, or rounded to FP8's grid in their own dtype.
+Form = Literal["checkpoint", "fp8", "fp8-grid"]
 BLOCK = 128
 # Largest finite value of float8_e4m3fn.
 E4M3_MAX = 448.0
@@ -45,6 +47,29 @@ def quantized(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tens
     values, scales = quantize(weight)
     yield name, values
     yield name + SCALE_SUFFIX, scales
+
+
+def in_form(name: str, weight: torch.Tensor, form: Form) -> list[tuple[str, torch.Tensor]]:
+    """Return what stands for a tensor in a checkpoint of a form."""
+    match form:
+        case "checkpoint":
+            return [(name, weight)]
+        case "fp8":
+            return list(quantized(name, weight))
+        case "fp8-grid":
+            return [(name, round_to_grid(weight) if is_quantized(name) else weight)]
+
+
+def round_to_grid(weight: torch.Tensor) -> torch.Tensor:
+    """Return the nearest weight that is a float8 e4m3 number times its row's scale, in its dtype.
+
+    An emulation: real FP8 inference also quantises activations and multiplies on other hardware.
+    """
+    values = weight.float()
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale / E4M3_MAX
+    grid = (values / scale).to(torch.float8_e4m3fn).float()
+    return (grid * scale).to(weight.dtype)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +131,7 @@ def convert(source: Path, target: Path) -> None:
         for name in sorted(reader.names, key=natural_order):
             for pair in quantized(name, reader.read_whole(name)):
                 writer.add(*pair)
-    writer.finish()
+    writer.finish(writer.close())
 
 
 def main(argv: list[str] | None = None) -> int:

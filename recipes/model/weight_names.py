@@ -136,6 +136,11 @@ def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
+def is_weight(name: str) -> bool:
+    """Return whether a tensor takes the dtype asked for: in bfloat16 a bias would select others."""
+    return not name.endswith("e_score_correction_bias")
+
+
 def is_whole(name: str) -> bool:
     """Return whether every tensor-parallel rank holds the whole of this Megatron parameter."""
     local = _local_spec_name(name)

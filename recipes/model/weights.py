@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from safetensors import SafetensorError
 
 from routing_replay.errors import CheckpointError
 
-from . import cpu, fp8, weight_plan  # noqa: F401  (cpu makes Megatron importable)
+from . import cpu, weight_plan  # noqa: F401  (cpu makes Megatron importable)
 
 # isort: split
 from megatron.core.transformer.moe.router import TopKRouter
 
 # isort: split
-from .checkpoint_files import CheckpointReader, CheckpointWriter, natural_order
+from .checkpoint_files import CheckpointReader, natural_order
 from .collective import on_every_rank
 from .model import ModelConfig
+from .weight_names import is_weight
 
 # Names shown in an error before "and N more".
 _NAMES_SHOWN = 5
@@ -86,76 +85,8 @@ def named_hf_tensors(
         yield name, tensor
 
 
-def save_hf(
-    model_chunks: list[torch.nn.Module],
-    hf_dir: str | os.PathLike[str],
-    *,
-    source: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    is_fp8: bool = False,
-    max_shard_bytes: int = 4 << 30,
-    tensors: Iterator[tuple[str, torch.Tensor | None]] | None = None,
-) -> None:
-    """Write the model as a Hugging Face checkpoint, whole or not at all; collective.
-
-    Global rank 0 writes into a folder beside `hf_dir` and renames it: an earlier checkpoint there
-    stays whole until then.
-
-    Args:
-        model_chunks: As for `load_hf`.
-        hf_dir: Folder of the new checkpoint.
-        source: Folder of the checkpoint that config and tokenizer files are copied from.
-        dtype: Of the saved weights; None keeps the parameters'.
-        is_fp8: Whether the projections are saved in block FP8 (see `fp8`).
-        max_shard_bytes: Size limit of a file, and of rank 0's additional memory.
-        tensors: What is saved, in this dtype; None takes `named_hf_tensors` of the chunks.
-
-    Raises:
-        CheckpointError: The files cannot be written (on every rank).
-    """
-    config = weight_plan.unwrap(model_chunks[0]).config
-    saved = str(dtype or config.params_dtype).removeprefix("torch.")
-    # The source may be quantized, whatever is saved.
-    changes: dict[str, object] = {
-        "dtype": saved,
-        fp8.CONFIG_KEY: fp8.CONFIG if is_fp8 else None,
-        **_LOST_PARTS.get(config.architecture, {}),
-    }
-    writer = CheckpointWriter(
-        hf_dir,
-        source=source,
-        config_changes=changes,
-        max_shard_bytes=max_shard_bytes,
-    )
-    error = _attempt(writer.start)
-    for name, tensor in tensors or named_hf_tensors(model_chunks, dtype):
-        # After a failure the other ranks still send what was planned: receive it all.
-        if error is None and tensor is not None:
-            error = _attempt(functools.partial(_add, writer, name, tensor, is_fp8))
-    if error is None:
-        error = _attempt(writer.finish)
-    if error is not None:
-        writer.abandon()
-    on_every_rank(lambda: _raise_unwritten(error, hf_dir))
-
-
-def _add(writer: CheckpointWriter, name: str, tensor: torch.Tensor, is_fp8: bool) -> None:
-    for pair in fp8.quantized(name, tensor) if is_fp8 else [(name, tensor)]:
-        writer.add(*pair)
-
-
-def _raise_unwritten(error: Exception | None, folder: str | os.PathLike[str]) -> None:
-    if error is not None:
-        raise CheckpointError(
-            "the checkpoint could not be written",
-            got=f"{type(error).__name__}: {error}",
-            where=str(folder),
-            fix="Free space or choose another folder; what was there before is untouched",
-        ) from error
-
-
 # Multi-token prediction layers are not built, so a saved checkpoint has none.
-_LOST_PARTS = {name: {"num_nextn_predict_layers": 0} for name in ("glm4_moe", "deepseek_v3")}
+LOST_PARTS = {name: {"num_nextn_predict_layers": 0} for name in ("glm4_moe", "deepseek_v3")}
 
 
 def _is_ignored(name: str, config: ModelConfig) -> bool:
@@ -163,14 +94,7 @@ def _is_ignored(name: str, config: ModelConfig) -> bool:
     if name == "lm_head.weight":
         return config.tie_embeddings
     layer = name.removeprefix("model.layers.").split(".")[0]
-    return (
-        config.architecture in _LOST_PARTS and layer.isdigit() and int(layer) >= config.num_layers
-    )
-
-
-def is_weight(name: str) -> bool:
-    """Return whether a tensor takes the dtype asked for: in bfloat16 a bias would select others."""
-    return not name.endswith("e_score_correction_bias")
+    return config.architecture in LOST_PARTS and layer.isdigit() and int(layer) >= config.num_layers
 
 
 def _require_equal(expected: set[str], got: set[str], folder: str | os.PathLike[str]) -> None:
@@ -217,14 +141,3 @@ def _fill(parameter: weight_plan.Parameter, reader: CheckpointReader) -> None:
 
 def _is_vocabulary(name: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
-
-
-def _attempt(work: Callable[[], None]) -> Exception | None:
-    """Run `work` on rank 0 and return the error that it raised, or None."""
-    if torch.distributed.get_rank() > 0:
-        return None
-    try:
-        work()
-    except (OSError, SafetensorError, ValueError) as error:
-        return error
-    return None

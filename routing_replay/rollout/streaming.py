@@ -1,6 +1,7 @@
-"""New weights for running servers over a process group that trainer and servers share.
+"""New weights for running servers, bucket by bucket: the servers' side of it, by HTTP.
 
-The servers' side of it, by HTTP. The trainer joins the group as its rank 0 and broadcasts.
+The bytes come over a process group, in which the trainer is rank 0 and broadcasts, or from memory
+that trainer and servers share.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class BucketHeader:
 
 class WeightStream:
     """Updates the servers of a client, bucket by bucket: open, join, send, close.
+
+    On one machine without a group: open, share, close.
 
     From `open` to `close` a server reports a version that is no number, and so do the rows that it
     computes: a server whose update broke off is never taken for one with known weights. `close`
@@ -125,6 +128,29 @@ class WeightStream:
         }
         route = "/update_weights_from_distributed"
         run_to_end(self._at_each(lambda http, member: self._post(http, member, route, body)))
+
+    def share(self, payloads: Sequence[Sequence[str]]) -> None:
+        """Let the servers read a bucket in memory that they share; return once they have.
+
+        A server whose rank cannot open that memory ends: it must be a process of this machine.
+
+        Args:
+            payloads: By server, as `open` returns them, and by its rank: what SGLang unpickles, in
+                base64.
+
+        Raises:
+            ServerError: A server could not. What the others have is unknown.
+        """
+
+        async def one(http: Transport, member: Member) -> None:
+            body = {
+                "serialized_named_tensors": payloads[self._members.index(member)],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+            await self._post(http, member, "/update_weights_from_tensor", body)
+
+        run_to_end(self._at_each(one))
 
     def close(self, version: int) -> None:
         """End the update: the servers serve the weights under their version.
@@ -260,7 +286,7 @@ def member_of(url: str, info: Mapping[str, Any]) -> Member:
     for name in ("dp_size", "pp_size"):
         if info.get(name, 1) != 1:
             raise UnsupportedServerError(
-                "SGLang takes weights over a process group on tensor-parallel ranks only",
+                "SGLang takes weights in buckets on tensor-parallel ranks only",
                 expected=f"{name} 1",
                 got=info[name],
                 where=url,

@@ -12,14 +12,22 @@ if TYPE_CHECKING:
 
 
 def check_devices(config: RecipeConfig) -> None:
-    """Raise ConfigError if server and trainer share CUDA devices or there are too few."""
+    """Raise ConfigError if there are too few CUDA devices, or server and trainer share some.
+
+    They may, where shared tensors go between them and the server's memory is bounded: both keep
+    theirs for the whole run.
+    """
     served, trained = _listed(config.rollout.rollout_gpus), _listed(config.run.trainer_gpus)
     shared = sorted(set(served) & set(trained))
-    if shared:
+    r = config.rollout
+    is_bounded = any(text.startswith("--mem-fraction-static") for text in r.server_arguments)
+    if shared and not (r.publish == "tensors" and is_bounded):
         raise ConfigError(
             "the server and the trainer share GPUs",
             expected="disjoint --rollout-gpus and --trainer-gpus",
             got=f"{', '.join(shared)} in both",
+            fix="Divide them, or choose --publish tensors and bound the server's memory: "
+            "--server-arguments=--mem-fraction-static=0.4",
         )
     if trained and len(trained) < config.run.nproc:
         raise ConfigError(

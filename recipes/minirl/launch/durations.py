@@ -81,11 +81,11 @@ def legs(config: RecipeConfig, cost: ModelCost, num_server_gpus: int) -> Iterato
 
 def _weights(config: RecipeConfig, gigabytes: float) -> Leg:
     p, num_servers = config.plan, max(1, config.plan.plan_server_nodes)
-    if config.rollout.publish == "buckets":
+    if config.rollout.publish != "disk":
         return Leg(
             name="weights",
             seconds=gigabytes / p.plan_network_gb_per_s,
-            formula=f"{gigabytes:.1f} GB, broadcast to {num_servers} servers "
+            formula=f"{gigabytes:.1f} GB, in buckets to {num_servers} servers "
             f"at {p.plan_network_gb_per_s:g} GB/s",
         )
     return Leg(

@@ -88,9 +88,9 @@ def _check_arguments(config: RecipeConfig, sizes: argparse.Namespace) -> None:
             expected="--dp without --enable-dp-attention",
             got="--enable-dp-attention",
         )
-    if config.rollout.publish == "buckets" and (sizes.pp > 1 or sizes.dp > 1):
+    if config.rollout.publish != "disk" and (sizes.pp > 1 or sizes.dp > 1):
         raise ConfigError(
-            "SGLang takes weights over a process group on tensor-parallel ranks only",
+            "SGLang takes weights in buckets on tensor-parallel ranks only",
             expected="server_arguments without --pp and --dp",
             got=f"--pp {sizes.pp} --dp {sizes.dp}",
             fix="Start more servers instead, or choose --publish disk",

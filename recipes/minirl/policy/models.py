@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from recipes.model import bridge, parallel
+from recipes.model import bridge, fp8, parallel
 from recipes.model.model import ModelConfig, build_model
 from recipes.model.optimizer_shards import require_resumable
-from recipes.model.weights import load_hf, save_hf
+from recipes.model.saving import save_hf
+from recipes.model.weights import load_hf
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -46,14 +47,14 @@ def save(
     source: Path,
     t: TrainingSettings,
     dtype: torch.dtype | None = None,
-    is_fp8: bool = False,
+    form: fp8.Form = "checkpoint",
 ) -> None:
     """Write the weights as a Hugging Face checkpoint, by the converter of the settings; collective.
 
     The arguments are those of `save_hf`.
     """
     tensors = bridge.named_hf_tensors(chunks, source, dtype) if t.weights == "bridge" else None
-    save_hf(chunks, folder, source=source, dtype=dtype, is_fp8=is_fp8, tensors=tensors)
+    save_hf(chunks, folder, source=source, dtype=dtype, form=form, tensors=tensors)
 
 
 def _loaded(

@@ -1,6 +1,6 @@
 """New weights for the rollout servers: as they are, in block FP8, or rounded to FP8's grid.
 
-They go as files on a disk that all see, or in buckets over process groups.
+They go as files on a disk that all see, or in buckets: over process groups, or in shared memory.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from recipes.model import fp8
 from recipes.model.buckets import Buckets, Tensors
-from recipes.model.fp8 import E4M3_MAX
 from routing_replay.rollout import RolloutClient
 from routing_replay.rollout.servers import LostWeightsError
 from routing_replay.rollout.streaming import WeightStream
 
 from ..job.first_rank import FirstRank, Work
 from ..launch.addresses import require_reachable
+from ..launch.machine import require_one_machine
 from ..policy import models
 from ..policy.policy import Policy
+from ..settings.config import RecipeConfig
 from ..settings.sections import RolloutSettings
-from .weight_stream import WeightSender
+from .broadcasts import Broadcasts
+from .shared_tensors import SharedTensors
+from .weight_sender import WeightSender
 
 P = ParamSpec("P")
 MEGABYTE = 1 << 20
@@ -49,7 +50,8 @@ class Publisher:
         urls: The servers.
 
     Raises:
-        ConfigError: A server that not all of the trainer's machines reach.
+        ConfigError: A server that not all of the trainer's machines reach, or for shared tensors
+            one that is no process of this machine.
     """
 
     def __init__(
@@ -68,12 +70,7 @@ class Publisher:
         self._client = client
         self._version = 0
         self._num_published = 0
-        self._sender: WeightSender | None = None
-        rollout = policy.config.rollout
-        if rollout.publish == "buckets":
-            require_reachable(urls, policy.config.run.nnodes)
-            stream = None if client is None else WeightStream(client)
-            self._sender = WeightSender(stream, urls, rollout.publish_timeout_s)
+        self._sender = _sender(policy.config, client, urls)
 
     def publish(self, version: int) -> dict[str, float]:
         """Give the current weights to all servers; return metrics on rank 0.
@@ -156,14 +153,26 @@ class Publisher:
         self._first_rank.run(f"published_{self._num_published}", update)
 
 
+def _sender(
+    config: RecipeConfig, client: RolloutClient | None, urls: Sequence[str]
+) -> WeightSender | None:
+    """Return what sends weights without a disk; None: they go as files."""
+    stream = None if client is None else WeightStream(client)
+    match config.rollout.publish:
+        case "disk":
+            return None
+        case "buckets":
+            require_reachable(urls, config.run.nnodes)
+            return Broadcasts(stream, urls, config.rollout.publish_timeout_s)
+        case "tensors":
+            require_one_machine(urls)
+            return SharedTensors(stream)
+
+
 def served(tensors: Tensors, rollout: RolloutSettings) -> Tensors:
     """Return what the servers load, of tensors in the rollout's dtype."""
-    match rollout.rollout_weights:
-        case "fp8":
-            return [pair for name, tensor in tensors for pair in fp8.quantized(name, tensor)]
-        case "fp8-grid":
-            return [(name, _on_grid(name, tensor)) for name, tensor in tensors]
-    return tensors
+    form = rollout.rollout_weights
+    return [pair for name, tensor in tensors for pair in fp8.in_form(name, tensor, form)]
 
 
 def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
@@ -184,38 +193,9 @@ def write_weights(policy: Policy, folder: Path, checkpoint: Path) -> Path:
         checkpoint,
         policy.config.training,
         dtype=getattr(torch, rollout.rollout_dtype),
-        is_fp8=rollout.rollout_weights == "fp8",
+        form=rollout.rollout_weights,
     )
-    if rollout.rollout_weights == "fp8-grid" and torch.distributed.get_rank() == 0:
-        for path in sorted(folder.glob("*.safetensors")):
-            _round_file(path)
     return folder
-
-
-def round_to_fp8_grid(weight: torch.Tensor) -> torch.Tensor:
-    """Return the nearest weight that is a float8 e4m3 number times its row's scale, in its dtype.
-
-    An emulation: real FP8 inference also quantises activations and multiplies on other hardware.
-    """
-    values = weight.float()
-    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = scale / E4M3_MAX
-    grid = (values / scale).to(torch.float8_e4m3fn).float()
-    return (grid * scale).to(weight.dtype)
-
-
-def _round_file(path: Path) -> None:
-    """Round the projections of one file; router, norms, embedding and head keep their values."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    partial = path.with_suffix(".tmp")
-    save_file({name: _on_grid(name, tensor) for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)
-
-
-def _on_grid(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return round_to_fp8_grid(tensor) if name.endswith("_proj.weight") else tensor
 
 
 def remove_others(folder: Path) -> None:

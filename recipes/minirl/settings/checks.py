@@ -53,11 +53,19 @@ def check_publish(config: RecipeConfig) -> None:
     if config.training.weights == "bridge":
         raise ConfigError(
             "Megatron-Bridge's converter gathers whole tensors on one rank only",
-            expected="weights: own beside publish: buckets",
+            expected=f"weights: own beside publish: {r.publish}",
             got="weights: bridge",
             fix="Choose --weights own, or --publish disk",
         )
-    require_reachable(r.rollout_url, config.run.nnodes)
+    if r.publish == "buckets":
+        require_reachable(r.rollout_url, config.run.nnodes)
+    elif config.run.nnodes > 1:
+        raise ConfigError(
+            "weights as shared tensors need the trainer and the servers on one machine",
+            expected="nnodes 1 beside publish: tensors",
+            got=f"nnodes {config.run.nnodes}",
+            fix="Choose --publish buckets",
+        )
 
 
 def check_objective(config: RecipeConfig) -> None:

@@ -100,7 +100,7 @@ class RolloutSettings:
 
     rollout_url: tuple[str, ...] = setting((), "running servers with our plugin; none: launch one")
     rollout_dtype: str = setting("bfloat16", "dtype of a launched server")
-    rollout_weights: str = setting(
+    rollout_weights: Literal["checkpoint", "fp8", "fp8-grid"] = setting(
         "checkpoint",
         "fp8: the servers get block FP8 weights and start from --rollout-model (GPUs only). "
         "fp8-grid: EMULATED FP8, the projection weights that the server receives are rounded to "
@@ -112,11 +112,12 @@ class RolloutSettings:
         "checkpoint that the servers start from; empty: --model. With rollout_weights fp8 one in "
         "block FP8, such as python -m recipes.model.fp8 writes",
     )
-    publish: Literal["disk", "buckets"] = setting(
+    publish: Literal["disk", "buckets", "tensors"] = setting(
         "disk",
         "how new weights reach the servers: as files that all see, or bucket by bucket into their "
-        "memory, over NCCL between GPUs and gloo otherwise (--tp only); if that fails, as files",
-        ("disk", "buckets"),
+        "memory (--tp only), over NCCL between GPUs and gloo otherwise; tensors: servers on the "
+        "trainer's machine read the buckets in its memory. If that fails, as files",
+        ("disk", "buckets", "tensors"),
     )
     publish_bucket_mb: int = setting(512, "MiB of weights that a pipeline stage sends at once")
     publish_timeout_s: float = setting(
