@@ -25,7 +25,7 @@ def weighted_table(job: Job, model) -> RouteTable:
     weights_LTK *= job.config.moe_router_topk_scaling_factor or 1.0
     if job.config.moe_router_pre_softmax:
         weights_LTK *= 0.9  # the experts that were not selected hold the rest
-    columns = table._tensors | {"combine_weights_LTK": weights_LTK.astype(np.float32)}
+    columns = table.columns | {"combine_weights_LTK": weights_LTK.astype(np.float32)}
     return RouteTable(model, columns, "rollout")
 
 

@@ -81,6 +81,6 @@ def test_a_recording_without_counts_is_counted_when_asked():
 
 def test_counts_of_another_shape_are_damage(tmp_path):
     table = RouteTable.from_routes([random_routes(4, 0)])
-    table._tensors["counts_SLE"] = table.counts_SLE[:, :-1]
+    table.columns["counts_SLE"] = table.counts_SLE[:, :-1]
     with pytest.raises(TableError, match="the routes file is damaged; expected columns of one"):
         RouteTable.open(table.save(tmp_path / "routes.safetensors"))

@@ -56,7 +56,7 @@ def score_arms(rank, folder, checkpoint, older):
 def with_weights(table):
     """The table with drawn combine weights that add up to one."""
     weights = np.random.default_rng(3).random(table.expert_ids_LTK.shape).astype(np.float32)
-    columns = table._tensors | {"combine_weights_LTK": weights / weights.sum(-1, keepdims=True)}
+    columns = table.columns | {"combine_weights_LTK": weights / weights.sum(-1, keepdims=True)}
     return type(table)(table.shape, columns, table.source)
 
 

@@ -11,7 +11,7 @@ from ..metrics.agreement import (
     log_router_probs,
     router_kl,
 )
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .routers import RouterSeam
 from .selection import LiveTopK, probabilities
 from .transfers import to_device
@@ -36,7 +36,7 @@ class AgreementSample:
     def __init__(
         self,
         agreement: LayerAgreement,
-        table: RouteTable,
+        table: StepRoutes,
         layers: tuple[int, ...],
         rows_T: np.ndarray,
         is_candidate_T: np.ndarray,
@@ -87,21 +87,16 @@ class AgreementSample:
 
     def _take_logits(
         self,
-        table: RouteTable,
+        table: StepRoutes,
         rows_T: np.ndarray,
         is_candidate_T: np.ndarray,
         device: torch.device,
     ) -> None:
         """Keep the engine's logits of the microbatch's tokens, where it sampled them."""
-        logit_rows_N, logits_NLE = table.logit_rows_N, table.logits_NLE
-        if logit_rows_N is None or logits_NLE is None or not len(logit_rows_N):
-            return
-        at_T = np.searchsorted(logit_rows_N, rows_T).clip(max=len(logit_rows_N) - 1)
-        tokens_N = np.flatnonzero(is_candidate_T & (logit_rows_N[at_T] == rows_T))
+        tokens_N = np.flatnonzero(is_candidate_T & table.has_logits(rows_T))
         if len(tokens_N):
-            columns = [table.shape.layers.index(layer) for layer in self._layers]
-            logits_LNE = logits_NLE[at_T[tokens_N]][:, columns].swapaxes(0, 1)
-            self._logits_LNE = to_device(np.ascontiguousarray(logits_LNE), device)
+            logits_LNE = table.gather_logits(self._layers, rows_T[tokens_N])
+            self._logits_LNE = to_device(logits_LNE, device)
             self._logit_tokens_N = to_device(tokens_N, device)
 
 

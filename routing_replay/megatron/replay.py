@@ -23,7 +23,7 @@ from ..errors import ConfigError, ReplayError
 from ..metrics.agreement import LayerAgreement
 from ..metrics.typed import Metric, all_reduce
 from ..routes.shape import MoEShape
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .attachment import Attachment, this_rank
 from .dispatch import DispatchCheck
 from .patch_dispatch_sizes import KnownSizes
@@ -137,7 +137,7 @@ class Replay:
     @contextlib.contextmanager
     def replaying(
         self,
-        table: RouteTable,
+        table: StepRoutes,
         record_live: bool = False,
         is_shared: bool = True,
         layers: Iterable[int] | None = None,
@@ -376,7 +376,7 @@ class Replay:
     def _new_step(
         self,
         num_rows: int,
-        table: RouteTable | None = None,
+        table: StepRoutes | None = None,
         recording: Recording | None = None,
         only_layers: frozenset[int] | None = None,
         soft: SoftRule | None = None,
@@ -387,8 +387,8 @@ class Replay:
             agreement = LayerAgreement(
                 self.shape.layers,
                 num_rows=table.num_rows,
-                has_gates=table.gate_probs_LNK is not None,
-                has_logits=table.logit_rows_N is not None,
+                has_gates=table.keeps_gates,
+                has_logits=table.keeps_logits,
                 device=self._attachment.device,
             )
             sampling = Sampling(
@@ -431,7 +431,7 @@ class Replay:
             )
         return named
 
-    def _check_source(self, table: RouteTable) -> None:
+    def _check_source(self, table: StepRoutes) -> None:
         source = SOURCES[self.config.mode]
         if table.source != source:
             raise ReplayError(

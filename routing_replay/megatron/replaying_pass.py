@@ -12,7 +12,7 @@ import torch
 
 from ..errors import RoutesError
 from ..routes.routes import has_duplicates
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .captured import StaticRoutes
 from .passes import ForwardPass, LiveRecord, late_backward
 from .routers import RouterSeam
@@ -51,7 +51,7 @@ class ReplayingPass(ForwardPass):
         replace_rate: Counts those that do not; given with `soft`.
     """
 
-    table: RouteTable
+    table: StepRoutes
     num_experts: int
     device: torch.device
     only_layers: frozenset[int] | None = None

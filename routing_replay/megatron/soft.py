@@ -24,7 +24,7 @@ import torch
 from ..config import ReplayConfig
 from ..errors import ReplayError
 from ..metrics.typed import LayerMean, Metric
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class SoftRule:
 
     @classmethod
     def of(
-        cls, config: ReplayConfig, table: RouteTable, weight_version: int | None
+        cls, config: ReplayConfig, table: StepRoutes, weight_version: int | None
     ) -> SoftRule | None:
         """Return the rule of a configuration; None if it keeps everything.
 
@@ -58,7 +58,7 @@ class SoftRule:
         """
         if not config.is_soft:
             return None
-        newest = int(table.weight_version_T.max(initial=-1))
+        newest = table.newest_version
         return cls(
             ratio=config.soft_ratio,
             mass=config.soft_mass,
@@ -67,7 +67,7 @@ class SoftRule:
             weight_version=newest if weight_version is None else weight_version,
         )
 
-    def ratio_of(self, table: RouteTable, rows_T: np.ndarray) -> np.ndarray | None:
+    def ratio_of(self, table: StepRoutes, rows_T: np.ndarray) -> np.ndarray | None:
         """Return each token's ratio, float32 [T]; None if the age does not matter.
 
         Raises:
@@ -75,14 +75,15 @@ class SoftRule:
         """
         if self.decay == 1 or not len(rows_T) or not table.num_rows:
             return None
-        age_T = self.weight_version - table.weight_version_T[rows_T]
-        is_unknown_T = (table.weight_version_T[rows_T] < 0) | (age_T < 0)
+        versions_T = table.versions(rows_T)
+        age_T = self.weight_version - versions_T
+        is_unknown_T = (versions_T < 0) | (age_T < 0)
         if (is_unknown_T & (rows_T >= 0)).any():
             token = int(np.flatnonzero(is_unknown_T & (rows_T >= 0))[0])
             raise ReplayError(
                 "soft_decay needs the age of the weights that routed each row",
                 expected=f"a weight version in 0..{self.weight_version}",
-                got=int(table.weight_version_T[rows_T[token]]),
+                got=int(versions_T[token]),
                 where=f"row {rows_T[token]}, {table.where}",
                 fix="Send weight_version with each update of the server's weights, and name the "
                 "trained one: replaying(table, weight_version=...)",

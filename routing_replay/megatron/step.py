@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ReplayError
 from ..metrics.agreement import LayerAgreement
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .dispatch import DispatchCheck
 from .layout import as_mask, as_rows
 from .observer import AgreementSample
@@ -73,7 +73,7 @@ class Step:
     num_experts: int
     num_rows: int
     rank: int
-    table: RouteTable | None = None
+    table: StepRoutes | None = None
     only_layers: frozenset[int] | None = None
     recording: Recording | None = None
     sampling: Sampling | None = None
@@ -227,7 +227,7 @@ class Step:
 
     def _observer(
         self,
-        table: RouteTable,
+        table: StepRoutes,
         routers: ChunkRouters,
         number: int,
         rows_T: np.ndarray,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import RoutesError, TableError
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 
 # A weight that was kept in bfloat16 is off by at most half a unit of its 8-bit significand, and so
 # is a sum of them. Weights of another rule (not renormalised, not scaled) are further off.
@@ -52,7 +52,7 @@ class WeightReplay:
             largest_sum=float(largest),
         )
 
-    def gather(self, table: RouteTable, layers: tuple[int, ...], rows_T: np.ndarray) -> np.ndarray:
+    def gather(self, table: StepRoutes, layers: tuple[int, ...], rows_T: np.ndarray) -> np.ndarray:
         """Return the checked weights [L, T, K] of a microbatch; rows of -1 hold anything.
 
         Raises:
@@ -78,7 +78,7 @@ class WeightReplay:
 
     def _refuse(
         self,
-        table: RouteTable,
+        table: StepRoutes,
         layers: tuple[int, ...],
         rows_T: np.ndarray,
         sums_LT: np.ndarray,

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..routes.counts import count_experts
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .typed import LayerMean, Metric
 
 # Rows that are counted per layer, in evenly spaced blocks: 16,384, or all of a smaller table. With
@@ -16,7 +16,7 @@ NUM_BLOCKS, BLOCK_ROWS = 256, 64
 
 
 def expert_load(
-    table: RouteTable,
+    table: StepRoutes,
     group: dist.ProcessGroup | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Metric]:
@@ -34,10 +34,12 @@ def expert_load(
         group: Process group; the world if None. Without an initialised world nothing is reduced.
         device: Where the communication happens: the CPU for gloo (default), the GPU for NCCL.
     """
-    shape, rows_M = table.shape, _sampled_rows(table.covered_T)
+    shape, rows_M = table.shape, _sampled_rows(table.covered_T & table.local_rows())
     counts_LE = torch.zeros(len(shape.layers), shape.num_experts, dtype=torch.int64)
-    for index, ids_TK in enumerate(table.expert_ids_LTK):
-        counts_LE[index] = torch.from_numpy(count_experts(ids_TK[rows_M], shape.num_experts))
+    for layer in table.local_layers():
+        (ids_MK,) = table.gather([layer], rows_M)
+        counts = torch.from_numpy(count_experts(ids_MK, shape.num_experts))
+        counts_LE[shape.layers.index(layer)] = counts
     if dist.is_available() and dist.is_initialized():
         counts_LE = counts_LE.to(device or "cpu")
         dist.all_reduce(counts_LE, group=group)

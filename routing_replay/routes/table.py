@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,14 @@ from .columns import columns_of, row_item
 from .counts import count_sequences
 from .routes import RouterLogits, Routes, compact_dtype
 from .shape import MoEShape
+from .step_routes import StepRoutes
 from .table_file import FORMAT, SOURCES, VERSION, checksums, damaged, read, write
-from .token_rows import RowSource
+
+LAYER_FIRST = {"expert_ids_LTK", "combine_weights_LTK", "gate_probs_LNK"}
+LAYER_SECOND = {"logits_NLE", "counts_SLE"}
 
 
-class RouteTable(RowSource):
+class RouteTable(StepRoutes):
     """The rows of a step's sequences one after another.
 
     Args:
@@ -71,15 +75,19 @@ class RouteTable(RowSource):
         self.logits_NLE = tensors.get("logits_NLE")
         self.token_ids_T = tensors.get("token_ids_T")
         self.counts_SLE = tensors.get("counts_SLE")
-        self._tensors = tensors
+        self.columns = tensors
 
     @property
-    def num_rows(self) -> int:
-        return int(self.expert_ids_LTK.shape[1])
+    def keeps_gates(self) -> bool:  # type: ignore[override]
+        return self.gate_probs_LNK is not None
 
     @property
-    def num_sequences(self) -> int:
-        return len(self.offsets_S1) - 1
+    def keeps_logits(self) -> bool:  # type: ignore[override]
+        return self.logit_rows_N is not None
+
+    @property
+    def newest_version(self) -> int:  # type: ignore[override]
+        return int(self.weight_version_T.max(initial=-1))
 
     @classmethod
     def from_routes(
@@ -156,53 +164,11 @@ class RouteTable(RowSource):
                 fix="Pass prompt + response tokens of each sequence, in the order of the table",
             )
         fed = [np.asarray(s, np.int64)[:n] for s, n in zip(tokens, lengths_S, strict=True)]
-        tensors = self._tensors | {"token_ids_T": np.concatenate([np.empty(0, np.int64), *fed])}
+        tensors = self.columns | {"token_ids_T": np.concatenate([np.empty(0, np.int64), *fed])}
         return RouteTable(self.shape, tensors, self.source, self.where)
 
-    def rows(self, sequence: int, num_tokens: int, covered_only: bool = True) -> np.ndarray:
-        """Return for each token of a sequence its row in this table, or -1.
-
-        Args:
-            sequence: Its number in the table.
-            num_tokens: Tokens of the sequence, prompt and response.
-            covered_only: False names the rows that are still to be recorded, too (R2).
-
-        Returns:
-            int64 [num_tokens]; -1 for uncovered rows and for the last sampled token.
-
-        Raises:
-            TableError: The sequence has as many rows as tokens, or more: they belong to other
-                tokens (each token but the last can have one).
-        """
-        if not 0 <= sequence < self.num_sequences:
-            raise TableError(
-                "the table has no such sequence",
-                expected=f"0..{self.num_sequences - 1}",
-                got=sequence,
-                where=self.where,
-            )
-        start, stop = self.offsets_S1[sequence], self.offsets_S1[sequence + 1]
-        if stop - start > num_tokens - 1:
-            raise TableError(
-                "the sequence has more rows than tokens that were fed to the model",
-                expected=f"at most {num_tokens - 1} rows for {num_tokens} tokens",
-                got=int(stop - start),
-                where=f"sequence {sequence} of {self.where}",
-                fix="Pass prompt + response tokens exactly as the server consumed them",
-            )
-        rows = np.full(num_tokens, -1, np.int64)
-        covered_T = self.covered_T[start:stop] if covered_only else True
-        rows[: stop - start] = np.where(covered_T, np.arange(start, stop), -1)
-        return rows
-
     def expert_counts(self) -> np.ndarray:
-        """Return how many covered rows of each sequence select each expert.
-
-        A table that was built from routes holds the counts; those of a recording are counted now.
-
-        Returns:
-            Unsigned integers [S, L, E]; with all rows covered a layer sums to rows x top-k.
-        """
+        # A table that was built from routes holds the counts; those of a recording are counted now.
         if self.counts_SLE is not None:
             return self.counts_SLE
         return count_sequences(
@@ -210,45 +176,56 @@ class RouteTable(RowSource):
         )
 
     def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
-        """Return the expert ids of some layers and rows, in the compact dtype; read nothing else.
-
-        Args:
-            layers: Global layer indices.
-            rows_T: int64 rows; -1 reads row 0 (the caller knows that it must not be used).
-
-        Returns:
-            [len(layers), T, K], uint8 or uint16.
-        """
         return _take_rows(self.expert_ids_LTK, self._indices(layers), rows_T)
 
+    def gather_weights(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
+        if self.combine_weights_LTK is None:
+            return None
+        return _take_rows(self.combine_weights_LTK, self._indices(layers), rows_T)
+
     def has_gates(self, rows_T: np.ndarray) -> np.ndarray:
-        """Return whether the table keeps gate probabilities of each row; bool [T]."""
         if self.gate_probs_LNK is None:
             return np.zeros(len(rows_T), np.bool_)
-        if self.gate_rows_N is None:
-            return rows_T >= 0
-        at_T = np.searchsorted(self.gate_rows_N, rows_T).clip(max=len(self.gate_rows_N) - 1)
-        is_kept_T: np.ndarray = self.gate_rows_N[at_T] == rows_T
-        return is_kept_T
+        return rows_T >= 0 if self.gate_rows_N is None else _is_in(self.gate_rows_N, rows_T)
 
     def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
-        """Return gate probabilities like `gather`, float16; None if they were not captured.
-
-        Args:
-            layers: Global layer indices.
-            rows_T: int64 rows that `has_gates`.
-        """
         if self.gate_probs_LNK is None:
             return None
         if self.gate_rows_N is not None:
             rows_T = np.searchsorted(self.gate_rows_N, rows_T)
         return _take_rows(self.gate_probs_LNK, self._indices(layers), rows_T)
 
-    def gather_weights(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
-        """Return combine weights like `gather`, float32; None if they were not captured."""
-        if self.combine_weights_LTK is None:
-            return None
-        return _take_rows(self.combine_weights_LTK, self._indices(layers), rows_T)
+    def has_logits(self, rows_T: np.ndarray) -> np.ndarray:
+        if self.logit_rows_N is None:
+            return np.zeros(len(rows_T), np.bool_)
+        return _is_in(self.logit_rows_N, rows_T)
+
+    def gather_logits(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
+        if self.logit_rows_N is None or self.logits_NLE is None:
+            return np.empty((len(layers), 0, self.shape.num_experts), np.float32)
+        at_T = np.searchsorted(self.logit_rows_N, rows_T)
+        logits_TLE = self.logits_NLE[at_T][:, self._indices(layers)]
+        return np.ascontiguousarray(logits_TLE.swapaxes(0, 1))
+
+    def versions(self, rows_T: np.ndarray) -> np.ndarray:
+        versions_T: np.ndarray = np.asarray(self.weight_version_T)[rows_T]
+        return versions_T
+
+    def local_rows(self) -> np.ndarray:
+        return np.ones(self.num_rows, np.bool_)
+
+    def local_layers(self) -> tuple[int, ...]:
+        return self.shape.layers
+
+    def of_layers(self, layers: Sequence[int]) -> RouteTable:
+        """Return the table of some layers, as a pipeline stage reads it; nothing is copied."""
+        at, tensors = self._indices(layers), dict(self.columns)
+        for name in LAYER_FIRST & tensors.keys():
+            tensors[name] = tensors[name][at[0] : at[-1] + 1] if _is_run(at) else tensors[name][at]
+        for name in LAYER_SECOND & tensors.keys():
+            tensors[name] = np.ascontiguousarray(tensors[name][:, at])
+        shape = replace(self.shape, layers=tuple(layers))
+        return RouteTable(shape, tensors, self.source, self.where)
 
     def _indices(self, layers: Sequence[int]) -> list[int]:
         index = {layer: i for i, layer in enumerate(self.shape.layers)}
@@ -275,16 +252,6 @@ class RouteTable(RowSource):
         """Return the routes of all sequences, one at a time."""
         return (self.sequence(number) for number in range(self.num_sequences))
 
-    def check_shape(self, shape: MoEShape) -> None:
-        """Raise TableError unless the table was made by a model of this shape."""
-        shape.require_equal(
-            self.shape,
-            "the routes belong to another model",
-            TableError,
-            where=self.where,
-            fix="Roll out and train the same checkpoint; name the routed layers the same way",
-        )
-
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file: under a temporary name, checksummed, synchronised, then renamed.
 
@@ -292,7 +259,7 @@ class RouteTable(RowSource):
             TableError: The disk is full or not writable; an earlier file stays whole.
         """
         path, description = Path(path), self._description()
-        tensors = {**self._tensors, "checksums": checksums(description, self._tensors)}
+        tensors = {**self.columns, "checksums": checksums(description, self.columns)}
         fix = "Free space or choose another folder; an earlier file of this name is whole"
         with writing(path, "the routes file", TableError, fix=fix), atomic_write(path) as partial:
             write(partial, description, tensors)
@@ -336,6 +303,19 @@ class RouteTable(RowSource):
             rows_N=np.array(self.logit_rows_N[kept]) - rows.start,
             values_NLE=np.array(self.logits_NLE[kept]),
         )
+
+
+def _is_run(at: list[int]) -> bool:
+    return at == list(range(at[0], at[-1] + 1))
+
+
+def _is_in(rows_N: np.ndarray, rows_T: np.ndarray) -> np.ndarray:
+    """Return which rows are among ascending ones; bool [T]."""
+    if not len(rows_N):
+        return np.zeros(len(rows_T), np.bool_)
+    at_T = np.searchsorted(rows_N, rows_T).clip(max=len(rows_N) - 1)
+    is_in_T: np.ndarray = rows_N[at_T] == rows_T
+    return is_in_T
 
 
 def _take_rows(values_LTK: np.ndarray, indices: list[int], rows_T: np.ndarray) -> np.ndarray:
