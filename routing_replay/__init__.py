@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         TableError,
     )
     from .megatron import attach
+    from .routes.part_index import PartIndex
+    from .routes.parts import PartedTable, open_table, write_parts
     from .routes.routes import Routes
     from .routes.shape import MoEShape
     from .routes.spans import Sample, Span, Trajectory
@@ -36,13 +38,17 @@ if TYPE_CHECKING:
 _MODULES = {
     "ReplayConfig": "config",
     "MoEShape": "routes.shape",
+    "PartIndex": "routes.part_index",
+    "PartedTable": "routes.parts",
     "RouteTable": "routes.table",
     "Routes": "routes.routes",
     "Sample": "routes.spans",
     "Span": "routes.spans",
     "Trajectory": "routes.spans",
     "attach": "megatron",
+    "open_table": "routes.parts",
     "plan": "balance",
+    "write_parts": "routes.parts",
 }
 _SUBPACKAGES = (
     "adapters",
@@ -65,6 +71,8 @@ __all__ = [
     "DataError",
     "MoEShape",
     "ObjectiveError",
+    "PartIndex",
+    "PartedTable",
     "PayloadError",
     "PreflightError",
     "ReplayConfig",
@@ -80,7 +88,9 @@ __all__ = [
     "Trajectory",
     "__version__",
     "attach",
+    "open_table",
     "plan",
+    "write_parts",
 ]
 
 

@@ -3,20 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
-from recipes.minirl.rollout.batch import (
-    BATCH_FILE,
-    ROUTES_FILE,
-    Batch,
-    Sample,
-    open_step,
-    rows_with_gates,
-)
-from routing_replay.config import ReplayConfig
-from routing_replay.errors import TableError
-from routing_replay.routes.routes import Routes
+from recipes.minirl.rollout.batch import BATCH_FILE, Batch, Sample
 from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 
@@ -91,36 +80,6 @@ def test_groups_and_rewards_are_those_of_the_samples():
     assert batch.group_S.tolist() == [0, 0, 1, 1]
     assert batch.num_prompts == 2
     assert Batch.from_samples(SAMPLES * 2, 2, 1, num_prompts=5).num_prompts == 5
-
-
-def test_whether_a_step_has_routes_is_decided_by_its_caller_not_by_the_folder(tmp_path):
-    a_batch().save(tmp_path / BATCH_FILE)
-    with pytest.raises(TableError, match=ROUTES_FILE):
-        open_step(tmp_path, has_routes=True)
-    (tmp_path / ROUTES_FILE).write_text("left over")
-    batch, table = open_step(tmp_path, has_routes=False)
-    assert table is None
-    assert torch.equal(batch.input_ids_ST, a_batch().input_ids_ST)
-
-
-def test_gates_are_kept_of_a_sample_of_the_response_tokens():
-    batch = Batch.from_samples(SAMPLES, 2, multiple=1)
-    # Rows 0..3 and 4..6 of the two sequences; the tokens of rows 2, 3, 4, 5 and 6 were sampled for.
-    routes = [
-        Routes(expert_ids_TLK=np.ones((n, 1, 1), np.uint8), layers=(0,), num_experts=2)
-        for n in (4, 3)
-    ]
-
-    def kept(num_calls, **settings):
-        keeps_T = rows_with_gates(batch, routes, num_calls, ReplayConfig(**settings))
-        return np.flatnonzero(keeps_T).tolist()
-
-    assert kept(1, agreement_tokens=0) == [2, 3, 4, 5, 6]
-    assert kept(1, agreement_tokens=512) == [2, 3, 4, 5, 6]
-    # 5 response tokens, of which 2 calls compare one each: every second is enough.
-    assert kept(2, agreement_tokens=1) == [2, 4, 6]
-    assert kept(1, agreement_tokens=1) == [2]
-    assert kept(1, agreement_every=0) == []
 
 
 def test_the_lag_of_a_response_counts_the_versions_since_its_weights(tmp_path):

@@ -71,8 +71,9 @@ def in_nodes(rank, port, folder):
     waits_for_rank_0(first_rank, rank, folder)
     goes_on_while_rank_0_works(first_rank, rank)
     errors = {
-        "files": raised(files_of_rank_0_are_on_every_node, first_rank, folder),
+        "files": raised(files_of_rank_0_are_where_they_are_needed, first_rank, folder),
         "full disk": raised(a_node_cannot_write, first_rank, node),
+        "full of parts": raised(a_node_cannot_write_a_part, first_rank, node),
         "other configuration": raised(require_alike, {"steps": 10 + node, "run_dir": folder}),
         "other folder": raised(require_alike, {"steps": 10, "run_dir": folder}),
     }
@@ -91,8 +92,9 @@ def raised(work, *arguments):
     return None
 
 
-def files_of_rank_0_are_on_every_node(first_rank, folder):
-    contents = {"batch": os.urandom(2500), "routes": b"abc", "empty": b""}
+def files_of_rank_0_are_where_they_are_needed(first_rank, folder):
+    contents = {"batch": os.urandom(2500), "empty": b""}
+    contents |= {f"part_{n}": os.urandom(1000 * n) for n in range(4)}
     step = first_rank.new_folder("step")
 
     def write():
@@ -100,10 +102,15 @@ def files_of_rank_0_are_on_every_node(first_rank, folder):
             (step / name).write_bytes(content)
 
     first_rank.run("written", write)
-    first_rank.share(step)
+    first_rank.share(step, ["batch", "empty", "an index that this step lacks"])
+    needed = (["part_0"], ["part_1"], ["part_3", "part_0"])[dist.get_rank()]
+    first_rank.share_parts(step, needed)
     box = [contents]
     dist.broadcast_object_list(box)
-    assert {path.name: path.read_bytes() for path in step.iterdir()} == box[0]
+    expected = box[0]
+    if NODES[dist.get_rank()] == 1:
+        expected = {n: expected[n] for n in ("batch", "empty", "part_0", "part_3")}
+    assert {path.name: path.read_bytes() for path in step.iterdir()} == expected
     first_rank.keep(step, folder / "last")
     assert not step.exists() or dist.get_rank() == 1  # the first rank of a node removes it
 
@@ -113,7 +120,15 @@ def a_node_cannot_write(first_rank, node):
     if node == 1 and dist.get_rank() == 2:
         (step / "batch").mkdir()  # cannot be replaced by a file
     first_rank.run("written again", lambda: (step / "batch").write_bytes(bytes(5000)) and None)
-    first_rank.share(step)
+    first_rank.share(step, ["batch"])
+
+
+def a_node_cannot_write_a_part(first_rank, node):
+    step = first_rank.new_folder("full of parts")
+    if node == 1 and dist.get_rank() == 2:
+        (step / "part").mkdir()
+    first_rank.run("written parts", lambda: (step / "part").write_bytes(bytes(5000)) and None)
+    first_rank.share_parts(step, ["part"])
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +161,10 @@ def test_nodes_with_disks_of_their_own_get_the_files_of_rank_0(of_ranks):
 
 def test_a_node_that_cannot_write_is_named_on_every_rank(of_ranks):
     for outcome in of_ranks:
-        error = outcome["errors"]["full disk"]
-        assert "a node could not write the files of a step" in error
-        assert "[node 1, " in error and "--scratch-dir" in error
+        for name in ("full disk", "full of parts"):
+            error = outcome["errors"][name]
+            assert "a node could not write the files of a step" in error
+            assert "[node 1, " in error and "--scratch-dir" in error
 
 
 def test_machines_with_other_settings_are_refused_on_every_rank(of_ranks):

@@ -2,21 +2,16 @@
 
 import json
 
-import numpy as np
 import pytest
 from rollout_servers import MODEL, FakeServer
 from sglang_servers import write_checkpoint
-from test_payload import random_ids
 
 from recipes.minirl.data.prompts import Prompt
 from recipes.minirl.rollout.answers import StoredAnswers
-from recipes.minirl.rollout.batch import Sample
-from recipes.minirl.rollout.sampling import Rollout, replayed_routes, sample_groups
+from recipes.minirl.rollout.sampling import Rollout, sample_groups
 from recipes.minirl.settings.command_line import parse
 from recipes.serving.kept import read_absences
 from routing_replay.errors import ConfigError, ServerError
-from routing_replay.routes.origin import require_covered
-from routing_replay.routes.routes import Routes
 
 pytest.importorskip("transformers")
 PROMPTS = [Prompt(prompt=f"t{n} t5 t6", answer="t7 t8 t9") for n in range(4)]
@@ -98,22 +93,3 @@ def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
 def test_more_servers_cannot_be_demanded_than_there_are():
     with pytest.raises(ConfigError, match=r"'min_servers'.*1\.\.1, the run's servers; got 2"):
         parse(["--min-servers", "2"])
-
-
-def test_routes_of_weights_beyond_the_largest_lag_are_live_by_intention():
-    routes = Routes(
-        expert_ids_TLK=random_ids(4),
-        layers=MODEL.layers,
-        num_experts=16,
-        weight_version_T=np.array([4, 5, 6, 6]),
-    )
-    sample = Sample(prompt_ids=(1, 2), response_ids=(3, 4, 5), logp_mu=(-1.0,) * 3, routes=routes)
-    for flags, covered in (
-        (["--ahead", "1"], [False, True, True, True]),
-        (["--ahead", "1", "--max-version-lag", "0"], [False, False, True, True]),
-        ([], [True] * 4),
-    ):
-        # Step 7 is trained from version 6.
-        (kept,) = replayed_routes(parse([*FLAGS, *flags]), 7, [sample])
-        assert kept.covered_T.tolist() == covered
-        assert require_covered([kept], 0.0, "a step").get("stale", 0) == 1 - np.mean(covered)

@@ -73,9 +73,10 @@ class Engine:
     def __init__(self, *texts):
         self.texts, self.requests = list(texts), []
 
-    def generate(self, requests):
+    def generate_each(self, requests, work):
         self.requests += requests
-        return [self.answer(request, *self.texts.pop(0)) for request in requests]
+        answers = [self.answer(request, *self.texts.pop(0)) for request in requests]
+        return [work(number, answer) for number, answer in enumerate(answers)]
 
     def answer(self, request, text, reason):
         returned = answer(list(request.input_ids), TOKENIZER.encode(text, False), request.start)
@@ -100,6 +101,7 @@ def rollout_of(monkeypatch):
 
     def make(engine, *flags):
         rollout = Rollout.__new__(Rollout)
+        rollout._num_stored = 0
         rollout.config, rollout.tokenizer, rollout.client = parse(list(flags)), TOKENIZER, engine
         monkeypatch.setattr(rollout, "encode", lambda prompt: [0, 1])
         return rollout
@@ -111,7 +113,8 @@ def test_the_rollout_takes_turns_until_every_response_is_done(rollout_of):
     engine = Engine(("cdz", "stop"), ("e", "stop"), ("cd", "stop"))
     rollout = rollout_of(engine, "--tool", "calculator", "--max-new-tokens", "8")
     prompt = Prompt(prompt="ab", answer="cd")
-    first, second = rollout.sample([prompt], 2, for_training=True)
+    (group,) = rollout.sample([prompt], 2, for_training=True)
+    first, second = group.samples
     # The first calls the tool, the second answers at once; then the first answers.
     assert [len(request.input_ids) for request in engine.requests] == [2, 2, 2 + 3 + 4]
     assert TOKENIZER.decode(first.response_ids, True) == "cdz" + "cdcd" + "cd"

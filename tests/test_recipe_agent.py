@@ -10,9 +10,10 @@ import pytest
 from sglang_checks import Reference, assert_ids_follow
 
 from recipes.minirl.data.tiny_task import VOCABULARY
-from recipes.minirl.rollout.batch import BATCH_FILE, ROUTES_FILE, Batch
+from recipes.minirl.rollout.batch import BATCH_FILE, Batch
+from recipes.minirl.rollout.groups import INDEX_FILE
 from recipes.minirl.rollout.turns import calculate
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.parts import open_table
 
 pytestmark = pytest.mark.slow  # starts both engines, and makes a model
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def test_every_row_of_the_stored_batch_is_that_of_a_reference(folder):
     (checkpoint,) = (folder / "cache").glob("tiny-*")
     reference = Reference(checkpoint)
     batch = Batch.open(folder / "run" / "last_batch" / BATCH_FILE)
-    table = RouteTable.open(folder / "run" / "last_batch" / ROUTES_FILE)
+    table = open_table(folder / "run" / "last_batch" / INDEX_FILE)
     assert len(batch.lengths_S) == 32
     num_calls = 0
     for s, length in enumerate(batch.lengths_S.tolist()):

@@ -25,9 +25,10 @@ from test_recipe_end_to_end import (
 )
 
 from recipes.minirl.rollout.answers import FOLDER
-from recipes.minirl.rollout.batch import BATCH_FILE, ROUTES_FILE, Batch
+from recipes.minirl.rollout.batch import BATCH_FILE, Batch
+from recipes.minirl.rollout.groups import INDEX_FILE
 from recipes.serving.server import ServerOptions, launch
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.parts import open_table
 
 NUM_RESPONSES = 32
 # Metrics that two runs from the same responses need not share.
@@ -134,6 +135,6 @@ def test_responses_are_one_version_old_from_step_2_on_and_reported_as_such(runs)
         assert len([name for name in step if name.startswith("train_infer/kl_k3")]) == 2
     batch = Batch.open(killed / "last_batch" / BATCH_FILE)
     assert set(batch.version_S.tolist()) == {1}
-    table = RouteTable.open(killed / "last_batch" / ROUTES_FILE, verify=True)
+    table = open_table(killed / "last_batch" / INDEX_FILE, verify=True)
     assert set(table.weight_version_T.tolist()) == {1}
     assert "eval/reward" in steps[1]

@@ -67,12 +67,22 @@ def test_answers_keep_the_order_of_the_requests_and_report_as_they_finish():
         return 200, answer
 
     finished = []
+
+    def work(number, completion):
+        finished.append(number)
+        return completion.routes.num_rows
+
     with FakeServer(slow_for_short) as fake:
-        completions = RolloutClient([fake.url], MODEL).generate(
-            [asked(3), asked(9)], lambda number, completion: finished.append(number)
-        )
-    assert [c.routes.num_rows for c in completions] == [5, 11]
+        assert RolloutClient([fake.url], MODEL).generate_each([asked(3), asked(9)], work) == [5, 11]
     assert finished == [1, 0]
+
+
+def test_what_the_work_on_a_completion_raises_ends_the_batch():
+    def work(number, completion):
+        raise OSError("the disk is full")
+
+    with FakeServer() as fake, pytest.raises(OSError, match="the disk is full"):
+        RolloutClient([fake.url], MODEL).generate_each([asked()], work)
 
 
 def test_requests_go_to_the_least_loaded_server():

@@ -34,6 +34,7 @@ from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import Replay, attach
 from routing_replay.objectives.logprobs import token_logprobs
 from routing_replay.routes.batch import RolloutBatch
+from routing_replay.routes.parts import open_table
 from routing_replay.routes.table import RouteTable
 
 # isort: split
@@ -220,7 +221,7 @@ def run(parsed: argparse.Namespace) -> attribution.Attribution:
     parallel.initialize(layout, seed=1)
     chunks = load_model(parsed, layout)
     batch = RolloutBatch.open(parsed.batch / "batch.safetensors")
-    table = RouteTable.open(parsed.batch / "routes.safetensors")
+    table = open_table(parsed.batch / "routes.safetensors")
     # The mode follows from the routes: the rollout engine's, or the trainer's own.
     mode = "R3" if table.source == "rollout" else "R2"
     has_gates = table.combine_weights_LTK is not None

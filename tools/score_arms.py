@@ -33,7 +33,7 @@ from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import attach
 from routing_replay.megatron.selection import probabilities
 from routing_replay.megatron.watching import RouterCall
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.parts import open_table
 
 from .attribute_kl import Scorer, layout_of, load_model, scoring_parser
 
@@ -78,7 +78,7 @@ class Arms:
 
     def __init__(self, parsed: argparse.Namespace):
         self.parsed, self.layout = parsed, layout_of(parsed)
-        self.table = RouteTable.open(parsed.batch / "routes.safetensors")
+        self.table = open_table(parsed.batch / "routes.safetensors")
         rollout = parsed.rollout_checkpoint or parsed.checkpoint
         fingerprint = {
             "checkpoint": str(parsed.checkpoint.resolve()),

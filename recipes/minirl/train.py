@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from recipes.serving.kept import STATE_FILE
 from routing_replay.errors import RoutingReplayError
 from routing_replay.metrics.typed import Metric, Value, merge, to_floats
 from routing_replay.objectives import Objective
-from routing_replay.routes.origin import require_covered
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.part_index import PartIndex
+from routing_replay.routes.parts import PartedTable
 
 from .data.inputs import Inputs, load_inputs
 from .data.prompts import Prompt, take
@@ -39,8 +39,9 @@ from .policy.shaping import with_advantages
 from .policy.step_choices import choose
 from .publish.publisher import Publisher
 from .rollout.answers import StoredAnswers, remove_covered
-from .rollout.batch import BATCH_FILE, ROUTES_FILE, Batch, open_step, rows_with_gates
-from .rollout.sampling import Groups, Rollout, mean_reward, replayed_routes, sample_groups
+from .rollout.batch import BATCH_FILE, Batch
+from .rollout.groups import INDEX_FILE, GroupWriter, oldest_version
+from .rollout.sampling import Groups, Rollout, mean_reward, sample_groups
 from .settings import checks
 from .settings.config import RecipeConfig
 
@@ -105,12 +106,44 @@ class Job:
             step=step, first_prompt=first_prompt, folder=folder, number=number, pending=pending
         )
 
+    def group_writer(self, step: int, folder: Path) -> GroupWriter:
+        """Return what writes the routes of a step's groups."""
+        config, policy = self.config, self.policy
+        # Tensor-parallel ranks route parts of a sequence, each on its own.
+        ranks = config.training.tensor_parallel * config.training.context_parallel
+        return GroupWriter(
+            folder=folder,
+            shape=policy.replay.shape,
+            stages=policy.stages,
+            oldest_version=oldest_version(config, step),
+            num_calls=config.data.samples_per_prompt * ranks,
+            replay=config.replay,
+            is_planned=config.training.plan != "none",
+        )
+
+    def open_routes(self, folder: Path, batch: Batch) -> PartedTable | None:
+        """Open the parts that this rank trains, on its node's disk; collective.
+
+        Raises:
+            TableError: A part is missing, damaged, or belongs to another step.
+            DataError: A node could not write them (on every rank).
+        """
+        if self.config.rollout_capture == "off":
+            return None
+        policy, path = self.policy, folder / INDEX_FILE
+        sequences = policy.sharding.sequences(batch.lengths_S)
+        layers = policy.replay.local_layers
+        self.first_rank.share_parts(folder, PartIndex.open(path).files(sequences, layers))
+        # Ranks of a group read the same files; one of them verifies what all map.
+        return PartedTable.open(path, sequences, layers, verify=policy.is_first_of_sequences)
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the mean reward on the held-out prompts, sampled as in training, on rank 0."""
 
         def sample() -> dict[str, float]:
             assert self.rollout is not None
-            samples = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
+            groups = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
+            samples = [sample for group in groups for sample in group.samples]
             return {"eval/reward": mean_reward(samples)}
 
         return self.publisher.sample(f"evaluated_{step}", sample)
@@ -197,15 +230,17 @@ def take_step(
         rollout = begun or job.begin_rollout(step, progress.prompts_consumed)
         rollout = job.finished(rollout, progress.step)
         values: dict[str, Value] = dict(rollout.pending.wait())
-        job.first_rank.share(rollout.folder)
-        batch, table = open_step(rollout.folder, has_routes=config.rollout_capture != "off")
+        job.first_rank.share(rollout.folder, [BATCH_FILE, INDEX_FILE])
+        batch = Batch.open(rollout.folder / BATCH_FILE)
     consumed = progress.prompts_consumed + int(batch.num_prompts)
     ahead = None
     if config.rollout.ahead and step < config.run.steps:
         ahead = job.begin_rollout(step + 1, consumed)
 
     # 2. Known routes arrange the step: sequences to microbatches, experts to ranks.
-    values |= arrange(policy, clock, batch, table)
+    values |= arrange(policy, clock, batch, rollout.folder)
+    with clock("rollout"):
+        table = job.open_routes(rollout.folder, batch)
 
     # 3. The old policy scores the batch: R3 replays the rollout's routes, R2 records its own.
     measures_live = is_due(step, config.run.measure_live_every, config.run.steps)
@@ -237,15 +272,12 @@ def take_step(
     return progress, ahead
 
 
-def arrange(
-    policy: Policy, clock: Clock, batch: Batch, table: RouteTable | None
-) -> dict[str, Value]:
+def arrange(policy: Policy, clock: Clock, batch: Batch, folder: Path) -> dict[str, Value]:
     """Plan the step by its routes, if asked, and move the experts; return the plan's metrics."""
     if policy.config.training.plan == "none":
         return {}
-    assert table is not None
     with clock("plan"):
-        planned = policy.plan(batch, table)
+        planned = policy.plan(batch, PartedTable(PartIndex.open(folder / INDEX_FILE), {}))
     with clock("move experts"):
         policy.follow(planned)
     return dict(planned.metrics)
@@ -301,7 +333,6 @@ def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, fl
     assert job.rollout is not None
     began = time.monotonic()
     config, data = job.config, job.config.data
-    sharding = replace(job.policy.sharding, planned=None)  # a plan is of the step in training
 
     def draw(offset: int, count: int) -> list[Prompt]:
         return take(job.inputs.prompts, start + offset, count, config.run.seed)
@@ -310,19 +341,19 @@ def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, fl
     if config.run.store_answers:
         answers = StoredAnswers(job.shared_dir, step, config, job.policy.replay.shape)
     rounds = data.dynamic_sampling
-    groups = sample_groups(job.rollout, draw, data.prompts_per_step, rounds, answers)
+    writer = job.group_writer(step, scratch) if config.rollout_capture != "off" else None
+    keep = writer.write if writer else None
+    groups = sample_groups(job.rollout, draw, data.prompts_per_step, rounds, answers, keep)
     batch = Batch.from_samples(
-        groups.samples, data.samples_per_prompt, sharding.multiple, groups.num_prompts
+        groups.samples,
+        data.samples_per_prompt,
+        job.policy.sharding.multiple,
+        groups.num_prompts,
     )
     batch.save(scratch / BATCH_FILE)
     uncovered: dict[str, float] = {}
-    if config.rollout_capture != "off":
-        routes = replayed_routes(config, step, groups.samples)
-        uncovered = require_covered(routes, config.rollout.max_uncovered, "the rollout of a step")
-        # Tensor-parallel ranks route parts of a sequence, each on its own.
-        num_calls = sharding.num_calls(batch.lengths_S) * config.training.tensor_parallel
-        keeps_gates_T = rows_with_gates(batch, routes, num_calls, config.replay)
-        RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T).save(scratch / ROUTES_FILE)
+    if writer:
+        uncovered = writer.save_index(groups.groups, config.rollout.max_uncovered)
     metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
     metrics["rollout/version_lag"] = batch.lag_S(step - 1).double().mean().item()
     metrics["time/sampling_s"] = time.monotonic() - began

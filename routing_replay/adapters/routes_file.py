@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ..errors import PreflightError, TableError
+from ..routes.parts import open_table
 from ..routes.table import RouteTable
 from ..routes.token_rows import context_positions
 from .content import ContentIndex
@@ -38,7 +39,7 @@ class RoutesFile:
         """
         if self._index is None or (STEP in self._path and step != self._step):
             self._step = step
-            self._index = _index_of(RouteTable.open(self._path.replace(STEP, str(step))))
+            self._index = _index_of(open_table(self._path.replace(STEP, str(step))))
         return self._index.table
 
     def rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TableError
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from .placement import Placement
 
 
@@ -29,7 +29,7 @@ class StepLoads:
 
     @classmethod
     def of(
-        cls, routes: RouteTable | np.ndarray, lengths: np.ndarray, top_k: int | None = None
+        cls, routes: StepRoutes | np.ndarray, lengths: np.ndarray, top_k: int | None = None
     ) -> StepLoads:
         """Return the loads of a table, or of its counts.
 
@@ -42,7 +42,7 @@ class StepLoads:
             TableError: Another number of sequences, or more covered rows than tokens.
         """
         fed_S = np.asarray(lengths, np.int64) - 1
-        if isinstance(routes, RouteTable):
+        if isinstance(routes, StepRoutes):
             counts_SLE, top_k = routes.expert_counts(), routes.shape.top_k
         else:
             counts_SLE = np.asarray(routes)

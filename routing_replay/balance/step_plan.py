@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import ConfigError, unknown_name
-from ..routes.table import RouteTable
+from ..routes.step_routes import StepRoutes
 from . import packing as packings
 from .budget import Budget
 from .cost import CostModel
@@ -107,7 +107,7 @@ class StepPlan:
 
 
 def plan(
-    routes: RouteTable | np.ndarray,
+    routes: StepRoutes | np.ndarray,
     lengths: Sequence[int] | np.ndarray,
     layout: PlanLayout,
     options: PlanOptions | None = None,

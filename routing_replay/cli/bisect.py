@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..routes.table import RouteTable
+from ..routes.parts import open_table
 
 HELP = "where the train-inference gap of a batch comes from"
 DESCRIPTION = (
@@ -32,10 +32,10 @@ def run(parsed: argparse.Namespace) -> int:
     from ..report.bars import Bar, write_bars
 
     arms = ScoredArms(parsed.batch)
-    table = RouteTable.open(parsed.batch / ROUTES)
+    table = open_table(parsed.batch / ROUTES)
     result = bisect(arms, table.shape.layers)
     live_path = parsed.batch / LIVE_ROUTES
-    live = RouteTable.open(live_path) if live_path.exists() else None
+    live = open_table(live_path) if live_path.exists() else None
     certificate = certify(arms, table, live)
     if parsed.json:
         print(json.dumps({"factors": result.as_dict(), "certificate": certificate.as_dict()}))

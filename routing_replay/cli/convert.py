@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ..errors import ConfigError
-from ..routes.table import RouteTable
+from ..routes.parts import open_table
 from .model import add_model, read_shape
 
 KINDS = ("rollout", "sglang")
@@ -47,7 +47,7 @@ def run(parsed: argparse.Namespace) -> int:
             )
         table = conversion.import_routes(parsed.kind, parsed.source, parsed.target, shape)
     else:
-        table = RouteTable.open(parsed.source)
+        table = open_table(parsed.source)
         if parsed.to == "sglang":
             conversion.export_sglang(table, parsed.target)
         elif parsed.tokens is None:

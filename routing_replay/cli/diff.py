@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, DataError
-from ..routes.table import RouteTable
+from ..routes.parts import open_table
 
 HELP = "compare two sets of routes for the same tokens"
 DESCRIPTION = (
@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
                 "decoding tokens needs two files", expected="--tokens FILE --tokenizer PATH"
             )
         decode = token_decoder(parsed.tokens, _tokenizer_decode(parsed.tokenizer))
-    tables = [RouteTable.open(path) for path in (parsed.first, parsed.second)]
+    tables = [open_table(path) for path in (parsed.first, parsed.second)]
     comparison = compare_tables(*tables, num_worst=parsed.worst, decode=decode)
     print(json.dumps(comparison.as_dict()) if parsed.json else comparison.text())
     is_low = parsed.min_overlap is not None and any(

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from ..config import ReplayConfig
 from ..errors import ConfigError, RoutingReplayError
 from ..findings import Finding
+from ..routes.parts import open_table
 from ..routes.shape import MoEShape
-from ..routes.table import RouteTable
 from .frameworks import FRAMEWORKS, check_framework
 from .model import add_model, read_settings, read_shape
 
@@ -208,7 +208,7 @@ def check_server(
 def check_table(path: str | os.PathLike[str], shape: MoEShape | None = None) -> Iterator[Finding]:
     """Check that a routes file is whole, of the model, covered, and of one weight version."""
     try:
-        table = RouteTable.open(path)
+        table = open_table(path)
         if shape is not None:
             table.check_shape(shape)
     except RoutingReplayError as error:

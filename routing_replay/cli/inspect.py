@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..routes.table import RouteTable
+from ..routes.parts import open_table
 
 HELP = "what is in a routes file"
 DESCRIPTION = (
@@ -27,6 +27,6 @@ def run(parsed: argparse.Namespace) -> int:
     # Loaded here, because torch takes seconds that `--help` must not cost.
     from ..analysis.inspection import inspect_table
 
-    inspection = inspect_table(RouteTable.open(parsed.file, verify=not parsed.no_verify))
+    inspection = inspect_table(open_table(parsed.file, verify=not parsed.no_verify))
     print(json.dumps(inspection.as_dict()) if parsed.json else inspection.text())
     return 0

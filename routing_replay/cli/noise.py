@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..routes.table import RouteTable
+from ..routes.parts import open_table
 
 HELP = "the noise floor of a batch's log-probs"
 DESCRIPTION = (
@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> int:
     from ..analysis.arms import ScoredArms
     from ..analysis.noise import noise_floor
 
-    layers = RouteTable.open(parsed.batch / "routes.safetensors").shape.layers
+    layers = open_table(parsed.batch / "routes.safetensors").shape.layers
     floor = noise_floor(ScoredArms(parsed.batch), layers)
     print(json.dumps(floor.as_dict()) if parsed.json else floor.text())
     return 0

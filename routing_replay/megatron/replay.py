@@ -91,6 +91,14 @@ class Replay:
         self._replace_rate: ReplaceRate | None = None
         self._dispatch: DispatchCheck | KnownSizes | None = None
 
+    @property
+    def local_layers(self) -> tuple[int, ...]:
+        """Layers that this rank routes, ascending; those of the shape in mode `disabled`."""
+        if self._attachment is None:
+            return self.shape.layers
+        chunks = self._attachment.chunks
+        return tuple(sorted(layer for routers in chunks for layer in routers.layers))
+
     def __enter__(self) -> Replay:
         return self
 

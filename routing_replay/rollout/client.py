@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import ServerError
-from ..routes.origin import require_covered
+from ..routes.origin import num_uncovered, require_few_uncovered
 from ..routes.shape import MoEShape
 from .dispatch import Dispatch
 from .garbage import RARE_COLLECTIONS
@@ -21,6 +22,7 @@ from .watch import Watch
 # An idle or busy server answers this in milliseconds; a gateway may not know it at all.
 INFO_TIMEOUT_S = 5.0
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +98,7 @@ class RolloutClient:
         )
         self.urls = [server.url for server in self.servers]
 
-    def generate(
-        self,
-        requests: Sequence[GenerateRequest],
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Sample a completion for each request.
 
         An answer that someone else aborted is continued with the tokens that it has, by the same or
@@ -112,8 +110,6 @@ class RolloutClient:
         Args:
             requests: Any number; a prompt that is sampled n times stands here n times (the
                 servers share its prefix).
-            on_completion: Called with a request's number as soon as it is done, in a thread of its
-                own.
 
         Returns:
             The completions in the order of the requests.
@@ -124,35 +120,78 @@ class RolloutClient:
             PayloadError, RoutesError: On every try the answer carried no or wrong routes, or more
                 than `max_uncovered` of the batch's rows are not covered.
         """
-        return run_to_end(self.agenerate(requests, on_completion))
+        return run_to_end(self.agenerate(requests))
 
-    async def agenerate(
-        self,
-        requests: Sequence[GenerateRequest],
-        on_completion: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
+    async def agenerate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Sample as `generate` does, inside a running event loop."""
-        with RARE_COLLECTIONS:
-            completions = await self._completions(requests, on_completion)
-        routes = [c.routes for c in completions if c.routes is not None]
-        require_covered(routes, self.options.max_uncovered, ", ".join(self.urls))
-        return completions
 
-    async def _completions(
+        async def keep(_: int, completion: Completion) -> Completion:
+            return completion
+
+        return await self._covered_results(requests, keep)
+
+    def generate_each(
+        self, requests: Sequence[GenerateRequest], work: Callable[[int, Completion], R]
+    ) -> list[R]:
+        """Sample as `generate` does, and hand over each completion as soon as it is done.
+
+        Args:
+            requests: As for `generate`.
+            work: Called with a request's number and its completion, in a thread of its own. The
+                client keeps what it returns, not the completion: a batch's routes need not be in
+                memory together.
+
+        Returns:
+            What `work` returned, in the order of the requests.
+
+        Raises:
+            As `generate`; and what `work` raises.
+        """
+        return run_to_end(self.agenerate_each(requests, work))
+
+    async def agenerate_each(
+        self, requests: Sequence[GenerateRequest], work: Callable[[int, Completion], R]
+    ) -> list[R]:
+        """Sample as `generate_each` does, inside a running event loop."""
+
+        async def use(number: int, completion: Completion) -> R:
+            return await asyncio.to_thread(work, number, completion)
+
+        return await self._covered_results(requests, use)
+
+    async def _covered_results(
         self,
         requests: Sequence[GenerateRequest],
-        on_completion: Callable[[int, Completion], None] | None,
-    ) -> list[Completion]:
+        use: Callable[[int, Completion], Awaitable[R]],
+    ) -> list[R]:
+        uncovered: Counter[str] = Counter()
+        num_rows = 0
+
+        async def counted(number: int, completion: Completion) -> R:
+            nonlocal num_rows
+            if completion.routes is not None:
+                uncovered.update(num_uncovered([completion.routes]))
+                num_rows += completion.routes.num_rows
+            return await use(number, completion)
+
+        with RARE_COLLECTIONS:
+            results = await self._results(requests, counted)
+        most, where = self.options.max_uncovered, ", ".join(self.urls)
+        require_few_uncovered(uncovered, num_rows, most, where)
+        return results
+
+    async def _results(
+        self,
+        requests: Sequence[GenerateRequest],
+        use: Callable[[int, Completion], Awaitable[R]],
+    ) -> list[R]:
         async with self.transport() as http, self.transport() as control:
             await self.watch(control).run(until_enough=True)
             await self._learn_sizes(control)
             dispatch = self._dispatch(http)
 
-            async def one(number: int, request: GenerateRequest) -> Completion:
-                completion = await dispatch.complete(request)
-                if on_completion is not None:
-                    await asyncio.to_thread(on_completion, number, completion)
-                return completion
+            async def one(number: int, request: GenerateRequest) -> R:
+                return await use(number, await dispatch.complete(request))
 
             tasks = [asyncio.ensure_future(one(n, r)) for n, r in enumerate(requests)]
             work = asyncio.gather(*tasks)

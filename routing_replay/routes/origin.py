@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Protocol
 
@@ -85,7 +85,13 @@ def require_covered(
     """
     parts = list(parts)
     num_rows = sum(len(rows.covered_T) for rows in parts)
-    counts = num_uncovered(parts)
+    return require_few_uncovered(num_uncovered(parts), num_rows, max_uncovered, where)
+
+
+def require_few_uncovered(
+    counts: Mapping[str, int], num_rows: int, max_uncovered: float, where: object = None
+) -> dict[str, float]:
+    """Do as `require_covered`, from counts of uncovered rows by cause, of `num_rows` rows."""
     intended = {origin.name.lower() for origin in INTENDED}
     lost = {cause: count for cause, count in counts.items() if cause not in intended}
     if sum(lost.values()) > max_uncovered * num_rows:

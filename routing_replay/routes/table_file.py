@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[MoEShape, str, dict[str, np.ndarray]]:
             expected=f"a safetensors file with format {FORMAT!r}",
             got=description and description.get("format"),
             where=path,
-            fix=CONVERT,
+            fix=f"{CONVERT}; rr.open_table joins routes in parts",
         )
     if description.get("version") != VERSION:
         raise TableError(

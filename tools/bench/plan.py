@@ -30,7 +30,7 @@ from routing_replay.balance import (
 from routing_replay.balance.loads import StepLoads
 from routing_replay.balance.packing import deal, in_order
 from routing_replay.balance.step_plan import KINDS, minibatches
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.parts import open_table
 
 from .paired import finish, parse, parser
 
@@ -81,7 +81,7 @@ def synthetic(
 
 def from_routes(path: Path) -> Step:
     """Return the counts of a routes file."""
-    table = RouteTable.open(path, verify=False)
+    table = open_table(path, verify=False)
     return Step(
         counts_SLE=table.expert_counts(),
         lengths_S=np.diff(table.offsets_S1) + 1,

@@ -40,6 +40,7 @@ from recipes.minirl.rollout.batch import Batch
 from recipes.minirl.settings.config import RecipeConfig
 from recipes.model.cpu import enable_cpu
 from routing_replay.balance import StepPlan
+from routing_replay.routes.parts import open_table
 from routing_replay.routes.table import RouteTable
 
 from .paired import finish, parse, parser
@@ -179,7 +180,7 @@ def run(rank: int, arguments: argparse.Namespace, folder: str, output: str) -> N
     )
     table = None
     if arguments.routes not in ("own", "zipf"):
-        table = RouteTable.open(Path(arguments.routes), verify=False)
+        table = open_table(Path(arguments.routes), verify=False)
     bench = Bench(arguments, Path(folder) / "model", table)
     figures = {"turns": turns(bench), "fit": fitting(bench)}
     gathered: list[Any] = [None] * RANKS
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--seed", type=int, default=0)
     arguments = parse(made, argv, QUICK)
     if arguments.routes not in ("own", "zipf"):
-        shape = RouteTable.open(Path(arguments.routes), verify=False).shape
+        shape = open_table(Path(arguments.routes), verify=False).shape
         arguments.layers, arguments.experts = len(shape.layers), shape.num_experts
         arguments.top_k = shape.top_k
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import Store
 
 from routing_replay.errors import DataError
 
-from .node_files import broadcast_files, first_ranks, node_number
+from .node_files import broadcast_files, first_ranks, node_number, send_files
 
 # A collective would time out while a server samples. The wait ends early if rank 0 dies: the store
 # ends with it. (The store's client counts milliseconds in 32 bits, hence no longer.)
@@ -126,15 +126,41 @@ class FirstRank:
             path.mkdir()
         return path
 
-    def share(self, path: Path) -> None:
-        """Copy rank 0's files in such a folder to the other nodes; collective.
+    def share(self, path: Path, names: Sequence[str]) -> None:
+        """Copy files of rank 0's folder to the other nodes, as far as it has them; collective.
+
+        Raises:
+            DataError: A node could not write them (on every rank).
+        """
+        if self._group is not None:
+            is_first = self._is_first_of_node
+            error = broadcast_files(path, names, self._group) if is_first else None
+            self._require_written(path, error)
+
+    def share_parts(self, path: Path, names: Sequence[str]) -> None:
+        """Copy the files that this rank needs to its node, each once per node; collective.
+
+        Args:
+            path: Rank 0's folder with all files, and this node's.
+            names: What this rank reads.
 
         Raises:
             DataError: A node could not write them (on every rank).
         """
         if self._group is None:
             return
-        error = broadcast_files(path, self._group) if self._is_first_of_node else None
+        wanted: list[tuple[int, Sequence[str]]] = [(0, ())] * dist.get_world_size()
+        dist.all_gather_object(wanted, (node_number(), names))
+        error = None
+        if self._is_first_of_node:
+            first_of: dict[int, int] = {}
+            by_first: dict[int, set[str]] = {}
+            for rank, (node, of_rank) in enumerate(wanted):
+                by_first.setdefault(first_of.setdefault(node, rank), set()).update(of_rank)
+            error = send_files(path, by_first, self._group)
+        self._require_written(path, error)
+
+    def _require_written(self, path: Path, error: OSError | None) -> None:
         errors: list[tuple[int, OSError | None]] = [(0, None)] * dist.get_world_size()
         dist.all_gather_object(errors, (node_number(), error))
         for node, failure in errors:

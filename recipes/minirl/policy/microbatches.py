@@ -196,9 +196,10 @@ class Sharding:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def num_calls(self, lengths_S: torch.Tensor) -> int:
-        """Return how often a layer's routers run in one pass over the step, over all ranks."""
-        return sum(map(len, self.plan(lengths_S))) * self.data_size * self.context_size
+    def sequences(self, lengths_S: torch.Tensor) -> list[int]:
+        """Return this rank's sequences of the step, ascending."""
+        microbatches = [m for minibatch in self.plan(lengths_S) for m in minibatch]
+        return sorted({sequence for microbatch in microbatches for sequence in microbatch})
 
     def padded_lengths(self, lengths_S: torch.Tensor) -> list[int]:
         """Positions of each sequence: no forward consumes its last token."""

@@ -13,7 +13,7 @@ from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric
 from routing_replay.metrics.version_lag import with_lag
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.step_routes import StepRoutes
 
 from ..job.journal import Clock
 from ..rollout.batch import Batch
@@ -32,7 +32,7 @@ class OldPass:
     """
 
     scores: Scores
-    table: RouteTable | None
+    table: StepRoutes | None
     token_rows_ST: torch.Tensor
 
 
@@ -54,7 +54,7 @@ class StepScores:
 
 
 def score_batch(
-    policy: Policy, clock: Clock, batch: Batch, table: RouteTable | None, measures_live: bool
+    policy: Policy, clock: Clock, batch: Batch, table: StepRoutes | None, measures_live: bool
 ) -> StepScores:
     """Score a step's batch with pi_old, without replay if asked, and with the reference."""
     with clock("old log-probs"):
@@ -76,7 +76,7 @@ def score_batch(
     return StepScores(old=old, live=live, reference=reference, metrics=metrics)
 
 
-def score_old(policy: Policy, batch: Batch, table: RouteTable | None) -> OldPass:
+def score_old(policy: Policy, batch: Batch, table: StepRoutes | None) -> OldPass:
     """Score with pi_old in the configured mode; decide what the updates replay."""
     all_live = batch.token_rows(None)
     match policy.config.replay.mode:
@@ -136,7 +136,7 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
 
 
 def replaying(
-    policy: Policy, table: RouteTable | None, counts: Mapping[str, Any] | None = None
+    policy: Policy, table: StepRoutes | None, counts: Mapping[str, Any] | None = None
 ) -> contextlib.AbstractContextManager[object]:
     """Open the scope of a pass that replays a table, if there is one.
 

@@ -22,7 +22,7 @@ from routing_replay.metrics.typed import Metric, all_reduce, masked_mean, merge
 from routing_replay.metrics.version_lag import lag_suffix
 from routing_replay.objectives import Denominators, Objective
 from routing_replay.objectives.logprobs import TokenScores
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.step_routes import StepRoutes
 
 # isort: split
 from megatron.core import parallel_state
@@ -119,6 +119,12 @@ class Policy:
             if self.layout.context > 1
             else None,
         )
+        self.stages = _stages(self.replay.local_layers)
+        # Of the ranks that train the same sequences and layers.
+        self.is_first_of_sequences = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
         self.is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.sharding = Sharding(
             data_rank=parallel_state.get_data_parallel_rank(),
@@ -203,7 +209,7 @@ class Policy:
             metrics["grad_norm"] = masked_mean(torch.tensor([grad_norm]), torch.ones(1))
         return metrics
 
-    def plan(self, batch: Batch, table: RouteTable) -> PlannedStep:
+    def plan(self, batch: Batch, table: StepRoutes) -> PlannedStep:
         """Plan a step by its routes; collective."""
         placement = None if self.placed is None else self.placed.placement
         return plan_step(self.config.training, self.sharding, batch, table, placement)
@@ -404,3 +410,10 @@ class Policy:
         all_live = batch.token_rows(None)
         for sequences, part in scores.items():
             yield self.sharding.microbatch(batch, sequences, all_live), part
+
+
+def _stages(layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the routed layers of each pipeline stage that has any; collective."""
+    of_ranks: list[tuple[int, ...]] = [()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, layers)
+    return tuple(sorted({of_rank for of_rank in of_ranks if of_rank}))

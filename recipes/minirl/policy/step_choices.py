@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from routing_replay.objectives import StepTokens
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.step_routes import StepRoutes
 
 from ..rollout.batch import Batch
 from .old_pass import replaying
@@ -27,7 +27,7 @@ CHOICES = frozenset({"keep_T", "penalised_T"})
 def choose(
     policy: Policy,
     batch: Batch,
-    replayed: RouteTable | None,
+    replayed: StepRoutes | None,
     old: Scores,
     number: int,
     seed: tuple[int, ...],
@@ -67,7 +67,7 @@ def choose(
 
 @contextlib.contextmanager
 def same_routes_as_update(
-    policy: Policy, batch: Batch, replayed: RouteTable | None
+    policy: Policy, batch: Batch, replayed: StepRoutes | None
 ) -> Iterator[torch.Tensor]:
     """Open the scope of a pass that routes as the update will; yield the rows of its tokens."""
     if replayed is not None:

@@ -24,7 +24,7 @@ from routing_replay.balance import (
     plan,
 )
 from routing_replay.metrics.typed import LayerValues, Value
-from routing_replay.routes.table import RouteTable
+from routing_replay.routes.step_routes import StepRoutes
 
 from ..rollout.batch import Batch
 from ..settings.sections import TrainingSettings
@@ -92,7 +92,7 @@ def plan_step(
     t: TrainingSettings,
     sharding: Sharding,
     batch: Batch,
-    table: RouteTable,
+    table: StepRoutes,
     placement: Placement | None,
 ) -> PlannedStep:
     """Plan a step on rank 0 and share the plan; collective.
@@ -162,7 +162,7 @@ def plan_alone(
     t: TrainingSettings,
     sharding: Sharding,
     batch: Batch,
-    table: RouteTable,
+    table: StepRoutes,
     placement: Placement | None,
 ) -> StepPlan:
     """Plan a step on this rank, without the others; arguments and errors as `plan_step`."""

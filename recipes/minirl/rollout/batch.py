@@ -16,14 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from routing_replay.config import ReplayConfig
 from routing_replay.errors import DataError, writing
 from routing_replay.routes.routes import Routes
-from routing_replay.routes.table import RouteTable
 from routing_replay.routes.token_rows import RowSource
 
 BATCH_FILE = "batch.safetensors"
-ROUTES_FILE = "routes.safetensors"
 PAD_ID = 0  # any id: padding follows the sequence and is outside every mask
 
 
@@ -166,50 +163,6 @@ class Batch:
         if source is None:
             return torch.full(self.input_ids_ST.shape, -1)
         return source.token_rows(self.lengths_S, width=self.input_ids_ST.shape[1])
-
-
-def open_step(folder: Path, has_routes: bool) -> tuple[Batch, RouteTable | None]:
-    """Memory-map a step's batch and, if it has any, its routes.
-
-    One rank of a node verifies the routes' checksums.
-
-    Raises:
-        TableError: The routes are missing or damaged.
-    """
-    table = None
-    if has_routes:
-        is_verifier = os.environ.get("LOCAL_RANK", "0") == "0"
-        table = RouteTable.open(folder / ROUTES_FILE, verify=is_verifier)
-    return Batch.open(folder / BATCH_FILE), table
-
-
-def rows_with_gates(
-    batch: Batch, sequences: Sequence[Routes], num_calls: int, replay: ReplayConfig
-) -> np.ndarray:
-    """Return which rows of the step's routes keep their gates: a sample of the response tokens.
-
-    Agreement looks at `agreement_tokens` tokens of a router call. So many of an average call have
-    gates, evenly spaced over the step.
-
-    Args:
-        batch: The step's batch.
-        sequences: The routes of its sequences.
-        num_calls: Calls of a layer's routers in one pass over the step, on all ranks.
-        replay: What agreement samples.
-
-    Returns:
-        bool over the rows of all sequences.
-    """
-    is_response_T = np.concatenate(
-        [mask_T[: r.num_rows] for mask_T, r in zip(batch.mask_ST.numpy(), sequences, strict=True)]
-    )
-    rows_N = np.flatnonzero(is_response_T)
-    num_compared = num_calls * replay.agreement_tokens or len(rows_N)
-    every = max(1, len(rows_N) // max(1, num_compared))
-    keeps_T = np.zeros_like(is_response_T)
-    if replay.agreement_every:
-        keeps_T[rows_N[::every]] = True
-    return keeps_T
 
 
 def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,6 @@ from routing_replay.rollout import (
     RolloutClient,
     probe,
 )
-from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
 
 from ..data.prompts import Prompt
@@ -28,6 +29,7 @@ from ..data.verifiers import VERIFIERS
 from ..settings.config import RecipeConfig
 from .answers import StoredAnswers
 from .batch import Sample
+from .groups import Group
 from .turns import TOOLS, Response
 
 FINISHED = ("stop", "length")
@@ -105,8 +107,9 @@ class Rollout:
         *,
         for_training: bool,
         answers: StoredAnswers | None = None,
-    ) -> list[Sample]:
-        """Sample `num_samples` responses of each prompt, one prompt after another, with rewards.
+        keep: Callable[[list[Sample]], Group] | None = None,
+    ) -> list[Group]:
+        """Sample `num_samples` responses of each prompt, with rewards.
 
         Args:
             prompts: The tasks.
@@ -114,22 +117,40 @@ class Rollout:
             for_training: Routes come back with the samples, and what else the loss needs.
             answers: Where responses are found that an interrupted run has sampled already, and
                 stored as they end.
+            keep: What is kept of a group's samples, called in a thread as soon as all have ended.
+
+        Returns:
+            The prompts' groups in their order.
 
         Raises:
             ServerError, PayloadError: A server failed, or an answer lacks what was asked for.
             DataError: The tokenizer makes no token of a prompt, or a response cannot be stored.
         """
-        repeated = [p for p in prompts for _ in range(num_samples)]
-        ids_of = {id(p): self.encode(p) for p in prompts}
-        responses = [self._response(ids_of[id(p)]) for p in repeated]
+        encoded = [self.encode(prompt) for prompt in prompts]
+        repeated = [ids for ids in encoded for _ in range(num_samples)]
+        # Those of a group leave the memory when it ends.
+        responses = {number: self._response(ids) for number, ids in enumerate(repeated)}
         template = self._request((), for_training)
-        while running := [response for response in responses if not response.is_done]:
-            requests = [response.request(template) for response in running]
-            completions = self._completions(requests, answers)
-            for response, request, completion in zip(running, requests, completions, strict=True):
-                check_finished(completion)
-                response.add(request, completion, self.tokenizer)
-        return [self._rewarded(p, r) for p, r in zip(repeated, responses, strict=True)]
+        unfinished = Counter(dict.fromkeys(range(len(prompts)), num_samples))
+        groups: dict[int, Group] = {}
+        lock = threading.Lock()
+
+        def take(number: int, request: GenerateRequest, completion: Completion) -> None:
+            check_finished(completion)
+            response, group = responses[number], number // num_samples
+            response.add(request, completion, self.tokenizer)
+            with lock:
+                unfinished[group] -= response.is_done
+                is_last = response.is_done and not unfinished[group]
+            if is_last:
+                ended = [responses.pop(group * num_samples + n) for n in range(num_samples)]
+                samples = [self._rewarded(prompts[group], one) for one in ended]
+                groups[group] = keep(samples) if keep else Group(samples=samples)
+
+        while running := [number for number, r in responses.items() if not r.is_done]:
+            requests = [responses[n].request(template) for n in running]
+            self._complete(running, requests, answers, take)
+        return [groups[number] for number in range(len(prompts))]
 
     def _response(self, prompt_ids: Sequence[int]) -> Response:
         r = self.config.rollout
@@ -152,23 +173,31 @@ class Rollout:
         num_servers = len(self.client.servers.in_use)
         return metrics | {"rollout/servers": num_servers, "rollout/stored_responses": stored}
 
-    def _completions(
-        self, requests: Sequence[GenerateRequest], answers: StoredAnswers | None
-    ) -> list[Completion]:
-        """Sample what is not stored."""
-        if answers is None:
-            return self.client.generate(requests)
-        keys = answers.keys(requests)
-        found = [answers.find(key, r) for key, r in zip(keys, requests, strict=True)]
-        missing = [number for number, completion in enumerate(found) if completion is None]
+    def _complete(
+        self,
+        numbers: Sequence[int],
+        requests: Sequence[GenerateRequest],
+        answers: StoredAnswers | None,
+        take: Callable[[int, GenerateRequest, Completion], None],
+    ) -> None:
+        """Call `take` with each request's completion, stored or sampled, as soon as it is there."""
+        keys = answers.keys(requests) if answers else [""] * len(requests)
+        missing = []
+        for place, (key, request) in enumerate(zip(keys, requests, strict=True)):
+            completion = answers.find(key, request) if answers else None
+            if completion is None:
+                missing.append(place)
+            else:
+                take(numbers[place], request, completion)
         self._num_stored += len(requests) - len(missing)
 
-        def store(place: int, completion: Completion) -> None:
-            number = missing[place]
-            answers.add(keys[number], requests[number], completion)
+        def use(number: int, completion: Completion) -> None:
+            place = missing[number]
+            if answers is not None:
+                answers.add(keys[place], requests[place], completion)
+            take(numbers[place], requests[place], completion)
 
-        sampled = iter(self.client.generate([requests[n] for n in missing], store))
-        return [next(sampled) if completion is None else completion for completion in found]
+        self.client.generate_each([requests[place] for place in missing], use)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; chat messages always take the tokenizer's template."""
@@ -218,17 +247,22 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Groups of samples of one prompt each, in the order of their sampling.
+    """The groups of a batch, in the order of their sampling.
 
     Args:
-        samples: Of all groups, one after another.
+        groups: As many as the batch has.
         num_prompts: Prompts consumed for them.
         num_rounds: Batches of requests that it took.
     """
 
-    samples: list[Sample]
+    groups: list[Group]
     num_prompts: int
     num_rounds: int
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those of all groups, one after another."""
+        return [sample for group in self.groups for sample in group.samples]
 
 
 def sample_groups(
@@ -237,6 +271,7 @@ def sample_groups(
     count: int,
     rounds: int,
     answers: StoredAnswers | None = None,
+    keep: Callable[[list[Sample]], Group] | None = None,
 ) -> Groups:
     """Sample a batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
 
@@ -249,27 +284,26 @@ def sample_groups(
         draw: (offset, number) -> that many prompts, from `offset` after the first.
         count: Groups in the batch.
         rounds: Further rounds at most.
-        answers: As for `Rollout.sample`.
+        answers, keep: As for `Rollout.sample`.
 
     Source: DAPO (2503.14476) equation 11; the bound on the rounds is ours.
     """
     size = rollout.config.data.samples_per_prompt
-    groups: list[list[Sample]] = []
+    groups: list[Group] = []
     is_informative: list[bool] = []
     num_rounds = 0
     while sum(is_informative) < count and num_rounds <= rounds:
         prompts = draw(len(groups), count - sum(is_informative))
-        samples = rollout.sample(prompts, size, for_training=True, answers=answers)
-        rewards_S = torch.tensor([sample.reward for sample in samples])
-        is_informative += informative_groups(rewards_S, torch.arange(len(samples)) // size)[
-            ::size
-        ].tolist()
-        groups += [samples[start : start + size] for start in range(0, len(samples), size)]
+        sampled = rollout.sample(prompts, size, for_training=True, answers=answers, keep=keep)
+        rewards_S = torch.tensor([sample.reward for group in sampled for sample in group.samples])
+        group_S = torch.arange(len(rewards_S)) // size
+        is_informative += informative_groups(rewards_S, group_S)[::size].tolist()
+        groups += sampled
         num_rounds += 1
     # The sort is stable: informative groups first, then the earliest others.
     chosen = sorted(range(len(groups)), key=lambda number: not is_informative[number])[:count]
     return Groups(
-        samples=[sample for number in sorted(chosen) for sample in groups[number]],
+        groups=[groups[number] for number in sorted(chosen)],
         num_prompts=len(groups),
         num_rounds=num_rounds,
     )
@@ -358,18 +392,6 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         within_TK = completion.top_logprobs - log_mass_T[:, None]
         scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
     return scores
-
-
-def replayed_routes(config: RecipeConfig, step: int, samples: Sequence[Sample]) -> list[Routes]:
-    """Return the routes that a step replays; rows of weights beyond `max_version_lag` route live.
-
-    The step is trained from weights of version `step - 1`.
-    """
-    routes = [sample.routes for sample in samples if sample.routes is not None]
-    if not config.rollout.ahead:
-        return routes
-    oldest = step - 1 - config.rollout.max_version_lag
-    return [one.without_versions_before(oldest) for one in routes]
 
 
 def version_of(completion: Completion) -> int:

@@ -1,0 +1,150 @@
+"""Groups of samples as they end: their routes become parts on the disk, and leave the memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from routing_replay.config import ReplayConfig
+from routing_replay.routes.origin import num_uncovered, require_few_uncovered
+from routing_replay.routes.part_index import GroupParts, PartIndex, Stages
+from routing_replay.routes.parts import write_parts
+from routing_replay.routes.routes import Routes
+from routing_replay.routes.shape import MoEShape
+
+from ..settings.config import RecipeConfig
+from .batch import Sample
+
+# Of the routes; the parts lie beside it.
+INDEX_FILE = "routes.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The responses to one prompt.
+
+    Args:
+        samples: With their routes, unless these are in parts.
+        parts: What the index needs of them.
+        uncovered: Rows without routes, by cause.
+    """
+
+    samples: Sequence[Sample]
+    parts: GroupParts | None = None
+    uncovered: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWriter:
+    """Writes the routes of a step's groups, each when it has ended. Several threads may do so.
+
+    Args:
+        folder: For the parts.
+        shape: Of the whole model.
+        stages: Layers of each pipeline stage.
+        oldest_version: Rows of older weights route live.
+        num_calls: Calls of a layer's routers that a group takes part in, in one pass.
+        replay: What agreement samples.
+        is_planned: The step is planned by its routes.
+    """
+
+    folder: Path
+    shape: MoEShape
+    stages: Stages
+    oldest_version: int | None
+    num_calls: int
+    replay: ReplayConfig
+    is_planned: bool
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def write(self, samples: Sequence[Sample]) -> Group:
+        """Write the parts of a group, and return it without its routes.
+
+        Raises:
+            TableError: The disk is full.
+        """
+        routes = replayed_routes(samples, self.oldest_version)
+        parts = write_parts(
+            self.folder,
+            f"group_{next(self._numbers):06d}",
+            routes,
+            self.stages,
+            rows_with_gates(samples, self.num_calls, self.replay),
+            self.is_planned,
+        )
+        samples = [replace(sample, routes=None) for sample in samples]
+        return Group(samples=samples, parts=parts, uncovered=num_uncovered(routes))
+
+    def save_index(self, groups: Sequence[Group], max_uncovered: float) -> dict[str, float]:
+        """Write the index of the step; return the fractions of uncovered rows by cause.
+
+        Raises:
+            RoutesError: More than `max_uncovered` of the rows are not covered.
+            TableError: The disk is full.
+        """
+        parts = [group.parts for group in groups if group.parts is not None]
+        counts: Counter[str] = Counter()
+        for group in groups:
+            counts.update(group.uncovered)
+        num_rows = sum(int(group.rows_S.sum()) for group in parts)
+        where = "the rollout of a step"
+        uncovered = require_few_uncovered(counts, num_rows, max_uncovered, where)
+        index = PartIndex(shape=self.shape, stages=self.stages, groups=parts)
+        index.save(self.folder / INDEX_FILE)
+        return uncovered
+
+
+def oldest_version(config: RecipeConfig, step: int) -> int | None:
+    """Return the oldest weights whose routes a step replays; None: any.
+
+    The step is trained from weights of version `step - 1`.
+    """
+    return step - 1 - config.rollout.max_version_lag if config.rollout.ahead else None
+
+
+def replayed_routes(samples: Sequence[Sample], oldest_version: int | None) -> list[Routes]:
+    """Return the routes that a step replays; rows of older weights route live."""
+    routes = [sample.routes for sample in samples if sample.routes is not None]
+    if oldest_version is None:
+        return routes
+    return [one.without_versions_before(oldest_version) for one in routes]
+
+
+def rows_with_gates(samples: Sequence[Sample], num_calls: int, replay: ReplayConfig) -> np.ndarray:
+    """Return which rows of some samples keep their gates: a part of the response tokens.
+
+    Agreement looks at `agreement_tokens` tokens of a router call. So many for each call have gates,
+    evenly spaced over the samples.
+
+    Args:
+        samples: With their routes.
+        num_calls: Calls of a layer's routers that the samples take part in, in one pass.
+        replay: What agreement samples.
+
+    Returns:
+        bool over the rows of all samples.
+    """
+    is_response_T = np.concatenate([_is_response(sample) for sample in samples])
+    rows_N = np.flatnonzero(is_response_T)
+    num_compared = num_calls * replay.agreement_tokens or len(rows_N)
+    every = max(1, len(rows_N) // max(1, num_compared))
+    keeps_T = np.zeros_like(is_response_T)
+    if replay.agreement_every:
+        keeps_T[rows_N[::every]] = True
+    return keeps_T
+
+
+def _is_response(sample: Sample) -> np.ndarray:
+    """Return which rows belong to forwards that predict a sampled token; bool."""
+    assert sample.routes is not None
+    num_tokens = len(sample.prompt_ids) + len(sample.response_ids)
+    is_response_T = np.zeros(num_tokens - 1, np.bool_)
+    is_response_T[len(sample.prompt_ids) - 1 :] = (
+        True if sample.is_sampled is None else sample.is_sampled
+    )
+    return is_response_T[: sample.routes.num_rows]
