@@ -29,6 +29,12 @@ def prompts_of(answers):
     ]
 
 
+def samples_of(rollout, answers, num_samples, for_training=True):
+    """The samples of prompts with these answers, group after group."""
+    groups = rollout.sample(prompts_of(answers), num_samples, for_training=for_training)
+    return [sample for group in groups for sample in group.samples]
+
+
 def parity(response, answer):
     """1 for an even sum of the tokens' numbers; "always" accepts every response."""
     even = sum(int(word.removeprefix("t")) for word in response.split()) % 2 == 0

@@ -19,8 +19,8 @@ from recipe_rollouts import (
     NEW_TOKENS,
     PROMPTS,
     configuration,
-    prompts_of,
     rollout_of,
+    samples_of,
 )
 from sglang_servers import MODEL
 
@@ -42,7 +42,7 @@ def save_step(rollout, folder):
     from recipes.minirl.rollout.batch import Batch
     from routing_replay.routes.table import RouteTable
 
-    samples = rollout.sample(prompts_of([""] * PROMPTS), GROUP, for_training=True)
+    samples = samples_of(rollout, [""] * PROMPTS, GROUP)
     # The groups of a training step teach something; that of prompt 0 shall in any case.
     samples[0] = dataclasses.replace(samples[0], reward=1.0)
     samples[1] = dataclasses.replace(samples[1], reward=0.0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recipe_rollouts import GROUP, MASKED, NEW_TOKENS, PROMPTS, prompts_of, rollout_of
+from recipe_rollouts import GROUP, MASKED, NEW_TOKENS, PROMPTS, prompts_of, rollout_of, samples_of
 
 from routing_replay.errors import ConfigError
 
@@ -11,7 +11,7 @@ __all__ = ["rollout_of"]  # a fixture
 
 
 def test_a_mask_holds_every_sampled_token_and_most_of_the_probability(rollout_of):
-    samples = rollout_of(*MASKED).sample(prompts_of([""] * 2), 4, for_training=True)
+    samples = samples_of(rollout_of(*MASKED), [""] * 2, 4)
     for sample in samples:
         assert all(y in ids for y, ids in zip(sample.response_ids, sample.support, strict=True))
         assert all(1 <= len(ids) < 100 for ids in sample.support)
@@ -21,7 +21,7 @@ def test_a_mask_holds_every_sampled_token_and_most_of_the_probability(rollout_of
 
 def test_likely_tokens_are_log_probs_within_the_mask(rollout_of):
     rollout = rollout_of(*MASKED, "--objective", "dppo_topk")
-    (sample,) = rollout.sample(prompts_of([""]), 1, for_training=True)
+    (sample,) = samples_of(rollout, [""], 1)
     assert sample.top_ids.shape == sample.top_logp_mu.shape == (NEW_TOKENS, 5)
     rows = zip(sample.response_ids, sample.logp_mu, sample.support, strict=True)
     for t, (token, logp, ids) in enumerate(rows):
@@ -34,7 +34,7 @@ def test_likely_tokens_are_log_probs_within_the_mask(rollout_of):
 
 
 def test_evaluation_asks_for_no_routes_and_no_mask(rollout_of):
-    (sample,) = rollout_of(*MASKED).sample(prompts_of([""]), 1, for_training=False)
+    (sample,) = samples_of(rollout_of(*MASKED), [""], 1, for_training=False)
     assert sample.routes is None
     assert sample.support is None
     assert len(sample.response_ids) == NEW_TOKENS

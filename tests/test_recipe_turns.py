@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from recipe_rollouts import prompts_of, rollout_of
+from recipe_rollouts import rollout_of, samples_of
 from sglang_checks import assert_ids_follow
 from sglang_servers import wait_for_decoding
 
@@ -40,7 +40,7 @@ def test_rows_of_responses_with_several_calls_in_branches_of_one_prompt(
     rollout_of, references, tool
 ):
     rollout = rollout_of("--tool", "calculator", "--tool-calls", "3", "--max-new-tokens", "48")
-    samples = rollout.sample(prompts_of(["", ""]), 4, for_training=True)
+    samples = samples_of(rollout, ["", ""], 4)
     num_calls = [assert_exact(sample, references[0]) for sample in samples]
     # A token is a call with a probability of about 11 / 128: four calls or more in 8 x 48 tokens.
     assert sum(num_calls) >= 4
@@ -50,9 +50,7 @@ def test_rows_of_responses_with_several_calls_in_branches_of_one_prompt(
 def test_responses_that_are_aborted_go_on(rollout_of, references, sglang_server):
     rollout = rollout_of("--max-new-tokens", "300")
     samples = []
-    thread = threading.Thread(
-        target=lambda: samples.extend(rollout.sample(prompts_of([""]), 4, for_training=True))
-    )
+    thread = threading.Thread(target=lambda: samples.extend(samples_of(rollout, [""], 4)))
     thread.start()
     wait_for_decoding(sglang_server, 4)
     sglang_server.client.abort()

@@ -18,7 +18,7 @@ from test_recipe_end_to_end import ROOT, TIMEOUT_S, records, start, write_prompt
 
 from recipes.serving.ports import HeldPort
 from recipes.serving.server import ServerOptions, launch
-from routing_replay.errors import CheckpointError
+from routing_replay.errors import CheckpointError, ServerError
 
 NODES = [
     *("--nnodes", "2", "--nproc", "2", "--expert-parallel", "2", "--microbatch-tokens", "64"),
@@ -54,16 +54,26 @@ def start_node(command, folder, changes, environment):
         )
 
 
+def two_held_ports():
+    """Two ports in sequence: the nodes meet at the one after torchrun's."""
+    while True:
+        first = HeldPort()
+        try:
+            return first, HeldPort(first.number + 1)
+        except ServerError:
+            first.release()
+
+
 def train(commands, url, folder):
     """Both nodes to their end; node 1 has a disk of its own, and sees the shared folder late."""
-    held = HeldPort()
-    names = {"NODE0": "127.0.0.1", "29500": str(held.number), "http://SERVER:30000": url}
+    held = two_held_ports()
+    names = {"NODE0": "127.0.0.1", "29500": str(held[0].number), "http://SERVER:30000": url}
     own = names | {str(folder / "disk_0"): str(folder / "disk_1")}
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text("import slow_folder\n")
     path = os.pathsep.join(map(str, [folder / "site", ROOT, ROOT / "tests"]))
     slow = {"PYTHONPATH": path, "SLOW_FOLDER": str(folder / "shared"), "SLOW_S": str(SLOW_S)}
-    with held, contextlib.ExitStack() as stack:
+    with held[0], held[1], contextlib.ExitStack() as stack:
         nodes = []
         for command, changes, environment in zip(commands, (names, own), ({}, slow), strict=True):
             nodes.append(start_node(command, folder, changes, environment))

@@ -71,16 +71,19 @@ def pilot() -> list[Cell]:
 def main_cells(regime: tuple[str, int, str]) -> list[Cell]:
     """Return the arms that decide, in the regime (learning rate, N, precision) of the pilot.
 
-    Left out: soft replay and replayed weights under other losses than MiniRL, and grpo with R2.
+    Left out: soft replay and replayed weights under other losses than MiniRL, and grpo with R2. The
+    arms of a hypothesis that lay within each other's interval after three seeds have two more.
     """
     arms = [(replay, "minirl") for replay in REPLAY]
     arms += [(replay, loss) for loss in ("no-m", "no-clip") for replay in ("none", "R2", "R3")]
     arms += [("none", "grpo"), ("R3", "grpo")]
+    close = [(replay, "minirl") for replay in REPLAY]
+    close += [("none", "no-clip"), ("R3", "no-clip"), ("R3", "no-m")]
     return [
         Cell(
             name=f"main-{replay}-{loss}",
             flags=(*setting(*regime), *REPLAY[replay], *LOSSES[loss]),
-            seeds=(0, 1, 2),
+            seeds=tuple(range(5 if (replay, loss) in close else 3)),
         )
         for replay, loss in arms
     ]

@@ -145,7 +145,7 @@ class RolloutClient:
             What `work` returned, in the order of the requests.
 
         Raises:
-            As `generate`; and what `work` raises.
+            Exception: What `generate` raises, and what `work` raises.
         """
         return run_to_end(self.agenerate_each(requests, work))
 

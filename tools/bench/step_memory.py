@@ -2,30 +2,37 @@
 
     python -m tools.bench.step_memory [--tokens 200_000] [--layers 48] [--top-k 8]
 
-Synthetic samples with the routes of a real size go through what rank 0 of the recipe does with a
-step: `Batch.from_samples` and `RouteTable.from_routes`, each saved to a file. Every capture level
-runs in a process of its own; the peak is of memory that the process owns (mapped file pages are the
-kernel's and do not count). What the client holds while answers arrive is not in it. Beside it, the
-processor time of each part: storing the responses, the batch, the table, saving and verifying it.
+Synthetic samples with the routes of a real size become the files of a step in two ways. "table":
+all samples are there, then one table is made of them and saved, and each node verifies it whole.
+"parts", what the recipe does: a group of samples is written when it ends, and its routes leave the
+memory; a node verifies the parts that it trains, here those of a data rank of 64 and a pipeline
+stage of 4. Every way and capture level runs in a process of its own; the peak is of memory that the
+process owns (mapped file pages are the kernel's and do not count). What the client holds while
+answers arrive is not in it. Beside it, the processor time of each leg; "after the last answer" sums
+those that begin when all responses are there.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from recipes.minirl.rollout.answers import line_of
-from recipes.minirl.rollout.batch import Batch, Sample, rows_with_gates
+from recipes.minirl.rollout.batch import BATCH_FILE, Batch, Sample
+from recipes.minirl.rollout.groups import INDEX_FILE, GroupWriter, rows_with_gates
 from routing_replay.config import ReplayConfig
 from routing_replay.rollout import Completion
+from routing_replay.routes.parts import PartedTable
 from routing_replay.routes.routes import Routes
+from routing_replay.routes.shape import MoEShape
 from routing_replay.routes.table import RouteTable
 
 from .paired import finish, parse, parser, run_apart
@@ -33,60 +40,116 @@ from .tables import owned_bytes
 
 SEQUENCE_TOKENS = 4096
 PROMPT_TOKENS = 256
-# Calls of a layer's routers in a pass: of sequences that are packed four by four.
-SEQUENCES_PER_CALL = 4
+NUM_EXPERTS, GROUP_SIZE = 128, 8
+DATA_RANKS, STAGES = 64, 4
 T = TypeVar("T")
 
 
-def samples(num_tokens: int, num_layers: int, top_k: int, has_gates: bool) -> list[Sample]:
-    """Return so many tokens as sequences of one length, with distinct random experts."""
+def groups(num_tokens: int, num_layers: int, top_k: int, has_gates: bool) -> Iterator[list[Sample]]:
+    """Yield so many tokens as groups of sequences of one length, with distinct random experts."""
     generator = np.random.default_rng(0)
     response = SEQUENCE_TOKENS - PROMPT_TOKENS
     shape_TLK = (SEQUENCE_TOKENS - 1, num_layers, top_k)
-    made = []
-    for _ in range(max(1, num_tokens // SEQUENCE_TOKENS)):
-        first_TL1 = generator.integers(0, 128 // top_k, (*shape_TLK[:2], 1), np.uint8)
-        ids_TLK = first_TL1 + np.arange(top_k, dtype=np.uint8) * (128 // top_k)
+
+    def sample() -> Sample:
+        first_TL1 = generator.integers(0, NUM_EXPERTS // top_k, (*shape_TLK[:2], 1), np.uint8)
+        ids_TLK = first_TL1 + np.arange(top_k, dtype=np.uint8) * (NUM_EXPERTS // top_k)
         gates_TLK = np.full(shape_TLK, 1 / (2 * top_k), np.float16) if has_gates else None
         routes = Routes(
             expert_ids_TLK=np.ascontiguousarray(ids_TLK),
             layers=tuple(range(num_layers)),
-            num_experts=128,
+            num_experts=NUM_EXPERTS,
             gate_probs_TLK=gates_TLK,
         )
-        sample = Sample(
+        return Sample(
             prompt_ids=tuple(range(PROMPT_TOKENS)),
             response_ids=tuple(range(response)),
             logp_mu=(-1.0,) * response,
             routes=routes,
         )
-        made.append(sample)
-    return made
+
+    for _ in range(max(1, num_tokens // SEQUENCE_TOKENS // GROUP_SIZE)):
+        yield [sample() for _ in range(GROUP_SIZE)]
 
 
-def write_step(made: list[Sample], folder: Path) -> dict[str, float]:
-    """Make the files of a step; return the processor seconds of each part."""
-    seconds: dict[str, float] = {}
+class Clock:
+    """Adds up processor seconds of this thread."""
 
-    def clocked(name: str, work: Callable[[], T]) -> T:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
         started = time.thread_time()
         result = work()
-        seconds[name] = time.thread_time() - started
+        self.seconds[name] = self.seconds.get(name, 0) + time.thread_time() - started
         return result
 
-    line_of("", _completion(made[0]), 0)  # a step stores thousands: memory is there
-    clocked("one response stored", lambda: line_of("", _completion(made[0]), 0).encode())
-    batch = clocked("batch", lambda: Batch.from_samples(made, 1, 1))
-    clocked("batch saved", lambda: batch.save(folder / "batch.safetensors"))
+
+def write_table(of_groups: Iterator[list[Sample]], folder: Path, clock: Clock) -> None:
+    """Make the files of a step with one table."""
+    made = [sample for group in of_groups for sample in group]
+    write_batch(made, folder, clock)
+    keeps_gates_T = rows_with_gates(made, len(made), ReplayConfig())
     routes = [sample.routes for sample in made if sample.routes is not None]
-    num_calls = -(-len(made) // SEQUENCES_PER_CALL)
-    keeps_gates_T = rows_with_gates(batch, routes, num_calls, ReplayConfig())
-    RouteTable.from_routes(routes[:1])  # numba compiles at the first
-    table = clocked("table", lambda: RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T))
-    path = folder / "routes.safetensors"
-    clocked("table saved", lambda: table.save(path))
-    clocked("table verified", lambda: RouteTable.open(path, verify=True))
-    return seconds
+    table = clock("table", lambda: RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T))
+    path = folder / INDEX_FILE
+    clock("table saved", lambda: table.save(path))
+    clock("verified", lambda: RouteTable.open(path, verify=True))
+
+
+def write_parts(
+    of_groups: Iterator[list[Sample]], folder: Path, clock: Clock, layers: tuple[int, ...]
+) -> None:
+    """Make the files of a step with a part for each group and pipeline stage."""
+    first = next(of_groups)
+    assert first[0].routes is not None
+    stages = tuple(tuple(map(int, layers)) for layers in np.array_split(layers, STAGES))
+    writer = GroupWriter(
+        folder=folder,
+        shape=MoEShape(layers=layers, num_experts=NUM_EXPERTS, top_k=first[0].routes.top_k),
+        stages=tuple(stage for stage in stages if stage),
+        oldest_version=None,
+        num_calls=GROUP_SIZE,
+        replay=ReplayConfig(),
+        is_planned=False,
+    )
+    kept = [
+        clock("parts written", lambda group=group: writer.write(group))  # type: ignore[misc]
+        for group in itertools.chain([first], of_groups)
+    ]
+    write_batch([sample for group in kept for sample in group.samples], folder, clock)
+    clock("index", lambda: writer.save_index(kept, 1.0))
+    num_sequences = len(kept) * GROUP_SIZE
+    mine = range(-(-num_sequences // DATA_RANKS))
+    clock("verified", lambda: PartedTable.open(folder / INDEX_FILE, mine, writer.stages[0]))
+
+
+def write_batch(made: list[Sample], folder: Path, clock: Clock) -> None:
+    """Write what both ways have."""
+    batch = clock("batch", lambda: Batch.from_samples(made, GROUP_SIZE, 1))
+    clock("batch saved", lambda: batch.save(folder / BATCH_FILE))
+
+
+def write_step(
+    sizes: tuple[int, int, int], has_gates: bool, is_in_parts: bool, folder: Path
+) -> dict[str, float]:
+    """Make the files of a step; return the processor seconds of each leg."""
+    num_tokens, num_layers, top_k = sizes
+    clock = Clock()
+    (small,) = groups(1, num_layers, top_k, has_gates)
+    assert small[0].routes is not None
+    RouteTable.from_routes([small[0].routes])  # numba compiles at the first
+    line_of("", _completion(small[0]), 0)  # a step stores thousands: memory is there
+    clock("responses stored", lambda: line_of("", _completion(small[0]), 0).encode())
+    clock.seconds["responses stored"] *= num_tokens / SEQUENCE_TOKENS
+    of_groups = groups(*sizes, has_gates)
+    if is_in_parts:
+        write_parts(of_groups, folder, clock, tuple(range(num_layers)))
+    else:
+        write_table(of_groups, folder, clock)
+    early = ("responses stored", "parts written")
+    after = sum(value for name, value in clock.seconds.items() if name not in early)
+    return clock.seconds | {"after the last answer": after}
 
 
 def _completion(sample: Sample) -> Completion:
@@ -101,11 +164,9 @@ def _completion(sample: Sample) -> Completion:
     )
 
 
-def measure(num_tokens: int, num_layers: int, top_k: int, level: str) -> dict[str, float]:
-    """Return bytes per token of the samples, and of the peak while the files are made."""
-    before = owned_bytes()
-    made = samples(num_tokens, num_layers, top_k, level == "gates")
-    held = peak = owned_bytes()
+def measure(sizes: tuple[int, int, int], level: str, way: str) -> dict[str, float]:
+    """Return bytes per token at the peak while the files are made, and microseconds per token."""
+    before = peak = owned_bytes()
     done = threading.Event()
 
     def watch() -> None:
@@ -116,40 +177,40 @@ def measure(num_tokens: int, num_layers: int, top_k: int, level: str) -> dict[st
     watcher = threading.Thread(target=watch)
     watcher.start()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = write_step(made, Path(folder))
+        seconds = write_step(sizes, level == "gates", way == "parts", Path(folder))
     done.set()
     watcher.join()
-    tokens = len(made) * SEQUENCE_TOKENS
-    seconds["one response stored"] *= len(made)
-    bytes_per_token = {"samples": (held - before) / tokens, "peak": (peak - before) / tokens}
-    return bytes_per_token | {f"{name}, us": s / tokens * 1e6 for name, s in seconds.items()}
+    microseconds = {f"{name}, us": s / sizes[0] * 1e6 for name, s in seconds.items()}
+    return {"peak": (peak - before) / sizes[0]} | microseconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each capture level in a process of its own."""
+    """Measure each way and capture level in a process of its own."""
     made = parser(__doc__)
-    for name, default in {"tokens": 200_000, "layers": 48, "top-k": 8}.items():
+    for name, default in {"tokens": 262_144, "layers": 48, "top-k": 8}.items():
         made.add_argument(f"--{name}", type=int, default=default)
     made.add_argument("--level", help="measure one level here, and print JSON")
-    arguments = parse(made, argv, {"tokens": 8192, "layers": 2})
+    made.add_argument("--way", default="parts", choices=("table", "parts"))
+    arguments = parse(made, argv, {"tokens": 32_768, "layers": 4})
     sizes = arguments.tokens, arguments.layers, arguments.top_k
     if arguments.level:
-        print(json.dumps(measure(*sizes, arguments.level)))
+        print(json.dumps(measure(sizes, arguments.level, arguments.way)))
         return
     flags = [f"--tokens={sizes[0]}", f"--layers={sizes[1]}", f"--top-k={sizes[2]}"]
     figures = {
-        level: run_apart(__spec__.name, *flags, "--level", level) for level in ("ids", "gates")
+        f"{level}, {way}": run_apart(__spec__.name, *flags, "--level", level, "--way", way)
+        for level in ("ids", "gates")
+        for way in ("table", "parts")
     }
     ids = sizes[1] * sizes[2]
     print(f"Bytes per token; the ids alone are {ids}, ids and gates {3 * ids}.")
-    print("| capture | samples | peak | peak of 33 million tokens, GB |\n| --- | --- | --- | --- |")
-    for level, bytes_per_token in figures.items():
-        held, peak = bytes_per_token["samples"], bytes_per_token["peak"]
-        print(f"| {level} | {held:.0f} | {peak:.0f} | {33e6 * peak / 1e9:.0f} |")
+    print("| capture, way | peak of this step | per token |\n| --- | --- | --- |")
+    for name, values in figures.items():
+        print(f"| {name} | {values['peak'] * sizes[0] / 1e6:.0f} MB | {values['peak']:.0f} |")
     print("Microseconds of processor time per token:")
-    for level, values in figures.items():
-        parts = [f"{name[:-4]} {value:.3f}" for name, value in values.items() if name[-2:] == "us"]
-        print(f"{level}: {', '.join(parts)}")
+    for name, values in figures.items():
+        parts = [f"{leg[:-4]} {value:.3f}" for leg, value in values.items() if leg[-2:] == "us"]
+        print(f"{name}: {', '.join(parts)}")
     finish("step_memory", arguments, figures)
 
 

@@ -6,6 +6,7 @@ token t and predicts token t + 1. Suffixes here: S sequences of the step, T posi
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -109,7 +110,9 @@ class Batch:
         labels_ST = torch.full(shape, PAD_ID)
         mask_ST = torch.zeros(shape, dtype=torch.bool)
         for row, sample in enumerate(samples):
-            tokens = torch.tensor(sample.prompt_ids + sample.response_ids)
+            ids = itertools.chain(sample.prompt_ids, sample.response_ids)
+            # Several times as fast as a tensor of Python's integers.
+            tokens = torch.from_numpy(np.fromiter(ids, np.int64))
             stop = len(tokens) - 1
             input_ids_ST[row, :stop] = tokens[:-1]
             labels_ST[row, :stop] = tokens[1:]
@@ -117,7 +120,8 @@ class Batch:
             sampled_T[:] = True if sample.is_sampled is None else torch.tensor(sample.is_sampled)
         logp_mu_ST = torch.zeros(shape)
         # Row by row, left to right: the order of the sampled tokens of all samples.
-        logp_mu_ST[mask_ST] = torch.tensor([value for s in samples for value in s.logp_mu])
+        logp_mu = itertools.chain.from_iterable(sample.logp_mu for sample in samples)
+        logp_mu_ST[mask_ST] = torch.from_numpy(np.fromiter(logp_mu, np.float32))
         return cls(
             input_ids_ST=input_ids_ST,
             labels_ST=labels_ST,
