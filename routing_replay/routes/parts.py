@@ -14,8 +14,11 @@ from ..errors import TableError
 from .part_index import GroupParts, PartIndex, Stages, is_index, offsets_of, part_name
 from .routes import Routes, compact_dtype
 from .step_routes import StepRoutes
-from .table import LAYER_FIRST, LAYER_SECOND, RouteTable
+from .table import LAYER_FIRST, LAYER_SECOND, RouteTable, is_run, write_rows
 from .table_file import read
+
+# Columns with a value for each slot of all rows; the ids' type depends on the number of experts.
+SLOT_DTYPES = {"combine_weights_LTK": np.dtype(np.float32)}
 
 
 def write_parts(
@@ -114,14 +117,12 @@ class PartedTable(StepRoutes):
         return cls(index, parts)
 
     def gather(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
-        dtype = compact_dtype(self.shape.num_experts)
-        return self._gather(RouteTable.gather, layers, rows_T, self.shape.top_k, dtype)
+        return self._gather_slots("expert_ids_LTK", layers, rows_T)
 
     def gather_weights(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
         if any(part.combine_weights_LTK is None for part in self._parts.values()):
             return None
-        take = RouteTable.gather_weights
-        return self._gather(take, layers, rows_T, self.shape.top_k, np.dtype(np.float32))
+        return self._gather_slots("combine_weights_LTK", layers, rows_T)
 
     def gather_gates(self, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray | None:
         if not self.keeps_gates:
@@ -162,6 +163,30 @@ class PartedTable(StepRoutes):
             )
         return np.concatenate(counts)
 
+    def _gather_slots(self, column: str, layers: Sequence[int], rows_T: np.ndarray) -> np.ndarray:
+        """Gather a column that all rows have; a group's rows are copied once if they are a run."""
+        dtype = SLOT_DTYPES.get(column) or compact_dtype(self.shape.num_experts)
+        values_LTK = np.zeros((len(layers), len(rows_T), self.shape.top_k), dtype)
+        for group, at_N in self._runs(rows_T):
+            rows_N = rows_T[at_N] - self._starts_G1[group]
+            for stage, at in self._by_stage(layers):
+                part = self._part(group, stage)
+                indices = [part.shape.layers.index(layers[i]) for i in at]
+                is_in_place = is_run(at) and isinstance(at_N, slice)
+                target_LNK = values_LTK[at[0] : at[-1] + 1, at_N] if is_in_place else None
+                if target_LNK is None:
+                    target_LNK = np.empty((len(at), len(rows_N), self.shape.top_k), dtype)
+                write_rows(target_LNK, part.columns[column], indices, rows_N)
+                if not is_in_place:
+                    for i, values_NK in zip(at, target_LNK, strict=True):
+                        values_LTK[i, at_N] = values_NK
+        return values_LTK
+
+    def _by_stage(self, layers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield the stages of some layers, and where the layers of each stand."""
+        for stage in sorted({self._stage_of[layer] for layer in layers}):
+            yield stage, [i for i, layer in enumerate(layers) if self._stage_of[layer] == stage]
+
     def _gather(
         self,
         take: Callable[[RouteTable, Sequence[int], np.ndarray], np.ndarray | None],
@@ -171,11 +196,9 @@ class PartedTable(StepRoutes):
         dtype: np.dtype[Any],
     ) -> np.ndarray:
         values_LTK = np.zeros((len(layers), len(rows_T), width), dtype)
-        stages = sorted({self._stage_of[layer] for layer in layers})
         for group, at_N in self._runs(rows_T):
             rows_N = rows_T[at_N] - self._starts_G1[group]
-            for stage in stages:
-                at = [i for i, layer in enumerate(layers) if self._stage_of[layer] == stage]
+            for stage, at in self._by_stage(layers):
                 taken = take(self._part(group, stage), [layers[i] for i in at], rows_N)
                 for i, values_NK in zip(at, [] if taken is None else taken, strict=True):
                     values_LTK[i, at_N] = values_NK
@@ -197,12 +220,17 @@ class PartedTable(StepRoutes):
 
     def _runs(self, rows_T: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray]]:
         """Yield each group of the rows, and where they are; -1 is in none."""
-        group_T = np.searchsorted(self._starts_G1, rows_T, side="right") - 1
-        for group in np.unique(group_T):
-            if group >= 0:
-                at_N = np.flatnonzero(group_T == group)
-                is_run = at_N[-1] - at_N[0] + 1 == len(at_N)
-                yield int(group), slice(at_N[0], at_N[-1] + 1) if is_run else at_N
+        known_N = rows_T[rows_T >= 0]
+        if not len(known_N):
+            return
+        ends = self._starts_G1[1:]
+        first, last = np.searchsorted(ends, [known_N.min(), known_N.max()], side="right")
+        for group in range(first, last + 1):
+            start, stop = self._starts_G1[group : group + 2]
+            at_N = np.flatnonzero((rows_T >= start) & (rows_T < stop))
+            if len(at_N):
+                is_whole = at_N[-1] - at_N[0] + 1 == len(at_N)
+                yield group, slice(at_N[0], at_N[-1] + 1) if is_whole else at_N
 
     def _part(self, group: int, stage: int) -> RouteTable:
         part = self._parts.get((group, stage))

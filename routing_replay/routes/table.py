@@ -221,7 +221,7 @@ class RouteTable(StepRoutes):
         """Return the table of some layers, as a pipeline stage reads it; nothing is copied."""
         at, tensors = self._indices(layers), dict(self.columns)
         for name in LAYER_FIRST & tensors.keys():
-            tensors[name] = tensors[name][at[0] : at[-1] + 1] if _is_run(at) else tensors[name][at]
+            tensors[name] = tensors[name][at[0] : at[-1] + 1] if is_run(at) else tensors[name][at]
         for name in LAYER_SECOND & tensors.keys():
             tensors[name] = np.ascontiguousarray(tensors[name][:, at])
         shape = replace(self.shape, layers=tuple(layers))
@@ -305,7 +305,8 @@ class RouteTable(StepRoutes):
         )
 
 
-def _is_run(at: list[int]) -> bool:
+def is_run(at: list[int]) -> bool:
+    """Return whether indices follow one another."""
     return at == list(range(at[0], at[-1] + 1))
 
 
@@ -319,15 +320,28 @@ def _is_in(rows_N: np.ndarray, rows_T: np.ndarray) -> np.ndarray:
 
 
 def _take_rows(values_LTK: np.ndarray, indices: list[int], rows_T: np.ndarray) -> np.ndarray:
-    num_rows, top_k = values_LTK.shape[1:]
-    taken_LTK = np.zeros((len(indices), len(rows_T), top_k), values_LTK.dtype)
+    taken_LTK = np.zeros((len(indices), len(rows_T), values_LTK.shape[2]), values_LTK.dtype)
+    write_rows(taken_LTK, values_LTK, indices, rows_T)
+    return taken_LTK
+
+
+def write_rows(
+    taken_LTK: np.ndarray, values_LTK: np.ndarray, indices: Sequence[int], rows_T: np.ndarray
+) -> None:
+    """Write rows of some layers of a column; the rows of the target lie side by side.
+
+    Args:
+        taken_LTK: The target, [len(indices), T, K].
+        values_LTK: The column.
+        indices: Of the layers.
+        rows_T: int64; -1 reads row 0.
+    """
     item = row_item(values_LTK)
-    if num_rows:
+    if values_LTK.shape[1]:
         for taken_TK, layer in zip(taken_LTK, indices, strict=True):
             rows_of_layer_T = np.asarray(values_LTK[layer]).view(item)[:, 0]
             # "clip" reads row 0 for -1, and unlike "raise" needs no buffer for `out`.
             np.take(rows_of_layer_T, rows_T, out=taken_TK.view(item)[:, 0], mode="clip")
-    return taken_LTK
 
 
 def _token_first(values_LTK: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A step planned by its routes: rank 0 plans, all ranks follow.
 
-The plan is made of the counts in the routes file. Sequences change their microbatch and their rank,
-never their minibatch; experts change their rank, never their number.
+The plan is made of the counts in the index of the routes. Sequences change their microbatch and
+their rank, never their minibatch; experts change their rank, never their number.
 """
 
 from __future__ import annotations
