@@ -93,7 +93,7 @@ def test_buckets_give_every_tensor_once_to_the_first_rank_of_its_stage(world, ca
 
 
 @pytest.mark.parametrize("case", ALL, ids="-".join)
-def test_each_rank_writes_a_share_of_the_tensors_no_larger_than_what_it_holds(world, case):
+def test_the_ranks_of_a_stage_write_equal_shares_of_its_tensors(world, case):
     assert all(result[case]["shares"] for result in world[0])
 
 

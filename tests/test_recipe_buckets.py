@@ -138,12 +138,13 @@ def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["buckets", "tensors"])
 def test_a_server_that_was_started_again_in_a_rollout_gets_the_same_weights_without_a_disk(
-    tmp_path,
+    tmp_path, way
 ):
     run_dir = tmp_path / "run"
     flags = [*SMALL, *write_prompts(tmp_path), "--cache-dir", str(tmp_path / "cache")]
-    process = start(run_dir, *flags, "--publish", "buckets")
+    process = start(run_dir, *flags, "--publish", way)
     output, status = kill_when(process, lambda: len(records(run_dir)) > 1, is_server)
     assert status == 0, output
     left, waits, returned = (

@@ -203,9 +203,7 @@ def test_ranges_of_columns_become_blocks_that_tile_the_tensor():
 
 def check_tiles(pieces, values, shapes):
     """Every pair of cuts of the flattened parameter gives back each value at its place."""
-    parameter = Parameter(
-        name="p", stored=values, pieces=pieces, is_own_shard=True, is_primary=True
-    )
+    parameter = Parameter(name="p", stored=values, pieces=pieces, is_own_shard=True, copies=(0,))
     wholes = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     offset = 0
     for piece in pieces:

@@ -108,9 +108,9 @@ def test_the_legs_of_today_follow_from_the_inputs(inputs):
     # on 8 TFLOP/s take 51 s.
     assert found["old log-probs"] == pytest.approx(51)
     assert found["update"] == pytest.approx(204)
-    # 2 GB: written in 2 s, read by 4 servers together at 4 GB/s in 2 s.
-    assert found["weights"] == pytest.approx(4)
-    total = 250 + 2 + 1 + 1 + 0.5 + 0.1 + 0.4 + 51 + 204 + 4
+    # 2 GB: written by 4 nodes in 0.5 s, read by 4 servers together at 4 GB/s in 2 s.
+    assert found["weights"] == pytest.approx(2.5)
+    total = 250 + 2 + 1 + 1 + 0.5 + 0.1 + 0.4 + 51 + 204 + 2.5
     assert step_seconds(inputs, TODAY) == pytest.approx(total)
 
 
@@ -189,22 +189,22 @@ def test_buckets_send_the_weights_once(inputs):
 
 def test_one_step_ahead_hides_the_shorter_of_sampling_and_training(inputs):
     ahead = Design(name="ahead", is_ahead=True)
-    sampling, training, between = 250 + 2 + 1 + 1 + 0.5, 51 + 204, 0.1 + 0.4 + 4
+    sampling, training, between = 250 + 2 + 1 + 1 + 0.5, 51 + 204, 0.1 + 0.4 + 2.5
     assert step_seconds(inputs, ahead) == pytest.approx(max(sampling, training) + between)
 
 
 def test_a_checkpoint_is_a_share_of_each_step(tmp_path):
     inputs = read_inputs(written(tmp_path, job={"checkpoint_every": 10}))
     found = by_name(inputs, TODAY)["checkpoint, 1 in 10 steps"]
-    # Weights 2 s; 12 GB of states at 4 GB/s of all nodes 3 s.
-    assert found.seconds == pytest.approx(0.5)
+    # Weights 0.5 s; 12 GB of states at 4 GB/s of all nodes 3 s.
+    assert found.seconds == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(("nodes", "seconds"), [(1, 2 + 2), (2, 1 + 2), (4, 0.5 + 2), (8, 0.5 + 2)])
-def test_weights_are_written_by_as_many_nodes_as_hold_a_copy_up_to_the_disks_rate(
+def test_weights_are_written_by_all_nodes_of_the_trainer_up_to_the_disks_rate(
     tmp_path, nodes, seconds
 ):
-    found = by_name(read_inputs(written(tmp_path, job={"weight_nodes": nodes})), TODAY)["weights"]
+    found = by_name(read_inputs(written(tmp_path, job={"trainer_nodes": nodes})), TODAY)["weights"]
     assert found.seconds == pytest.approx(seconds)
 
 
@@ -358,7 +358,7 @@ def test_rates_fitted_to_a_run_predict_it(tmp_path, inputs):
 
 def test_the_command_fails_when_a_leg_is_far_off(tmp_path, capsys):
     path = written(tmp_path)
-    folder = run_folder(tmp_path, [record(1, 255, 51, 204, 5)])
+    folder = run_folder(tmp_path, [record(1, 255, 51, 204, 2.5)])
     assert main([str(path), "--check", str(folder)]) == 0
     run_folder(tmp_path, [record(1, 255, 51, 100, 5)])
     assert main([str(path), "--check", str(folder)]) == 1
@@ -378,7 +378,7 @@ def test_the_command_prints_every_design_and_draws_them(tmp_path, capsys):
     assert main([str(path), "--picture", str(picture), "--rates"]) == 0
     printed = capsys.readouterr().out
     assert all(f"## {design.name}" in printed for design in DESIGNS)
-    assert "| default | yes | 514 | 1.00 |" in printed
+    assert "| default | yes | 512.5 | 1.00 |" in printed
     assert "| network_gb_per_s | 1 | measured | by hand |" in printed
     assert picture.read_text().count("<rect") == 1 + len(DESIGNS) + 1  # ground, designs, limit
 

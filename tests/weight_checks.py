@@ -1,7 +1,6 @@
 """What the ranks of the world in `test_megatron_weights.py` compute."""
 
 import contextlib
-import itertools
 import os
 from collections import Counter
 
@@ -252,21 +251,23 @@ def _gathers(chunks, folder):
 
 
 def _writes_shares(chunks, folder):
-    """Whether the ranks write each of the file's tensors once, and none more than it holds."""
+    """Whether the ranks write each of the file's tensors once, and a stage's equally much."""
     expected = load_file(f"{folder}/model.safetensors")
     own = dict(written_tensors(chunks))
-    names = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(names, list(own))
-    num_held = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+    ranks = [None] * torch.distributed.get_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    size = sum(tensor.nbytes for tensor in own.values())
+    torch.distributed.all_gather_object(ranks, (stage, size, list(own)))
+    names = [name for *_, names in ranks for name in names]
+    sizes = [size for of_stage, size, _ in ranks if of_stage == stage]
     # Whole tensors, and a layer's attention, are not divided.
-    sizes = Counter()
+    atoms = Counter()
     for name, tensor in expected.items():
-        sizes[name.partition(".self_attn.")[0]] += tensor.nbytes
-    slack = max(sizes.values())
+        atoms[name.partition(".self_attn.")[0]] += tensor.nbytes
     return (
-        sorted(itertools.chain.from_iterable(names)) == sorted(expected)
+        sorted(names) == sorted(expected)
         and all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
-        and sum(tensor.nbytes for tensor in own.values()) <= num_held + slack
+        and max(sizes) - min(sizes) <= max(atoms.values())
     )
 
 

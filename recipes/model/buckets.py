@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,8 +63,8 @@ class Buckets:
         model_chunks: As for `load_hf`. Experts stay on their ranks.
         bucket_bytes: Size limit; only a larger single tensor, or a layer's attention, exceeds it.
         dtype: Of the gathered weights; None keeps the parameters'.
-        is_spread: Whether a rank that holds a part of a tensor gathers it, all in equal shares;
-            otherwise the first rank of its pipeline stage.
+        is_spread: Whether a rank that holds a part of a tensor, or a copy of one, gathers it, all
+            in equal shares; otherwise the first rank of its pipeline stage.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class Buckets:
         self._dtype = dtype
         self._parameters = on_every_rank(lambda: weight_plan.local_parameters(model_chunks))
         plan = weight_plan.gather_plan(self._parameters)
-        ranks = range(torch.distributed.get_world_size())
-        sources = {rank: rank for rank in ranks} if is_spread else _firsts_of_stages()
+        sources = None if is_spread else _firsts_of_stages()
         self.buckets = arranged(plan, sources, bucket_bytes, dtype)
 
     @property
@@ -142,7 +141,7 @@ class Buckets:
 
 def arranged(
     plan: Mapping[str, list[weight_plan.Part]],
-    source_of: Mapping[int, int],
+    source_of: Mapping[int, int] | None,
     bucket_bytes: int,
     dtype: torch.dtype | None,
 ) -> list[Bucket]:
@@ -150,8 +149,8 @@ def arranged(
 
     Args:
         plan: Of `gather_plan`.
-        source_of: By rank the source of its parts. Of a tensor's sources that one gathers it which
-            has the fewest bytes.
+        source_of: By rank the source of its parts. None: of the ranks that hold a tensor, and its
+            copies, the one that has the fewest bytes.
         bucket_bytes: Size limit, exceeded only by what cannot be divided.
         dtype: Of the gathered weights; None: the parameters'.
     """
@@ -160,7 +159,11 @@ def arranged(
         for _, names in itertools.groupby(sorted(plan, key=natural_order), key=_atom_name)
     ]
     by_source: dict[int, list[Bucket]] = {}
-    for source, atom in zip(_assigned(atoms, source_of), atoms, strict=True):
+    if source_of is None:
+        placed = _spread(atoms)
+    else:
+        placed = [(source_of[atom.all_parts[0].rank], atom) for atom in atoms]
+    for source, atom in placed:
         buckets = by_source.setdefault(source, [])
         if buckets and buckets[-1].size_bytes + atom.size_bytes <= bucket_bytes:
             last = buckets.pop()
@@ -191,15 +194,30 @@ def _atom_of(parts: dict[str, list[weight_plan.Part]], dtype: torch.dtype | None
     return Atom(parts=parts, size_bytes=sum(_size_bytes(part, dtype) for part in all_parts))
 
 
-def _assigned(atoms: Sequence[Atom], source_of: Mapping[int, int]) -> list[int]:
-    """Return the source of each atom; those with a choice fill up what the others leave uneven."""
-    candidates = [sorted({source_of[part.rank] for part in atom.all_parts}) for atom in atoms]
-    sources, loads = [0] * len(atoms), Counter[int]()
-    for number in sorted(range(len(atoms)), key=lambda number: len(candidates[number])):
-        source = min(candidates[number], key=lambda rank: loads[rank])
+def _spread(atoms: Sequence[Atom]) -> list[tuple[int, Atom]]:
+    """Return each atom, taken from one of its copies, with the rank that gathers it.
+
+    Those with a choice fill up what the others leave uneven.
+    """
+    # A copy's number, and one of the ranks that hold parts of it.
+    choices = [
+        sorted({(n, rank) for part in atom.all_parts for n, rank in enumerate(part.copies)})
+        for atom in atoms
+    ]
+    placed, loads = {}, Counter[int]()
+    for number in sorted(range(len(atoms)), key=lambda number: len(choices[number])):
+        copy, source = min(choices[number], key=lambda choice: loads[choice[1]])
         loads[source] += atoms[number].size_bytes
-        sources[number] = source
-    return sources
+        placed[number] = source, _copy_of(atoms[number], copy)
+    return [placed[number] for number in range(len(atoms))]
+
+
+def _copy_of(atom: Atom, copy: int) -> Atom:
+    parts = {
+        name: [replace(part, rank=part.copies[copy]) for part in of_tensor]
+        for name, of_tensor in atom.parts.items()
+    }
+    return Atom(parts=parts, size_bytes=atom.size_bytes)
 
 
 def _firsts_of_stages() -> dict[int, int]:

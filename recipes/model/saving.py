@@ -40,10 +40,10 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint, whole or not at all; collective.
 
-    The ranks that hold a tensor share the writing: an expert is written by its owner and never
-    sent. They write into a folder beside `hf_dir`, which rank 0 renames: an earlier checkpoint
-    there stays whole until then. Where not all ranks see rank 0's folder, rank 0 gathers and writes
-    everything.
+    The ranks that hold a tensor, or a copy of it, share the writing: an expert is written by one of
+    its owners and never sent. They write into a folder beside `hf_dir`, which rank 0 renames: an
+    earlier checkpoint there stays whole until then. Where not all ranks see rank 0's folder, rank 0
+    gathers and writes everything.
 
     Args:
         model_chunks: As for `load_hf`.

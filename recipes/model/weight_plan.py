@@ -32,14 +32,19 @@ class Parameter:
         stored: The module's parameter, or its buffer.
         pieces: Slices of Hugging Face tensors, one below the other.
         is_own_shard: Whether no other tensor-parallel rank or pipeline stage holds the same.
-        is_primary: Whether this rank saves it, of all ranks with the same content.
+        copies: The data-parallel ranks with the same content, in their order.
     """
 
     name: str
     stored: torch.Tensor
     pieces: list[weight_names.Piece]
     is_own_shard: bool
-    is_primary: bool
+    copies: tuple[int, ...]
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this rank saves it, of all ranks with the same content."""
+        return self.is_own_shard and self.copies[0] == torch.distributed.get_rank()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -49,13 +54,23 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A piece, and the rank and parameter that hold it."""
+    """A piece, and the rank and parameter that hold it.
+
+    Args:
+        rank: Global rank.
+        parameter: Number among that rank's parameters.
+        index: Number among the parameter's pieces.
+        piece: Where it belongs.
+        dtype: Of the parameter.
+        copies: The ranks that hold it under the same numbers; `rank` is the first.
+    """
 
     rank: int
     parameter: int
     index: int
     piece: weight_names.Piece
     dtype: torch.dtype
+    copies: tuple[int, ...]
 
     @property
     def shape(self) -> list[int]:
@@ -73,6 +88,7 @@ def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
     """
     chunks = [unwrap(chunk) for chunk in model_chunks]
     position = _position(chunks)
+    copies = {is_expert: _copies(is_expert) for is_expert in (False, True)}
     parameters = []
     for chunk in chunks:
         tied_copy = chunk.config.tie_embeddings and not chunk.pre_process
@@ -83,7 +99,7 @@ def local_parameters(model_chunks: list[torch.nn.Module]) -> list[Parameter]:
                 stored=stored,
                 pieces=weight_names.pieces(name, chunk.config, position),
                 is_own_shard=is_own_shard,
-                is_primary=is_own_shard and _is_first_replica(name),
+                copies=copies[weight_names.is_expert(name)],
             )
             parameters.append(parameter)
     return parameters
@@ -132,10 +148,13 @@ def _placed_experts(chunks: list[GPTModel]) -> dict[int, tuple[int, ...]]:
     }
 
 
-def _is_first_replica(name: str) -> bool:
-    if weight_names.is_expert(name):
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+def _copies(is_expert: bool) -> tuple[int, ...]:
+    """Return the data-parallel ranks of this one, of experts or of all else, this one included."""
+    if is_expert:
+        group = parallel_state.get_expert_data_parallel_group()
+    else:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return tuple(torch.distributed.get_process_group_ranks(group))
 
 
 def _is_own_shard(name: str) -> bool:
@@ -152,7 +171,14 @@ def gather_plan(parameters: list[Parameter]) -> dict[str, list[Part]]:
     """
     rank = torch.distributed.get_rank()
     own = [
-        Part(rank=rank, parameter=i, index=j, piece=piece, dtype=parameter.tensor.dtype)
+        Part(
+            rank=rank,
+            parameter=i,
+            index=j,
+            piece=piece,
+            dtype=parameter.tensor.dtype,
+            copies=parameter.copies,
+        )
         for i, parameter in enumerate(parameters)
         if parameter.is_primary
         for j, piece in enumerate(parameter.pieces)

@@ -85,7 +85,6 @@ class Job:
         live_every: Every so many steps the batch is scored without replay as well, twice; 0: never.
         stores_answers: Rank 0 stores every response as it ends.
         weight_bytes: Of a published parameter.
-        weight_nodes: Nodes of the trainer that hold the first copy of the weights, and write them.
         checkpoint_every: Steps between two checkpoints; 0: none.
     """
 
@@ -103,7 +102,6 @@ class Job:
     live_every: int = 0
     stores_answers: bool = True
     weight_bytes: float = 2
-    weight_nodes: int = 1
     checkpoint_every: int = 0
 
     @property

@@ -262,16 +262,16 @@ def _weights(inputs: Inputs, design: Design) -> Leg:
         name="weights",
         clock="weights",
         seconds=_writing_s(inputs) + reading,
-        bound="nodes that write, then the servers' reading",
+        bound="the trainer's nodes writing, then the servers' reading",
         rates=("disk_write_gb_per_s", "disk_read_gb_per_s", "disk_total_gb_per_s"),
-        network_bytes=size / job.weight_nodes,
+        network_bytes=size / job.trainer_nodes,
     )
 
 
 def _writing_s(inputs: Inputs) -> float:
-    """Seconds of a Hugging Face folder, of which each node writes what it holds."""
+    """Seconds of a Hugging Face folder, of which each node of the trainer writes a share."""
     size = inputs.model.parameters * inputs.job.weight_bytes / GIGA
-    per_node = size / inputs.job.weight_nodes / _rate(inputs, "disk_write_gb_per_s")
+    per_node = size / inputs.job.trainer_nodes / _rate(inputs, "disk_write_gb_per_s")
     return max(per_node, size / _rate(inputs, "disk_total_gb_per_s"))
 
 
