@@ -108,6 +108,15 @@ def test_the_help_text_explains_every_key():
             "expected grpo, dapo, gspo and the like, without correction and KL",
         ),
         (["--internal-layer", "1", *GRPO, "veto_below=1e-4"], "without correction and KL"),
+        (["--num-servers", "2"], "one server on this machine; expected --num-servers 1, or --ray"),
+        (
+            ["--num-servers", "2", "--ray", "auto", "--rollout-url", "http://a:1"],
+            "got --num-servers 2 beside 1 of --rollout-url",
+        ),
+        (
+            ["--ray", "auto", "--trainer-gpus", "0"],
+            "Ray chooses the devices and ports of a run; expected none of --rollout-gpus, ",
+        ),
         (["--publish-bucket-mb", "0"], "'publish_bucket_mb' is out of range; expected above 0"),
         (["--publish", "buckets", "--weights", "bridge"], "gathers whole tensors on one rank only"),
         (

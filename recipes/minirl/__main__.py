@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import statistics
 import sys
@@ -13,36 +11,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from recipes.serving.children import Child
-from recipes.serving.kept import STATE_FILE, KeptServer, read_absences
-from recipes.serving.server import ServerOptions
+from recipes.serving.kept import STATE_FILE, read_absences
 from routing_replay.errors import ConfigError, RoutingReplayError, writing
 from routing_replay.files import atomic_write
 from routing_replay.report.page import write_report
 
-from .data.inputs import load_inputs, server_folder
+from .data.inputs import load_inputs
 from .job import journal
-from .launch import commands, devices, slurm
-from .launch.commands import (
-    thread_environment,
-    tokenizer_arguments,
-    trainer_arguments,
-    visible_devices,
-)
+from .launch import commands, slurm
+from .launch.commands import thread_environment
+from .launch.machines import LaunchedServer, LaunchedTrainer, TrainingError, machines_of
 from .settings.command_line import parse_command
 from .settings.config import RecipeConfig
 
 POLL_S = 0.25
 # How long the other side of a broken connection gets to report its own error.
 GRACE_S = 3.0
-# In health checks: a server that is healthy again comes back by itself before that.
-RESTART_AFTER = 2.0
-
-
-class TrainingError(RoutingReplayError):
-    """A trainer or a preparation that failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,33 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: RecipeConfig) -> None:
-    """Prepare, start the servers, train under torchrun, report."""
+    """Prepare, start the servers, train, report."""
     start = time.monotonic()
-    require_one_node(config)
-    devices.require_own_devices(config, torch.cuda.device_count())
-    config, run_dir = prepare(config)
-    with contextlib.ExitStack() as stack:
-        servers = [] if config.rollout.rollout_url else [start_server(config, run_dir)]
-        for server in servers:
-            stack.enter_context(server)
+    with machines_of(config) as machines:
+        config, run_dir = prepare(config)
+        servers: Sequence[LaunchedServer] = ()
+        if not config.rollout.rollout_url:
+            print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
+            servers = machines.start_servers(config, run_dir)
         urls = config.rollout.rollout_url or [server.url for server in servers]
-        trainer = stack.enter_context(start_trainer(config, run_dir, urls))
-        watch(trainer, servers, run_dir)
+        print("Starting the trainer ...", flush=True)
+        watch(machines.start_trainer(config, run_dir, urls), servers, run_dir)
     report = run_dir / "report.html"
     write_report([run_dir], report)
     print(result_line(run_dir, time.monotonic() - start))
     print(f"Report: {report}")
-
-
-def require_one_node(config: RecipeConfig) -> None:
-    """Raise ConfigError for a trainer of several machines, of which this is only one."""
-    if config.run.nnodes > 1:
-        raise ConfigError(
-            "the launcher starts a trainer on this machine only",
-            expected="--nnodes 1",
-            got=config.run.nnodes,
-            fix="Prepare the run with --prepare-only; it prints the command of each node",
-        )
 
 
 def prepare(config: RecipeConfig) -> tuple[RecipeConfig, Path]:
@@ -140,8 +113,8 @@ def open_run(config: RecipeConfig) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(run_dir / "config.json") as partial:
             partial.write_text(json.dumps(config.to_mapping(), indent=2) + "\n")
-    for stale in run_dir.glob("error_rank_*.txt"):
-        stale.unlink()
+    for stale in (*run_dir.glob("error_rank_*.txt"), run_dir / STATE_FILE):
+        stale.unlink(missing_ok=True)
     return run_dir
 
 
@@ -163,47 +136,7 @@ def make_tiny_model(config: RecipeConfig, run_dir: Path) -> None:
         )
 
 
-def start_server(config: RecipeConfig, run_dir: Path) -> KeptServer:
-    """Start one SGLang server with our plugin, on a free port, to be kept running."""
-    print("Starting SGLang (about 30 s without a GPU) ...", flush=True)
-    rollout = config.rollout
-    options = ServerOptions(
-        weight_version=-1,
-        port=rollout.server_port or None,
-        python=rollout.rollout_python or sys.executable,
-        capture=config.rollout_capture,
-        log_path=run_dir / "logs" / "sglang.log",
-        arguments=(
-            *("--dtype", rollout.rollout_dtype),
-            *tokenizer_arguments(config),
-            *("--log-level-http", "warning"),  # a line per request would bury the rest
-            *rollout.server_arguments,
-        ),
-        environment=thread_environment(config, 1) | visible_devices(rollout.rollout_gpus),
-        ready_timeout_s=rollout.ready_timeout_s,
-    )
-    (run_dir / STATE_FILE).unlink(missing_ok=True)  # of an earlier life of this run
-    server = KeptServer(
-        server_folder(config),
-        options,
-        num_restarts=rollout.server_restarts,
-        restart_after_s=RESTART_AFTER * rollout.health_every_s,
-    )
-    print(f"SGLang serves at {server.url}, log {options.log_path}", flush=True)
-    return server
-
-
-def start_trainer(config: RecipeConfig, run_dir: Path, urls: Sequence[str]) -> Child:
-    """Start torchrun with one process per rank."""
-    print("Starting the trainer ...", flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += trainer_arguments(config, run_dir, urls)
-    environment = thread_environment(config, config.run.nproc)
-    environment |= visible_devices(config.run.trainer_gpus)
-    return Child(command, run_dir / "logs" / "trainer.log", environment)
-
-
-def watch(trainer: Child, servers: Sequence[KeptServer], run_dir: Path) -> None:
+def watch(trainer: LaunchedTrainer, servers: Sequence[LaunchedServer], run_dir: Path) -> None:
     """Wait for the trainer; start servers again; raise if either fails, with how to resume."""
     try:
         while trainer.status is None:
@@ -214,9 +147,9 @@ def watch(trainer: Child, servers: Sequence[KeptServer], run_dir: Path) -> None:
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             for server in servers:  # a dead one explains the trainer's complaint better
-                server.server.check()
+                server.check()
             time.sleep(POLL_S)
-        raise trainer_error(trainer, run_dir)
+        raise trainer.error()
     except RoutingReplayError as error:
         if not (run_dir / "metrics.jsonl").exists():
             raise
@@ -224,24 +157,12 @@ def watch(trainer: Child, servers: Sequence[KeptServer], run_dir: Path) -> None:
         raise TrainingError(str(error), fix=resume) from error
 
 
-def keep_all(servers: Sequence[KeptServer], run_dir: Path) -> None:
+def keep_all(servers: Sequence[LaunchedServer], run_dir: Path) -> None:
     """Start dead and hanging servers again; raise for one that was started too often."""
     absences = read_absences(run_dir / STATE_FILE) if servers else {}
     for server in servers:
         if server.keep(absences.get(server.url)):
             print(f"SGLang is started again at {server.url}", flush=True)
-
-
-def trainer_error(trainer: Child, run_dir: Path) -> TrainingError:
-    """Return the error of a failed trainer: the message that it left, or its last lines."""
-    messages = sorted(run_dir.glob("error_rank_*.txt"), key=os.path.getmtime)
-    if messages:
-        return TrainingError(messages[0].read_text())
-    return TrainingError(
-        f"the trainer ended with status {trainer.status}",
-        where=trainer.log_path,
-        fix=f"Its last lines:\n{trainer.last_lines()}",
-    )
 
 
 def result_line(run_dir: Path, seconds: float) -> str:

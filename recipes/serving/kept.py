@@ -63,6 +63,10 @@ class KeptServer:
     def url(self) -> str:
         return self.server.url
 
+    def check(self) -> None:
+        """Raise ServerError if the server has died."""
+        self.server.check()
+
     def keep(self, out_since: float | None) -> bool:
         """Start the server again if it is dead or was left out for long; do not wait for it.
 

@@ -31,7 +31,8 @@ class ServerOptions:
     """How a server is started.
 
     Args:
-        port: TCP port on 127.0.0.1; a free one, if None.
+        port: TCP port; a free one, if None.
+        host: Address of this machine that it listens on.
         capture: "off" (no routes), "stock" (SGLang's own capture), or ours: "ids", "weights",
             "gates", "logits". It bounds what a request can ask for.
         logit_fraction: Fraction of the tokens whose full router logits "logits" keeps, in (0, 1].
@@ -47,6 +48,7 @@ class ServerOptions:
     """
 
     port: int | None = None
+    host: str = HOST
     capture: str = "ids"
     logit_fraction: float = 0.05
     has_kernel: bool = False
@@ -64,13 +66,13 @@ class Server(Child):
     Args:
         model_path: A Hugging Face checkpoint.
         options: See `ServerOptions`.
-        port: TCP port on 127.0.0.1; a free one, if None. It is held until the server stops.
+        port: TCP port; a free one, if None. It is held until the server stops.
     """
 
     def __init__(self, model_path: Path, options: ServerOptions, port: int | None):
-        self._held = HeldPort(port)
+        self._held = HeldPort(port, options.host)
         self.port = self._held.number
-        self.url = f"http://{HOST}:{self.port}"
+        self.url = f"http://{options.host}:{self.port}"
         super().__init__(
             command_line(model_path, options, self.port),
             Path(options.log_path or tempfile.mkstemp("-sglang.log")[1]),
@@ -129,7 +131,7 @@ def launch(
 def command_line(model_path: Path, options: ServerOptions, port: int) -> list[str]:
     """Return the server's command."""
     command = [os.fspath(options.python), "-m", cpu.server_module()]
-    command += ["--model-path", str(model_path), "--host", HOST, "--port", str(port)]
+    command += ["--model-path", str(model_path), "--host", options.host, "--port", str(port)]
     command += ["--weight-version", str(options.weight_version)]
     # Its warm-up is a sentence, of which a small tokenizer may make no token at all: it then dies.
     # /health, by which we wait, samples a token too.

@@ -64,7 +64,10 @@ def visible_devices(gpus: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
 
 
-def thread_environment(config: RecipeConfig, num_processes: int) -> dict[str, str]:
-    """Return the environment that shares the cores among several processes."""
-    threads = config.run.cpu_threads or max(1, (os.cpu_count() or 1) // num_processes)
+def thread_environment(
+    config: RecipeConfig, num_processes: int, num_cores: int | None = None
+) -> dict[str, str]:
+    """Return the environment that shares the cores, of this machine or so many, among processes."""
+    num_cores = num_cores or os.cpu_count() or 1
+    threads = config.run.cpu_threads or max(1, num_cores // num_processes)
     return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

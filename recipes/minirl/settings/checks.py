@@ -22,7 +22,7 @@ def check_sampling(config: RecipeConfig) -> None:
         raise _out_of_range("temperature", "above 0", temperature)
     if not 0 < r.top_p <= 1:
         raise _out_of_range("top_p", "above 0, at most 1", r.top_p)
-    num_servers = max(1, len(r.rollout_url))
+    num_servers = len(r.rollout_url) or r.num_servers
     if not 1 <= r.min_servers <= num_servers:
         raise _out_of_range("min_servers", f"1..{num_servers}, the run's servers", r.min_servers)
     if r.health_every_s <= 0:
@@ -39,6 +39,31 @@ def check_sampling(config: RecipeConfig) -> None:
             "4096 unless told)",
             got=f"--top-p {r.top_p} alone",
             fix="Add --top-k 4096, or --no-keep-sampling-mask to train on biased log-probs",
+        )
+
+
+def check_machines(config: RecipeConfig) -> None:
+    """Raise ConfigError for servers that this machine does not launch, or devices on Ray."""
+    run, rollout = config.run, config.rollout
+    if rollout.num_servers < 1:
+        raise _out_of_range("num_servers", "above 0", rollout.num_servers)
+    if rollout.num_servers > 1 and (rollout.rollout_url or not run.ray):
+        raise ConfigError(
+            "the launcher starts one server on this machine",
+            expected="--num-servers 1, or --ray with the address of a cluster",
+            got=f"--num-servers {rollout.num_servers}"
+            + (f" beside {len(rollout.rollout_url)} of --rollout-url" * bool(rollout.rollout_url)),
+        )
+    chosen = {
+        "--rollout-gpus": rollout.rollout_gpus,
+        "--trainer-gpus": run.trainer_gpus,
+        "--server-port": rollout.server_port,
+    }
+    if run.ray and any(chosen.values()):
+        raise ConfigError(
+            "Ray chooses the devices and ports of a run",
+            expected=f"none of {', '.join(chosen)} beside --ray",
+            got=", ".join(f"{flag} {value}" for flag, value in chosen.items() if value),
         )
 
 

@@ -51,6 +51,7 @@ class RecipeConfig:
         checks.check_sizes(self)
         checks.check_interleaving(self)
         devices.check_devices(self)
+        checks.check_machines(self)
         checks.check_sampling(self)
         checks.check_publish(self)
         checks.check_objective(self)

@@ -33,7 +33,14 @@ class RunSettings:
     seed: int = setting(0, "seed of the data order, the tiny model and its warm-up")
     nproc: int = setting(1, "trainer processes per machine")
     nnodes: int = setting(
-        1, "machines of the trainer; for more than one, --prepare-only prints each one's command"
+        1,
+        "machines of the trainer; for more than one, --prepare-only prints each one's command. On "
+        "Ray there are nnodes * nproc ranks on as few machines as hold them",
+    )
+    ray: str = setting(
+        "",
+        "address of a Ray cluster that runs servers and trainer, host:port, or auto inside one; "
+        "empty: this machine runs them, without Ray",
     )
     trainer_gpus: str = setting(
         "", "CUDA devices of the trainer, as 4,5,6,7; needed beside a launched server"
@@ -99,6 +106,7 @@ class RolloutSettings:
     """rollout: SGLang servers and sampling"""
 
     rollout_url: tuple[str, ...] = setting((), "running servers with our plugin; none: launch one")
+    num_servers: int = setting(1, "servers to launch; more than one needs --ray")
     rollout_dtype: str = setting("bfloat16", "dtype of a launched server")
     rollout_weights: Literal["checkpoint", "fp8", "fp8-grid"] = setting(
         "checkpoint",

@@ -1,0 +1,194 @@
+"""The actors of a run: one beside each rollout server, one per rank of the trainer.
+
+Nothing that loads torch is imported before an actor has its environment: torch reads it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from routing_replay.errors import CheckpointError, ConfigError, RoutingReplayError, reading
+
+if TYPE_CHECKING:
+    from ..settings.config import RecipeConfig
+
+STANDARD_ERROR = 2
+VERSIONS = """\
+import importlib.metadata as m
+print(*(m.version(name) for name in ("sglang", "routing_replay")))"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an actor runs.
+
+    Args:
+        node: Ray's id of the node.
+        address: IP address of the node.
+        gpus: CUDA devices that Ray gave the actor.
+        num_cores: Of the node.
+    """
+
+    node: str
+    address: str
+    gpus: tuple[str, ...]
+    num_cores: int
+
+
+class Actor:
+    """What both kinds of actors can do."""
+
+    def enter(self, folder: Path) -> Place:
+        """Go to the folder that the run's relative paths start from; return where this is.
+
+        Raises:
+            ConfigError: The node does not see the folder.
+        """
+        context = ray.get_runtime_context()
+        address = ray.util.get_node_ip_address()
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise ConfigError(
+                "a node does not see the folder that the run was started from",
+                got=error.strerror,
+                where=f"{folder}, node {address}",
+                fix="Start it from a folder that all nodes see, under the same path",
+            ) from error
+        return Place(
+            node=context.get_node_id(),
+            address=address,
+            gpus=tuple(str(gpu) for gpu in ray.get_gpu_ids()),
+            num_cores=os.cpu_count() or 1,
+        )
+
+    def require_shared(self, run_dir: Path, digest: str) -> None:
+        """Raise ConfigError unless the folder of the run is the driver's."""
+        path = run_dir / "config.json"
+        fix = "Name a folder that all nodes see with --run-dir"
+        with reading(path, "the configuration of the run", ConfigError, fix=fix):
+            own = digest_of(path)
+        if own != digest:
+            raise ConfigError(
+                "a node has another configuration in the folder of the run",
+                where=f"{path}, node {ray.util.get_node_ip_address()}",
+                fix=fix,
+            )
+
+
+class ServerActor(Actor):
+    """Launches an SGLang server on its node and keeps it running."""
+
+    def __init__(self) -> None:
+        self._server: Any = None
+
+    def identity(self, config: RecipeConfig) -> dict[str, str]:
+        """Return what all servers of a run have in common, as this node would start them.
+
+        Raises:
+            CheckpointError: The node does not see the checkpoint.
+            ConfigError: The interpreter has no SGLang or no routing_replay.
+        """
+        from ..data.inputs import server_folder
+
+        python = config.rollout.rollout_python or sys.executable
+        asked = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True)
+        if asked.returncode:
+            raise ConfigError(
+                "the servers' interpreter has no SGLang with our plugin",
+                got=asked.stderr.strip().rpartition("\n")[2],
+                where=f"{python}, node {ray.util.get_node_ip_address()}",
+            )
+        sglang, plugin = asked.stdout.split()
+        model = checkpoint_digest(server_folder(config))
+        return {"SGLang": sglang, "routing_replay": plugin, "the checkpoint": model}
+
+    def start(self, config: RecipeConfig, log_path: Path) -> str:
+        """Start the server on a free port of the node's address; return its URL.
+
+        Raises:
+            ServerError: It does not start.
+        """
+        from ..launch.machines import keep_server, server_options
+
+        options = server_options(config, log_path)
+        options = replace(options, host=ray.util.get_node_ip_address())
+        self._server = keep_server(config, options)
+        return self._server.url
+
+    def keep(self, out_since: float | None) -> bool:
+        return self._server.keep(out_since)
+
+    def check(self) -> None:
+        self._server.check()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.server.stop()
+
+
+class RankActor(Actor):
+    """Runs one rank of the trainer."""
+
+    def prepare(self, environment: Mapping[str, str], log_path: Path) -> None:
+        """Set the rank's environment, as torchrun would; send standard error to a log."""
+        os.environ.update(environment)
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_path, "ab") as log:
+            os.dup2(log.fileno(), STANDARD_ERROR)
+
+    def hold_port(self) -> int:
+        """Return a free port of this node, where the ranks meet if this is rank 0."""
+        from recipes.serving.ports import HeldPort
+
+        self._held = HeldPort(host=ray.util.get_node_ip_address())
+        return self._held.number
+
+    def train(self, config: RecipeConfig, run_dir: Path, urls: list[str], port: int) -> None:
+        """Run the training loop to its end.
+
+        Raises:
+            RoutingReplayError: Why it failed; of another exception, its type and text.
+        """
+        from recipes.model import parallel
+
+        from ..launch.machines import TrainingError
+        from ..train import train
+
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            train(config, run_dir, urls)
+            parallel.destroy()
+        except RoutingReplayError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise TrainingError(f"{type(error).__name__} in the trainer: {error}") from error
+
+
+def digest_of(path: Path) -> str:
+    """Return a digest of a file's content."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Return what tells checkpoints apart: their configuration, names and sizes of their weights.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    fix = "Give all nodes the checkpoint under this path"
+    with reading(folder / "config.json", "the checkpoint", CheckpointError, fix=fix):
+        digest = digest_of(folder / "config.json")
+    sizes = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    return hashlib.blake2b(f"{digest}{sizes}".encode(), digest_size=16).hexdigest()

@@ -1,0 +1,47 @@
+"""A Ray cluster on this machine: raylets with loopback addresses of their own, without GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+# Not 127.0.0.1, which Ray replaces by the machine's own address.
+FIRST_ADDRESS = 2
+
+
+class LocalCluster:
+    """Raylets with some CPUs each; a context manager.
+
+    Args:
+        cpus: Of each node; the first is the head.
+    """
+
+    def __init__(self, cpus: Sequence[int]):
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(shutdown_at_exit=True)
+        self._nodes: dict[str, Any] = {}
+        for num_cpus in cpus:
+            self.add(num_cpus)
+        self.address: str = self._cluster.address
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.shutdown()
+
+    def add(self, num_cpus: int, **options: Any) -> str:
+        """Add a node; return its address."""
+        address = f"127.0.0.{FIRST_ADDRESS + len(self._nodes)}"
+        is_head = {} if self._nodes else {"include_dashboard": False}
+        self._nodes[address] = self._cluster.add_node(
+            num_cpus=num_cpus, node_ip_address=address, **is_head, **options
+        )
+        return address
+
+    def lose(self, address: str) -> None:
+        """End a node as a power failure does."""
+        self._cluster.remove_node(self._nodes[address], allow_graceful=False)
