@@ -48,6 +48,8 @@ class Child:
                 stdout=log if logs_output else None,
                 stderr=log,
                 env={**(os.environ if inherited is None else inherited), **(environment or {})},
+                # Ray kills the process group of an actor: the guard must outlive it.
+                start_new_session=True,
             )
         atexit.register(self.stop)
 
