@@ -89,6 +89,10 @@ def publish(rank, urls, folders):
         trainer.load(folders[1])
         note("shared ended", trainer.send(11, ending_after(rank, num_buckets // 2, urls[0])))
         note("shared healed", trainer.send(12))
+        trainer.sender = trainer.broadcasts
+        trainer.load(folders[0])
+        note("groups again", trainer.send(13))
+        trainer.sender.leave()
     results["kept memory"].append(kept_memory())
     results["sharing strategy"] = torch.multiprocessing.get_sharing_strategy()
     return results

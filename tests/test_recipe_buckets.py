@@ -46,7 +46,13 @@ def answers_of(seen):
 
 @pytest.mark.parametrize(
     ("event", "checkpoint", "version"),
-    [("second", 1, 5), ("first", 0, 6), ("shared", 0, 10), ("shared healed", 1, 12)],
+    [
+        ("second", 1, 5),
+        ("first", 0, 6),
+        ("shared", 0, 10),
+        ("shared healed", 1, 12),
+        ("groups again", 0, 13),
+    ],
 )
 def test_buckets_of_two_stages_give_a_server_bitwise_the_weights_of_the_disk(
     published, by_disk, event, checkpoint, version

@@ -16,8 +16,7 @@ With --server, until a real SGLang server on this machine has the bfloat16 weigh
     buckets                            broadcast to the server in buckets of --bucket-mb
     tensors                            read by the server in the memory of the ranks
 
-Wall time ends when all ranks have. Processor time, and memory beyond that at the start of a call,
-are those of the rank with most of it, not the server's.
+Wall time ends when all ranks have. Processor time is that of the busiest rank, not the server's.
 """
 
 from __future__ import annotations
@@ -45,8 +44,6 @@ from recipes.model.weights import named_hf_tensors
 
 from .paired import finish, parse, parser, ratios, spread, take_turns
 
-# The kernel forgets a process's peak when 5 is written here.
-RESET_PEAK = Path("/proc/self/clear_refs")
 Chunks = list[torch.nn.Module]
 Works = dict[str, Callable[[], object]]
 
@@ -72,20 +69,16 @@ def model_and_config(arguments: argparse.Namespace) -> tuple[Chunks, Any]:
 class Meter:
     """Measures what all ranks do together.
 
-    By name, and call by call: `busiest_s` are the processor seconds of the busiest rank, `peak_gb`
-    the largest rise of a rank's resident memory.
+    Its `busiest_s` are, by name, the processor seconds of the busiest rank of each call.
     """
 
     def __init__(self) -> None:
         self.busiest_s: dict[str, list[float]] = {}
-        self.peak_gb: dict[str, list[float]] = {}
 
     def of(self, name: str, work: Callable[[], object]) -> Callable[[], float]:
         """Return a function that runs `work` on all ranks and returns its wall seconds."""
 
         def run() -> float:
-            RESET_PEAK.write_text("5")
-            memory = resident_gb("VmRSS")
             dist.barrier()
             started, started_cpu = time.perf_counter(), time.process_time()
             work()
@@ -93,17 +86,9 @@ class Meter:
             dist.barrier()
             wall_s = time.perf_counter() - started
             self.busiest_s.setdefault(name, []).append(max(of_all_ranks(own_s)))
-            rise = resident_gb("VmHWM") - memory
-            self.peak_gb.setdefault(name, []).append(max(of_all_ranks(rise)))
             return wall_s
 
         return run
-
-
-def resident_gb(name: str) -> float:
-    """Return this process's resident memory: VmRSS now, VmHWM its peak since that was reset."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(f"{name}:")[2].split()[0]) * 1024 / 1e9
 
 
 def of_all_ranks(value: Any) -> list[Any]:
@@ -229,13 +214,12 @@ def measure(
         return
     to_write, figures = ratios(times, "write"), {}
     print(f"{sum(sizes) / 1e9:.2f} GB in bfloat16, {max(sizes) / 1e9:.2f} of them on one rank")
-    print("| what | s | / write | processor s | memory, GB |\n| --- | --- | --- | --- | --- |")
+    print("| what | s | / write | processor s |\n| --- | --- | --- | --- |")
     for name in variants:
-        seconds, to_writing = spread(times[name]), to_write[name]
-        # The first call warms up.
-        busiest, peak = spread(meter.busiest_s[name][1:]), spread(meter.peak_gb[name][1:])
-        figures[name] = {"s": seconds, "to_write": to_writing, "busiest_s": busiest, "gb": peak}
-        print(f"| {name} | {seconds} | {to_writing} | {busiest} | {peak} |")
+        seconds, ratio = spread(times[name]), to_write[name]
+        busiest = spread(meter.busiest_s[name][1:])  # the first call warms up
+        figures[name] = {"s": seconds, "to_write": ratio, "busiest_s": busiest}
+        print(f"| {name} | {seconds} | {ratio} | {busiest} |")
     finish("publish", arguments, figures | {"bytes_of_ranks": sizes})
 
 

@@ -53,8 +53,8 @@ class Broadcasts(WeightSender):
         return list(self._names.values())
 
     def _prepare(self, sources: Sequence[int], num_ranks: list[int], has_changed: bool) -> None:
-        """Make the groups anew where the servers are others than before."""
-        if not has_changed:
+        """Make the groups, anew where the servers are others than before."""
+        if self._names and not has_changed:
             return
         self.leave()
         token = self._from_rank_0("token", lambda: uuid.uuid4().hex[:8])
