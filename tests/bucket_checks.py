@@ -106,8 +106,12 @@ def send_to_running(trainer, version):
     # The others are in their middle when the shortest has ended.
     asked = [request(prompt, num_new=4 if n == 0 else 200) for n, prompt in enumerate(PROMPTS)]
 
+    def noted(number, completion):
+        is_sampling.set()
+        return completion
+
     def sample():
-        completions.extend(client.generate(asked, lambda number, completion: is_sampling.set()))
+        completions.extend(client.generate_each(asked, noted))
 
     thread = threading.Thread(target=sample)
     thread.start()
