@@ -66,6 +66,7 @@ def test_a_journal_is_reduced_to_the_metrics_of_the_tables(tmp_path):
     run_of = of_run(tmp_path, "cell", 2, ["--seed", "2"])
     assert run_of.steps == ({"step": 3.0, "eval/reward": 0.5, "routing_replay/live_mass": 0.25},)
     run_of.save(tmp_path)
+    (tmp_path / ".other-seed0.4711.tmp.json").write_text("{")  # of a killed run
     assert load(tmp_path) == [run_of] and run_of.code == code_version()
 
 

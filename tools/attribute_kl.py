@@ -11,6 +11,7 @@ run that was stopped continues. `routing-replay report` shows the output of a ru
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ from recipes.model.weights import load_hf
 from routing_replay.analysis import attribution
 from routing_replay.analysis.attribution import Progress, Variant
 from routing_replay.config import ReplayConfig
-from routing_replay.errors import RoutingReplayError
+from routing_replay.errors import DataError, RoutingReplayError
 from routing_replay.megatron import Replay, attach
 from routing_replay.objectives.logprobs import token_logprobs
 from routing_replay.routes.batch import RolloutBatch
@@ -67,6 +68,8 @@ class Scorer:
         microbatch_size: int,
         temperature: float,
     ):
+        config: Any = chunks[0].config
+        require_vocabulary(batch, config.vocab_size)
         self.chunks, self.replay, self.table = chunks, replay, table
         self.temperature = temperature
         context = parallel_state.get_context_parallel_world_size()
@@ -186,6 +189,22 @@ class Scorer:
         return values_ST.cpu()
 
 
+def require_vocabulary(batch: RolloutBatch, vocab_size: int) -> None:
+    """Raise if the checkpoint does not know the batch's tokens.
+
+    Raises:
+        DataError: Tokens outside the vocabulary.
+    """
+    largest = int(max(batch.input_ids_ST.max(), batch.labels_ST.max()))
+    if largest >= vocab_size:
+        raise DataError(
+            "the batch holds tokens that the checkpoint does not know",
+            expected=f"ids below its vocabulary size, {vocab_size}",
+            got=largest,
+            fix="Name the checkpoint of the model that sampled the batch",
+        )
+
+
 def padded(batch: RolloutBatch, multiple: int) -> RolloutBatch:
     """Return the batch with its width padded to what the parallel layout divides."""
     extra = -batch.input_ids_ST.shape[1] % multiple
@@ -282,10 +301,7 @@ def open_progress(parsed: argparse.Namespace, batch: RolloutBatch, has_gates: bo
     path = output.with_name(f"{output.stem}.progress.json")
     fingerprint = {
         "batch": batch.fingerprint,
-        "checkpoint": str(parsed.checkpoint.resolve()),
-        "rollout checkpoint": str(
-            parsed.rollout_checkpoint and parsed.rollout_checkpoint.resolve()
-        ),
+        **identity_of(parsed),
         "dtype": parsed.dtype,
         "temperature": str(parsed.temperature),
         "combine weights": str(has_gates),
@@ -295,6 +311,25 @@ def open_progress(parsed: argparse.Namespace, batch: RolloutBatch, has_gates: bo
     if dist.get_rank() != 0:
         progress.stop_writing()
     return progress
+
+
+def identity_of(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return what identifies the checkpoints of the flags, as rank 0 sees their files; collective.
+
+    A path alone does not: training writes other weights to it.
+    """
+    rollout = parsed.rollout_checkpoint or parsed.checkpoint
+    paths = {"checkpoint": parsed.checkpoint, "rollout checkpoint": rollout}
+    identities = [{name: f"{path.resolve()} {_state(path)}" for name, path in paths.items()}]
+    dist.broadcast_object_list(identities, src=0)
+    return identities[0]
+
+
+def _state(folder: Path) -> str:
+    """Names, sizes and times of a folder's files, as a short digest."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*"))]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tools.score_arms RUN/last_batch --checkpoint DIR \
         [--rollout-checkpoint DIR] [--again 4] [--layers] \
-        [--precisions float32] [--dispatchers allgather] [--specs te]
+        [--precisions float32] [--dispatchers allgather] [--specs te] [--attentions math]
     torchrun --nproc-per-node 2 -m tools.score_arms RUN/last_batch --checkpoint DIR \
         --expert-parallel 2 --layout-arm ep2
 
@@ -13,21 +13,29 @@ a run that was stopped continues. The second form adds one arm under another par
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.model import parallel
 from recipes.model.weights import load_hf
-from routing_replay.analysis.arms import AGAIN, LADDER, ScoredArms, Scores
+from recipes.study.results import code_version
+from routing_replay.analysis.arms import AGAIN, LADDER, LAYOUT, ScoredArms, Scores
 from routing_replay.analysis.attribution import Variant
-from routing_replay.analysis.bisection import arm_of_layers, halve, layers_cost
+from routing_replay.analysis.bisection import (
+    arm_of_layers,
+    halve,
+    layers_cost,
+    require_same_model,
+)
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import RoutingReplayError
 from routing_replay.megatron import attach
@@ -35,8 +43,22 @@ from routing_replay.megatron.selection import probabilities
 from routing_replay.megatron.watching import RouterCall
 from routing_replay.routes.parts import open_table
 
-from .attribute_kl import Scorer, layout_of, load_model, scoring_parser
+# isort: split
+import megatron.core
 
+from .attribute_kl import Scorer, identity_of, layout_of, load_model, scoring_parser
+
+# What decides the scores. With the versions of the libraries below them it tells arms apart that
+# differ by more than their setting.
+SOURCES = (
+    *("routing_replay", "recipes/model", "recipes/minirl/policy"),
+    *("tools/attribute_kl.py", "tools/score_arms.py"),
+)
+ATTENTIONS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
 
@@ -79,13 +101,14 @@ class Arms:
     def __init__(self, parsed: argparse.Namespace):
         self.parsed, self.layout = parsed, layout_of(parsed)
         self.table = open_table(parsed.batch / "routes.safetensors")
-        rollout = parsed.rollout_checkpoint or parsed.checkpoint
-        fingerprint = {
-            "checkpoint": str(parsed.checkpoint.resolve()),
-            "rollout checkpoint": str(rollout.resolve()),
+        fingerprint = identity_of(parsed) | {
             "trainer dtype": parsed.dtype,
             "temperature": str(parsed.temperature),
+            "version of the code": versions(),
         }
+        if not parsed.layout_arm:
+            sizes = asdict(self.layout).items()
+            fingerprint[LAYOUT] = ", ".join(f"{name} {size}" for name, size in sizes if size)
         self.arms = ScoredArms(parsed.batch, fingerprint)
         self.has_gates = self.table.combine_weights_LTK is not None
         self.layers = self.table.shape.layers
@@ -139,10 +162,9 @@ class Arms:
         """Score whatever the command line asks for."""
         parsed, base = self.parsed, self.variant(self.has_gates)
         if parsed.layout_arm:
-            path = parsed.rollout_checkpoint or parsed.checkpoint
             scorer = self.scorer()
-            load_hf(scorer.chunks, path)
-            self.score(f"layout {parsed.layout_arm}", scorer, base)
+            self.load_sampled(scorer)
+            self.score(f"{LAYOUT} {parsed.layout_arm}", scorer, base)
             return
         scorer = self.scorer()
         live_routes = str(parsed.batch / "live_routes.safetensors")
@@ -152,9 +174,10 @@ class Arms:
             self.score(LADDER[2], scorer, base)
         if parsed.layers:
             self.halve_layers(scorer)
+        self.load_sampled(scorer)
         if parsed.rollout_checkpoint:
-            load_hf(scorer.chunks, parsed.rollout_checkpoint)
             self.score(LADDER[3], scorer, base)
+        require_same_model(self.arms)  # before the many passes
         for number in range(1, parsed.again + 1):
             self.score(f"{AGAIN} {number}", scorer, base, order_S=self.shuffled(number))
         self.change_settings(base)
@@ -165,12 +188,19 @@ class Arms:
         changes = [(f"precision {d}", {"dtype": getattr(torch, d)}) for d in parsed.precisions]
         changes += [(f"order {name}", {"dispatcher": name}) for name in parsed.dispatchers]
         changes += [(f"kernels {name}", {"spec": name}) for name in parsed.specs]
+        changes += [(f"kernels {name}", {"spec": "local"}) for name in parsed.attentions]
         for name, settings in changes:
             if name in self.arms:
                 continue
             scorer = self.scorer(**settings)
-            load_hf(scorer.chunks, parsed.rollout_checkpoint or parsed.checkpoint)
-            self.score(name, scorer, base)
+            self.load_sampled(scorer)
+            with attention_of(name):
+                self.score(name, scorer, base)
+
+    def load_sampled(self, scorer: Scorer) -> None:
+        """Load the weights that sampled, where they are not the trained ones."""
+        if self.parsed.rollout_checkpoint:
+            load_hf(scorer.chunks, self.parsed.rollout_checkpoint)
 
     def halve_layers(self, scorer: Scorer) -> None:
         """Score halves of the layers live, until one layer or no half explains the cost."""
@@ -184,6 +214,18 @@ class Arms:
     def shuffled(self, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(len(self.arms.batch.lengths_S), generator=generator)
+
+
+def attention_of(arm: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope of an arm's attention: torch's choice, unless the arm names another."""
+    backend = ATTENTIONS.get(arm.split()[1])
+    return sdpa_kernel(backend) if backend else contextlib.nullcontext()
+
+
+def versions() -> str:
+    """Return what computes the scores: our sources, torch and megatron-core."""
+    libraries = f"torch {torch.__version__}, Megatron {megatron.core.__version__}"
+    return f"{code_version(SOURCES)}, {libraries}"
 
 
 def in_order(scorer: Scorer, order_S: torch.Tensor) -> Scorer:
@@ -204,6 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", nargs="*", choices=("float32", "bfloat16"), default=[])
     parser.add_argument("--dispatchers", nargs="*", choices=("allgather", "alltoall"), default=[])
     parser.add_argument("--specs", nargs="*", choices=("te", "local"), default=[])
+    parser.add_argument("--attentions", nargs="*", choices=tuple(ATTENTIONS), default=[])
     parser.add_argument("--layout-arm", default="", metavar="NAME", help="add this arm only")
     return parser
 

@@ -15,6 +15,8 @@ from routing_replay.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "results"
+# What a run executes.
+SOURCES = ("routing_replay", "recipes/minirl", "recipes/model", "recipes/serving")
 # What tables and figures read, and what a reader may ask next.
 METRICS = (
     *("eval/reward", "reward", "grad_norm", "entropy", "time_s"),
@@ -66,11 +68,11 @@ def file_name(cell: str, seed: int) -> str:
     return f"{cell}-seed{seed}.json"
 
 
-def code_version() -> str:
-    """Return a fingerprint of all sources that a run executes."""
+def code_version(sources: Iterable[str] = SOURCES) -> str:
+    """Return a fingerprint of sources, folders or files; of all that a run executes."""
     digest = hashlib.sha256()
-    for folder in ("routing_replay", "recipes/minirl", "recipes/model", "recipes/serving"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for source in map(ROOT.joinpath, sources):
+        for path in [source] if source.is_file() else sorted(source.rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -93,7 +95,9 @@ def load(folder: Path, pattern: str = "*") -> list[Result]:
     Raises:
         StudyError: There are none, one is damaged, or they mix versions of the code.
     """
-    results = [_read(path) for path in sorted(folder.glob(f"{pattern}-seed*.json"))]
+    paths = sorted(folder.glob(f"{pattern}-seed*.json"))
+    # A hidden file is what a killed run had begun to write.
+    results = [_read(path) for path in paths if not path.name.startswith(".")]
     if not results:
         raise StudyError(
             "the study has no results",

@@ -8,7 +8,7 @@ scored again, and everything else is arithmetic without an engine. `tools.score_
     weights        and replayed combine weights
     checkpoint     and the checkpoint that sampled
     KIND SETTING   as the last of these, with one setting changed: "precision float32",
-                   "order allgather", "layout tp2", "kernels te"
+                   "order allgather", "layout tp2", "kernels te", "kernels math"
     again N        the last of the four once more
     live in A-B    as `routes`, but the layers A..B route live
 """
@@ -31,7 +31,8 @@ from ..routes.batch import RolloutBatch
 
 FOLDER = "arms"
 LADDER = ("live", "routes", "weights", "checkpoint")
-KINDS = ("precision", "order", "layout", "kernels")
+LAYOUT = "layout"
+KINDS = ("precision", "order", LAYOUT, "kernels")
 AGAIN = "again"
 
 
@@ -56,12 +57,13 @@ class ScoredArms:
 
     Args:
         folder: Of the batch (`batch.safetensors`).
-        fingerprint: Of what all arms share, beside the batch: the trained checkpoint, temperature.
-            None reads whatever was scored.
+        fingerprint: Of what all arms share, beside the batch: the trained checkpoint, temperature,
+            version of the code; and the layout, which the arms of another layout do not share.
+            None reads whatever was scored together.
 
     Raises:
         DataError: No batch, or a damaged file of an arm.
-        ConfigError: Arms of another batch, checkpoint or temperature.
+        ConfigError: Arms with another fingerprint than this one, or than each other.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str] | None = None):
@@ -69,7 +71,8 @@ class ScoredArms:
         self._folder = folder / FOLDER
         self._fingerprint = {"batch": self.batch.fingerprint, **(fingerprint or {})}
         self._arms: dict[str, Scores] = {}
-        for path in sorted(self._folder.glob("*.safetensors")):
+        # A hidden file is an arm that a killed run had begun to write, or another run is writing.
+        for path in sorted(self._folder.glob("[!.]*.safetensors")):
             name, scores = self._read(path)
             self._arms[name] = scores
 
@@ -119,7 +122,7 @@ class ScoredArms:
         tensors = {"logp_ST": scores.logp_ST, "entropy_ST": scores.entropy_ST}
         if scores.live_mass_LR is not None:
             tensors["live_mass_LR"] = scores.live_mass_LR
-        metadata = {"arm": name, "fingerprint": json.dumps(self._fingerprint)}
+        metadata = {"arm": name, "fingerprint": json.dumps(self._shared_by(name))}
         path = self._folder / f"{name.replace(' ', '_')}.safetensors"
         with writing(path, "the scores of an arm", DataError), atomic_write(path) as partial:
             save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
@@ -136,13 +139,19 @@ class ScoredArms:
                 entropy_ST=tensors["entropy_ST"],
                 live_mass_LR=tensors.get("live_mass_LR"),
             )
-        for key, value in self._fingerprint.items():
+        for key, value in self._shared_by(metadata["arm"]).items():
             if stored.get(key) != value:
                 raise ConfigError(
-                    f"an arm was scored for another {key}",
+                    f"an arm was scored with another {key}",
                     expected=value,
                     got=stored.get(key),
                     where=path,
                     fix="Remove the folder of the arms to score again",
                 )
+        self._fingerprint = stored | self._fingerprint  # for the next arms
         return metadata["arm"], scores
+
+    def _shared_by(self, name: str) -> dict[str, str]:
+        """The part of the fingerprint that holds for an arm."""
+        is_own = name.split()[0] == LAYOUT
+        return {k: v for k, v in self._fingerprint.items() if not (is_own and k == LAYOUT)}

@@ -192,7 +192,7 @@ class Attribution:
     @property
     def is_truncated(self) -> bool:
         """Whether mu sampled from less than pi's support, or at a lower temperature."""
-        return self.excess.low > NOTABLE_EXCESS
+        return self.excess.exceeds(NOTABLE_EXCESS)
 
     @property
     def harmed_layers(self) -> list[int]:

@@ -4,7 +4,7 @@
     weights     KL(routes) - KL(weights)
     staleness   KL(weights) - KL(checkpoint)
     KIND        KL(base) - KL(KIND SETTING), the base being the last of the four
-    rest        KL(base)
+    rest        KL(base); named where no named KIND explains it
 
 All are KL(mu || pi) by k3, and mean |log pi - log mu|, over the response tokens. The sampling
 support shows in neither: engines report log-probs from before top-p and top-k. It shows in
@@ -14,9 +14,11 @@ support shows in neither: engines report log-probs from before top-p and top-k. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from ..errors import ConfigError
 from .arms import KINDS, LADDER, ScoredArms
@@ -30,6 +32,8 @@ NOTABLE_KL = 1e-4
 NOTABLE_SHARE = 0.2
 # One half of the layers explains a cost if it alone has this share of it.
 HALF_SHARE = 2 / 3
+# From here on the rest is no matter of precision or kernels (docs/high_kl.md, what is high).
+NUMERICS_KL = 1e-2
 # Log-probs of this KL belong to another model: nothing of the rest would mean anything.
 FOREIGN_KL = 1.0
 ADVICE = {
@@ -48,6 +52,9 @@ ADVICE = {
     "kernels": "The layers' kernels make the gap: use {setting}.",
     "rest": "What remains is the same weights, routes and combine weights computed otherwise: "
     "precision and kernels of the engines (docs/high_kl.md, numerics).",
+    "large rest": "What remains with the same weights, routes and combine weights is more than "
+    "numerics give: another temperature, experts loaded in another order, another attention or "
+    "other tokens (docs/high_kl.md, numerics).",
 }
 
 
@@ -73,6 +80,12 @@ class Factor:
     def label(self) -> str:
         return f"{self.name} {self.setting}".strip()
 
+    @property
+    def advice(self) -> str:
+        """What to change."""
+        is_large = self.name == "rest" and self.k3.low > NUMERICS_KL
+        return ADVICE["large rest" if is_large else self.name].format(setting=self.setting)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
@@ -89,13 +102,18 @@ class Bisection:
     def named(self) -> list[str]:
         """What explains the gap; empty where it is small."""
         names = [factor.label for factor in self.factors if factor.is_named]
-        return names + (["support"] if self.excess.low > NOTABLE_EXCESS else [])
+        return names + (["support"] if self.is_truncated else [])
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the tokens come from less than the policy's support."""
+        return self.excess.exceeds(NOTABLE_EXCESS)
 
     def sentences(self) -> list[str]:
         """What to change, the largest factor first."""
         named = sorted((f for f in self.factors if f.is_named), key=lambda f: -f.k3.value)
-        texts = [ADVICE[factor.name].format(setting=factor.setting) for factor in named]
-        if self.excess.low > NOTABLE_EXCESS:
+        texts = [factor.advice for factor in named]
+        if self.is_truncated:
             texts.append(ADVICE["support"])
         if self.layers:
             first, last = self.layers[0], self.layers[-1]
@@ -123,6 +141,46 @@ class Bisection:
         return "\n".join([*lines, *self.sentences()])
 
 
+class _Gaps:
+    """Distances of a batch's arms from mu, all over the same resamples."""
+
+    def __init__(self, arms: ScoredArms, resampling: Resampling):
+        self._arms, self._resampling = arms, resampling
+        self.live = self.estimate(k3, "live")
+
+    def estimate(self, distance: Distance, name: str, other: str | None = None) -> Estimate:
+        """Return the distance of an arm, or how much larger it is than another arm's."""
+        means_B = self._means(distance, name)
+        return Estimate.of(means_B if other is None else means_B - self._means(distance, other))
+
+    def is_notable(self, effect: Estimate) -> bool:
+        """Whether an effect on k3 explains a notable part of the live gap."""
+        is_large = effect.value >= max(NOTABLE_KL, NOTABLE_SHARE * self.live.value)
+        return is_large and effect.low > 0
+
+    def factor(self, name: str, first: str, second: str | None, setting: str = "") -> Factor:
+        """Return what the step from one arm to another takes away."""
+        effect = self.estimate(k3, first, second)
+        return Factor(
+            name=name,
+            setting=setting,
+            k3=effect,
+            abs_difference=self.estimate(abs_difference, first, second),
+            is_named=self.is_notable(effect),
+        )
+
+    def excess(self, name: str) -> Estimate:
+        """Return the mean of log pi + entropy of an arm."""
+        scores, width = self._arms[name], self._arms.batch.mask_ST.shape[1]
+        entropy_ST = scores.entropy_ST[:, :width].double()
+        return self._resampling.estimate(scores.logp_ST[:, :width].double() + entropy_ST)
+
+    def _means(self, distance: Distance, name: str) -> np.ndarray:
+        batch = self._arms.batch
+        logp_ST = self._arms[name].logp_ST[:, : batch.mask_ST.shape[1]]
+        return self._resampling.means(distance(logp_ST, batch.logp_mu_ST))
+
+
 def bisect(
     arms: ScoredArms, layers: Sequence[int] = (), *, seed: int = 0, num_resamples: int = 1000
 ) -> Bisection:
@@ -138,49 +196,29 @@ def bisect(
         DataError: Arms are missing.
         ConfigError: The checkpoint is not one of the model that sampled.
     """
-    base, batch = arms.base, arms.batch
+    base, mask_ST = arms.base, arms.batch.mask_ST
     require_same_model(arms)
-    resampling = Resampling(batch.mask_ST, num_resamples, seed)
-    width = batch.mask_ST.shape[1]
-
-    def estimate(distance: Distance, name: str, other: str | None = None) -> Estimate:
-        """The distance of an arm from mu, or how much larger it is than another arm's."""
-        means = [
-            resampling.means(distance(arms[n].logp_ST[:, :width], batch.logp_mu_ST))
-            for n in (name, other)
-            if n is not None
-        ]
-        return Estimate.of(means[0] - means[1] if other is not None else means[0])
-
-    live = estimate(k3, "live")
-
-    def factor(name: str, first: str, second: str | None, setting: str = "") -> Factor:
-        effect = estimate(k3, first, second)
-        is_notable = effect.value >= max(NOTABLE_KL, NOTABLE_SHARE * live.value)
-        return Factor(
-            name=name,
-            setting=setting,
-            k3=effect,
-            abs_difference=estimate(abs_difference, first, second),
-            is_named=is_notable and effect.low > 0,
-        )
-
+    gaps = _Gaps(arms, Resampling(mask_ST, num_resamples, seed))
     steps = pairwise([name for name in LADDER if name in arms])
-    factors = [factor(FACTORS[second], first, second) for first, second in steps]
+    factors = [gaps.factor(FACTORS[second], first, second) for first, second in steps]
     for kind in KINDS:
-        factors += [
-            factor(kind, base, name, name.removeprefix(kind).strip()) for name in arms.of_kind(kind)
-        ]
-    scored = arms[base]
-    excess_ST = scored.logp_ST[:, :width].double() + scored.entropy_ST[:, :width].double()
+        names = arms.of_kind(kind)
+        factors += [gaps.factor(kind, base, n, n.removeprefix(kind).strip()) for n in names]
+    named = [factor for factor in factors if factor.is_named]
+    explaining = [factor for factor in named if factor.name in KINDS]
+    closest = max(explaining, key=lambda f: f.k3.value).label if explaining else base
+    rest = gaps.factor("rest", base, None)
+    # What a named setting explains is no rest.
+    rest = replace(rest, is_named=gaps.is_notable(gaps.estimate(k3, closest)))
     culprits, _ = halve(tuple(layers), lambda part: layers_cost(arms, part))
+    costs_much = any(factor.name == "routes" for factor in named)
     return Bisection(
-        num_tokens=int(batch.mask_ST.sum()),
-        live=live,
-        live_abs_difference=estimate(abs_difference, "live"),
-        factors=(*factors, factor("rest", base, None)),
-        excess=resampling.estimate(excess_ST),
-        layers=culprits if len(culprits) < len(layers) else (),
+        num_tokens=int(mask_ST.sum()),
+        live=gaps.live,
+        live_abs_difference=gaps.estimate(abs_difference, "live"),
+        factors=(*factors, rest),
+        excess=gaps.excess(base),
+        layers=culprits if costs_much and len(culprits) < len(layers) else (),
     )
 
 

@@ -11,6 +11,9 @@ import torch
 NUM_RESAMPLES = 1000
 # Two-sided 95 %: what the intervals of reports usually mean.
 COVERAGE = 0.95
+# Half an interval is 1.96 standard errors. A verdict that is pronounced on every batch needs 3.5
+# of them: by chance one healthy batch in 4,000 has that, and one in 40 has 1.96.
+VERDICT_HALVES = 3.5 / 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,10 @@ class Estimate:
     def is_clear(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
+
+    def exceeds(self, limit: float) -> bool:
+        """Return whether the value is above a limit by more than chance gives in many batches."""
+        return self.value - VERDICT_HALVES * (self.value - self.low) > limit
 
     def __str__(self) -> str:
         return f"{self.value:10.3e} [{self.low:10.3e}, {self.high:10.3e}]"
