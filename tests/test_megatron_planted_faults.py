@@ -113,30 +113,3 @@ def test_two_rollouts_agree_within_their_intervals(found):
     first = found["clean"]["attribution"].parts["routing"]
     second = found["another seed"]["attribution"].parts["routing"]
     assert first.low <= second.high and second.low <= first.high
-
-
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        ("another seed", ["routes"]),  # the two engines' own gap, at bfloat16
-        ("broken router", ["routes"]),
-        ("stale", ["routes", "staleness"]),
-        ("other weights", ["routes", "weights"]),
-        ("misloaded", ["rest"]),
-        ("silently truncated", ["routes", "support"]),
-    ],
-)
-def test_the_bisection_names_the_factor(found, fault, named):
-    assert sorted(found[fault]["bisection"].named) == named
-
-
-def test_the_halving_ends_at_a_layer_that_costs_more_than_the_others(found):
-    bisection = found["broken router"]["bisection"]
-    assert bisection.layers == (FAULTY_LAYER,)
-    assert bisection.sentences()[-1].endswith(f"comes from layer {FAULTY_LAYER}.")
-
-
-def test_the_halving_blames_no_layer_where_no_half_costs_most(found):
-    """Three bits of mantissa cost about what bfloat16 costs in the other layers together."""
-    for name in ("another seed", "coarse router", "silently truncated"):
-        assert found[name]["bisection"].layers == ()
