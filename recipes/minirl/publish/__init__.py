@@ -1,1 +1,1 @@
-"""New weights into the servers, through a disk or in buckets."""
+"""New weights into the servers, through a disk, in buckets or in shared memory."""
