@@ -8,6 +8,8 @@ from test_minirl_batch import SAMPLES, a_batch
 
 from recipes.minirl.policy.microbatches import Sharding, balanced_packs
 from recipes.minirl.rollout.batch import Batch, Sample
+from routing_replay.routes.shape import MoEShape
+from routing_replay.routes.table import RouteTable
 
 # 9 to 1 positions: the lengths in tokens are one more.
 LENGTHS_S = torch.arange(10, 2, -1)
@@ -51,10 +53,7 @@ def test_a_microbatch_is_never_larger_than_the_share_of_its_rank():
 
 def test_a_padded_microbatch_is_as_long_as_its_own_longest_sequence():
     batch = long_batch(multiple=2)
-    parts = [
-        sharding(multiple=2).microbatch(batch, (s, s + 1), batch.token_rows(None))
-        for s in (0, 2, 6)
-    ]
+    parts = [sharding(multiple=2).microbatch(batch, (s, s + 1), None) for s in (0, 2, 6)]
     # Sequence i has 8 - i positions; the longest of the step has 8.
     assert [part.input_ids_BT.shape for part in parts] == [(2, 8), (2, 6), (2, 2)]
 
@@ -77,7 +76,7 @@ def test_packs_are_never_empty():
 
 def test_packed_sequences_follow_each_other_with_their_own_positions():
     batch = long_batch(multiple=1)
-    part = sharding(microbatch_tokens=16).microbatch(batch, (4, 6, 7), batch.token_rows(None))
+    part = sharding(microbatch_tokens=16).microbatch(batch, (4, 6, 7), None)
     # Sequences 4, 6, 7 have 4, 2, 1 positions.
     assert part.position_ids_BT.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
     assert part.index_T.tolist() == [0, 0, 0, 0, 1, 1, 2]
@@ -107,7 +106,7 @@ def test_context_parallel_ranks_hold_two_chunks_each_and_all_positions_together(
     parts = [
         sharding(
             context_rank=rank, context_size=2, multiple=4, microbatch_tokens=tokens
-        ).microbatch(batch, (0, 1), batch.token_rows(None))
+        ).microbatch(batch, (0, 1), None)
         for rank in range(2)
     ]
     # Four chunks of one position: rank 0 holds 0 and 3, rank 1 holds 1 and 2.
@@ -123,7 +122,7 @@ def test_context_parallel_ranks_hold_two_chunks_each_and_all_positions_together(
 
 
 def test_every_position_of_a_sequence_carries_its_advantage():
-    part = sharding().microbatch(a_batch(), (2, 3), a_batch().token_rows(None))
+    part = sharding().microbatch(a_batch(), (2, 3), None)
     assert part.advantages_BT.tolist() == [[2.0] * 4, [3.0] * 4]
 
 
@@ -134,7 +133,7 @@ def test_supports_and_likely_tokens_ride_with_their_positions_under_every_shardi
     likely = [[None, None, [8, 3], [9, 1]], [[3, 1], [5, 2], [4, 3], None]]
     for rank, positions in ((0, [0, 3]), (1, [1, 2])):
         part = sharding(context_rank=rank, context_size=2, multiple=4).microbatch(
-            batch, (0, 1), batch.token_rows(None)
+            batch, (0, 1), None
         )
         offsets = part.support.offsets_T1.tolist()
         ids = [
@@ -150,7 +149,7 @@ def test_supports_and_likely_tokens_ride_with_their_positions_under_every_shardi
 def test_without_a_sampling_mask_nothing_is_restricted():
     bare = [replace(s, support=None, top_ids=None, top_logp_mu=None) for s in SAMPLES]
     batch = Batch.from_samples(bare, 2, 1)
-    part = sharding(minibatch_size=2).microbatch(batch, (0, 1), batch.token_rows(None))
+    part = sharding(minibatch_size=2).microbatch(batch, (0, 1), None)
     assert part.support is None
     assert part.top_ids_TK is None
 
@@ -180,3 +179,25 @@ def test_scattered_values_are_the_reverse_of_the_gathered_ones(context_size, tok
     assert (batch.logp_mu_ST[4:] != 0).any(1).all()
     assert torch.equal(total_ST[4:], batch.logp_mu_ST[4:])
     assert (total_ST[:4] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [0, 24])
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_rows_of_routes_are_laid_out_as_the_tokens(tokens, context_size):
+    batch = long_batch(multiple=2 * context_size)
+    shape = MoEShape(layers=(0,), num_experts=2, top_k=1)
+    table = RouteTable.empty(shape, batch.lengths_S.numpy())
+    table.covered_T[:] = torch.arange(table.num_rows) % 5 != 1
+    for rank in range(context_size):
+        own = sharding(
+            multiple=2 * context_size,
+            microbatch_tokens=tokens,
+            context_rank=rank,
+            context_size=context_size,
+        )
+        for sequences in ((0, 3, 7), (6, 1)):
+            part = own.microbatch(batch, sequences, table)
+            grid = own.grid(batch.lengths_S, sequences)
+            assert part.token_rows_BT.equal(grid.take(batch.token_rows(table)))
+            assert (part.token_rows_BT >= 0).any()
+            assert (own.microbatch(batch, sequences, None).token_rows_BT == -1).all()

@@ -132,7 +132,7 @@ class Step:
         self.chosen.append(chosen)
         fixed = FixedScores(old=old, reference=self.reference, chosen=chosen)
         with replaying(self.policy, self.old.table):
-            return self.policy.update(self.batch, self.old.token_rows_ST, fixed, objective, number)
+            return self.policy.update(self.batch, self.old.table, fixed, objective, number)
 
     def weights(self):
         from recipes.model.weights import named_hf_tensors
@@ -231,7 +231,7 @@ def with_a_reference(folder, checkpoints):
     with step.policy.replay.replaying(step.old.table):
         # Even within a scope of the policy the reference is a stock model.
         again = step.policy.score_reference(step.batch)
-        step.policy.score(step.batch, step.old.token_rows_ST)
+        step.policy.score(step.batch, step.old.table)
     passes = step.reference, again, step.old.scores
     scores = [step.policy.dense(s, step.batch)[mask_ST] for s in passes]
     metrics = merge(step.update(0), step.update(1))
@@ -252,7 +252,7 @@ def of_an_inner_layer(folder, checkpoints):
         logp_ST = step.policy.dense(old, step.batch)
         step.update(0, old=old)
     after = step.weights()
-    live = step.policy.score(step.batch, step.batch.token_rows(None))
+    live = step.policy.score(step.batch, None)
     whole = step.policy.dense(live, step.batch)
     step.close()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

@@ -142,7 +142,7 @@ def take_step(policy, folder):
         policy.follow(policy.plan(batch, table))
         assert policy.placed.num_moved > 0
     old = score_old(policy, batch, table)
-    live = policy.score(batch, batch.token_rows(None))
+    live = policy.score(batch, None)
     metrics = policy.reduce(policy.discrepancy(batch, old.scores))
     reference = policy.score_reference(batch) if policy.reference else None
     if policy.config.objective.reward_kl_coefficient:
@@ -155,9 +155,7 @@ def take_step(policy, folder):
         fixed = FixedScores(old=old.scores, reference=reference, chosen=chosen)
         with replaying(policy, old.table, policy.planned_counts(number)):
             objective = policy.config.make_objective()
-            updates = merge(
-                updates, policy.update(batch, old.token_rows_ST, fixed, objective, number)
-            )
+            updates = merge(updates, policy.update(batch, old.table, fixed, objective, number))
     return to_floats(metrics | policy.reduce(updates))
 
 
@@ -313,9 +311,9 @@ def scores_in_bf16(rank, checkpoint):
 
     module.token_logprobs = watch
     batch, _ = make_step(policy.sharding.multiple)
-    ours = policy.dense(policy.score(batch, batch.token_rows(None), 0), batch)
+    ours = policy.dense(policy.score(batch, None, 0), batch)
     policy._forward_options = lambda m: {}
-    from_fp32_copy = policy.dense(policy.score(batch, batch.token_rows(None), 0), batch)
+    from_fp32_copy = policy.dense(policy.score(batch, None, 0), batch)
     return ours, from_fp32_copy, dtypes
 
 

@@ -305,7 +305,7 @@ def update_policy(
                 with replaying(policy, old.table, policy.planned_counts(number)):
                     metrics = merge(
                         metrics,
-                        policy.update(batch, old.token_rows_ST, fixed, job.objective, number),
+                        policy.update(batch, old.table, fixed, job.objective, number),
                     )
     return metrics
 

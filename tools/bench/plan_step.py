@@ -119,7 +119,7 @@ class Bench:
             table = drawn_table(self.arguments, lengths_S, seed)
         if table is None:
             with self.policy.replay.recording(batch.lengths_S.numpy()) as recorded:
-                self.policy.score(batch, batch.token_rows(recorded))
+                self.policy.score(batch, recorded)
             table = recorded.table()
             table.source = "rollout"  # as if the engine had routed exactly as the trainer does
         return Case(batch=batch, table=table)
@@ -152,7 +152,7 @@ class Bench:
     def step(self, case: Case, is_replayed: bool = True) -> Timing:
         """Run the old policy's pass and one update."""
         policy, batch = self.policy, case.batch
-        rows_ST = batch.token_rows(case.table if is_replayed else None)
+        source = case.table if is_replayed else None
         objective = self.config.make_objective()
 
         def scope() -> Any:
@@ -164,9 +164,9 @@ class Bench:
         started = time.perf_counter()
         with parts_between_collectives() as parts_N:
             with scope():
-                scores = policy.score(batch, rows_ST)
+                scores = policy.score(batch, source)
             with scope():
-                policy.update(batch, rows_ST, FixedScores(old=scores), objective, 0)
+                policy.update(batch, source, FixedScores(old=scores), objective, 0)
             dist.barrier()
         return Timing(wall_s=time.perf_counter() - started, parts_N=parts_N)
 

@@ -14,7 +14,7 @@ import torch
 
 from routing_replay.objectives.logprobs import Support
 from routing_replay.routes.batch import RolloutBatch
-from routing_replay.routes.token_rows import context_positions
+from routing_replay.routes.token_rows import RowSource, context_positions
 
 from ..rollout.batch import Batch
 
@@ -130,9 +130,16 @@ class Sharding:
         return [self._consecutive(start) for start in starts]
 
     def microbatch(
-        self, batch: Batch, sequences: tuple[int, ...], token_rows_ST: torch.Tensor
+        self, batch: Batch, sequences: tuple[int, ...], source: RowSource | None
     ) -> Microbatch:
-        """Gather one microbatch; `token_rows_ST` are sliced exactly as the input ids."""
+        """Gather one microbatch.
+
+        Args:
+            batch: The whole step's batch.
+            sequences: Their rows in it.
+            source: Of the rows of their routes, which are laid out exactly as the input ids; None:
+                all tokens route live.
+        """
         grid = self.grid(batch.lengths_S, sequences)
         host_mask_BT = grid.take(batch.mask_ST)
         return Microbatch(
@@ -144,7 +151,7 @@ class Sharding:
             host_mask_BT=host_mask_BT,
             logp_mu_BT=self.to_device(grid.take(batch.logp_mu_ST)),
             advantages_BT=self.to_device(batch.advantages_S[grid.sequence_BT]),
-            token_rows_BT=grid.take(token_rows_ST),
+            token_rows_BT=_token_rows(batch, sequences, grid, source),
             index_T=self.to_device(grid.index_BT.flatten()),
             packed_lengths=grid.lengths if grid.is_packed else None,
             bounds=self.to_device(grid.bounds()) if grid.is_packed else None,
@@ -239,6 +246,16 @@ class Sharding:
         if values_STK is None:
             return None
         return self.to_device(grid.take(values_STK).flatten(0, 1).to(dtype))
+
+
+def _token_rows(
+    batch: Batch, sequences: Sequence[int], grid: Grid, source: RowSource | None
+) -> torch.Tensor:
+    if source is None:
+        return torch.full(grid.position_BT.shape, -1)
+    lengths = batch.lengths_S[list(sequences)]
+    rows_ST = source.token_rows(lengths, width=max(grid.lengths), sequences=sequences)
+    return rows_ST[grid.index_BT, grid.position_BT]
 
 
 def _in_one_row(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from routing_replay.megatron import Recording
 from routing_replay.metrics.load import expert_load
 from routing_replay.metrics.typed import Metric
@@ -28,12 +26,10 @@ class OldPass:
     Args:
         scores: log pi_old.
         table: The routes that the updates replay; None if they route live.
-        token_rows_ST: The rows of the table that belong to the positions, or -1.
     """
 
     scores: Scores
     table: StepRoutes | None
-    token_rows_ST: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,29 +74,27 @@ def score_batch(
 
 def score_old(policy: Policy, batch: Batch, table: StepRoutes | None) -> OldPass:
     """Score with pi_old in the configured mode; decide what the updates replay."""
-    all_live = batch.token_rows(None)
     match policy.config.replay.mode:
         case "R3":
             assert table is not None
-            token_rows_ST = batch.token_rows(table)
             with (
                 replaying(policy, table, policy.planned_counts()),
                 policy.remembering_routers(table.num_rows),
             ):
-                scores = policy.score(batch, token_rows_ST)
-            return OldPass(scores=scores, table=table, token_rows_ST=token_rows_ST)
+                scores = policy.score(batch, table)
+            return OldPass(scores=scores, table=table)
         case "R2":
             scores, recorded = score_and_record(policy, batch)
             # An update shards the batch as this pass did.
             table = recorded.own_table(policy.weight_version)
-            return OldPass(scores=scores, table=table, token_rows_ST=batch.token_rows(table))
+            return OldPass(scores=scores, table=table)
         case "disabled" if policy.router_shift is not None:
             scores, _ = score_and_record(policy, batch)
         case "disabled":
-            scores = policy.score(batch, all_live)
+            scores = policy.score(batch, None)
         case mode:
             raise AssertionError(f"the mode {mode!r} is not resolved")
-    return OldPass(scores=scores, table=None, token_rows_ST=all_live)
+    return OldPass(scores=scores, table=None)
 
 
 def averaged(policy: Policy, batch: Batch, old: OldPass) -> OldPass:
@@ -108,7 +102,7 @@ def averaged(policy: Policy, batch: Batch, old: OldPass) -> OldPass:
     passes = [old.scores]
     for _ in range(policy.config.training.logprob_passes - 1):
         with replaying(policy, old.table):
-            passes.append(policy.score(batch, old.token_rows_ST))
+            passes.append(policy.score(batch, old.table))
     return replace(old, scores=mean_scores(passes)) if len(passes) > 1 else old
 
 
@@ -116,13 +110,13 @@ def score_live(policy: Policy, batch: Batch, old: Scores) -> Scores:
     """Return pi_old's scores without replay; except in R3 its own pass has already routed live."""
     if policy.config.replay.mode != "R3":
         return old
-    return policy.score(batch, batch.token_rows(None))
+    return policy.score(batch, None)
 
 
 def score_replayed(policy: Policy, batch: Batch, old: OldPass) -> Scores:
     """Score with the routes of the updates, for BuPO's pi_old of an inner layer."""
     with replaying(policy, old.table):
-        return policy.score(batch, old.token_rows_ST)
+        return policy.score(batch, old.table)
 
 
 def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
@@ -131,7 +125,7 @@ def score_and_record(policy: Policy, batch: Batch) -> tuple[Scores, Recording]:
         policy.replay.recording(batch.lengths_S.numpy()) as recorded,
         policy.remembering_routers(recorded.num_rows),
     ):
-        old = policy.score(batch, batch.token_rows(recorded))
+        old = policy.score(batch, recorded)
     return old, recorded
 
 

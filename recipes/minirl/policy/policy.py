@@ -23,6 +23,7 @@ from routing_replay.metrics.version_lag import lag_suffix
 from routing_replay.objectives import Denominators, Objective
 from routing_replay.objectives.logprobs import TokenScores
 from routing_replay.routes.step_routes import StepRoutes
+from routing_replay.routes.token_rows import RowSource
 
 # isort: split
 from megatron.core import parallel_state
@@ -139,29 +140,27 @@ class Policy:
             device=next(self.chunks[0].parameters()).device,
         )
 
-    def score(
-        self, batch: Batch, token_rows_ST: torch.Tensor, minibatch: int | None = None
-    ) -> Scores:
+    def score(self, batch: Batch, source: RowSource | None, minibatch: int | None = None) -> Scores:
         """Score this rank's part of the batch by forward passes without gradient.
 
         Which routes are taken is decided by the scope of `self.replay` that is open around it.
 
         Args:
             batch: The whole step's batch.
-            token_rows_ST: Rows of that scope's table, or -1.
+            source: That scope's table or recording; None without one.
             minibatch: Only this one; all if None.
         """
-        return self._score(self.chunks, batch, token_rows_ST, minibatch)
+        return self._score(self.chunks, batch, source, minibatch)
 
     def score_reference(self, batch: Batch) -> Scores:
         """Score with the frozen reference. Nothing is attached to it: it always routes live."""
         assert self.reference is not None
-        return self._score(self.reference, batch, batch.token_rows(None), None)
+        return self._score(self.reference, batch, None, None)
 
     def update(
         self,
         batch: Batch,
-        token_rows_ST: torch.Tensor,
+        source: RowSource | None,
         fixed: FixedScores,
         objective: Objective,
         number: int,
@@ -170,7 +169,7 @@ class Policy:
 
         Args:
             batch: The whole step's batch.
-            token_rows_ST: Rows of the table that is replayed around this call, or -1.
+            source: The table that is replayed around this call; None without one.
             fixed: What is constant: other policies' scores, choices over the step.
             objective: The loss.
             number: Of the minibatch.
@@ -179,9 +178,7 @@ class Policy:
             This rank's metrics.
         """
         microbatches = [
-            self._with_fixed(
-                self.sharding.microbatch(batch, sequences, token_rows_ST), batch, fixed
-            )
+            self._with_fixed(self.sharding.microbatch(batch, sequences, source), batch, fixed)
             for sequences in self.sharding.plan(batch.lengths_S)[number]
         ]
         denominators = self._denominators(batch, number)
@@ -289,7 +286,7 @@ class Policy:
             live_old: pi_old's scores of the batch, of a pass without replay.
             number: Of the minibatch.
         """
-        live = self.score(batch, batch.token_rows(None), number)
+        live = self.score(batch, None, number)
         metrics: dict[str, Metric] = {}
         for m, part in self._scored_microbatches(batch, live):
             old_T, mu_T = live_old[m.sequences].logp_T, m.logp_mu_BT.flatten()
@@ -309,13 +306,13 @@ class Policy:
         self,
         chunks: list[torch.nn.Module],
         batch: Batch,
-        token_rows_ST: torch.Tensor,
+        source: RowSource | None,
         minibatch: int | None,
     ) -> Scores:
         plan = self.sharding.plan(batch.lengths_S)
         numbers = range(len(plan)) if minibatch is None else [minibatch]
         microbatches = [
-            self.sharding.microbatch(batch, sequences, token_rows_ST)
+            self.sharding.microbatch(batch, sequences, source)
             for number in numbers
             for sequences in plan[number]
         ]
@@ -407,9 +404,8 @@ class Policy:
     def _scored_microbatches(
         self, batch: Batch, scores: Scores
     ) -> Iterator[tuple[Microbatch, TokenScores]]:
-        all_live = batch.token_rows(None)
         for sequences, part in scores.items():
-            yield self.sharding.microbatch(batch, sequences, all_live), part
+            yield self.sharding.microbatch(batch, sequences, None), part
 
 
 def _stages(layers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ import torch
 
 from routing_replay.objectives import StepTokens
 from routing_replay.routes.step_routes import StepRoutes
+from routing_replay.routes.token_rows import RowSource
 
 from ..rollout.batch import Batch
 from .old_pass import replaying
@@ -50,14 +51,16 @@ def choose(
     has_choice = bool(CHOICES & objective.needs)
     if policy.router_shift is not None:
         with (
-            same_routes_as_update(policy, batch, replayed) as rows_ST,
+            same_routes_as_update(policy, batch, replayed) as source,
             policy.router_shift.comparing(),
         ):
-            theta = policy.score(batch, rows_ST, number)
+            theta = policy.score(batch, source, number)
+        assert source is not None
+        rows_ST = batch.token_rows(source)
         inputs["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_ST)
     elif has_choice and objective.parameters.chooses_by_theta:
-        with same_routes_as_update(policy, batch, replayed) as rows_ST:
-            theta = policy.score(batch, rows_ST, number)
+        with same_routes_as_update(policy, batch, replayed) as source:
+            theta = policy.score(batch, source, number)
     if has_choice and policy.is_last_stage:
         step, shape = tokens_of_step(policy, batch, old, theta, number, seed)
         chosen = objective.parameters.choose(step)
@@ -68,17 +71,17 @@ def choose(
 @contextlib.contextmanager
 def same_routes_as_update(
     policy: Policy, batch: Batch, replayed: StepRoutes | None
-) -> Iterator[torch.Tensor]:
-    """Open the scope of a pass that routes as the update will; yield the rows of its tokens."""
+) -> Iterator[RowSource | None]:
+    """Open the scope of a pass that routes as the update will; yield what has its tokens' rows."""
     if replayed is not None:
         with replaying(policy, replayed):
-            yield batch.token_rows(replayed)
+            yield replayed
     elif policy.router_shift is not None:
         # Live routing: the recording only numbers the tokens; its routes are not used.
         with policy.replay.recording(batch.lengths_S.numpy()) as recorded:
-            yield batch.token_rows(recorded)
+            yield recorded
     else:
-        yield batch.token_rows(None)
+        yield None
 
 
 def by_position(values_R: torch.Tensor, rows_ST: torch.Tensor) -> torch.Tensor:

@@ -158,14 +158,12 @@ class Batch:
         """Return by how many versions weights are newer than those that sampled; 0 if unknown."""
         return torch.where(self.version_S < 0, 0, weight_version - self.version_S)
 
-    def token_rows(self, source: RowSource | None) -> torch.Tensor:
-        """Return the row of each position's routes in a table or recording; -1 without one.
+    def token_rows(self, source: RowSource) -> torch.Tensor:
+        """Return the row of each position's routes in a table or recording, or -1.
 
         Returns:
             int64 [S, T].
         """
-        if source is None:
-            return torch.full(self.input_ids_ST.shape, -1)
         return source.token_rows(self.lengths_S, width=self.input_ids_ST.shape[1])
 
 
