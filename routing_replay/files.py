@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], is_durable: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success sync it and rename it to `path`.
 
     Use it with any writer: `with atomic_write(path) as partial: partial.write_text(...)`. After an
@@ -17,6 +17,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The file's final name; its folder must exist.
+        is_durable: Survive a crash of the machine. False saves the wait for the disk.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -27,8 +28,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        if is_durable:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

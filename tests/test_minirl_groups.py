@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from test_table import EXPERTS, LAYERS, TOP_K, random_routes
 
+from recipes.minirl.rollout import groups
 from recipes.minirl.rollout.batch import Sample
 from recipes.minirl.rollout.groups import (
     INDEX_FILE,
     GroupWriter,
     oldest_version,
+    pieces,
     replayed_routes,
     rows_with_gates,
 )
@@ -18,6 +20,7 @@ from recipes.minirl.settings.command_line import parse
 from routing_replay.config import ReplayConfig
 from routing_replay.errors import RoutesError
 from routing_replay.routes.origin import require_covered
+from routing_replay.routes.part_index import PartIndex
 from routing_replay.routes.parts import PartedTable
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
@@ -50,13 +53,13 @@ def writer_of(folder, **fields):
 
 
 def test_the_parts_of_a_step_are_its_routes_whatever_ended_first(tmp_path):
-    groups = [[sample_of(seed + 10 * g) for seed in range(2)] for g in range(3)]
+    sampled = [[sample_of(seed + 10 * g) for seed in range(2)] for g in range(3)]
     writer = writer_of(tmp_path)
-    ended = {number: writer.write(groups[number]) for number in (2, 0, 1)}
+    ended = {number: writer.write(sampled[number]) for number in (2, 0, 1)}
     # A group that dynamic sampling replaced is in no index.
     chosen = [ended[0], ended[2]]
     uncovered = writer.save_index(chosen, 1.0)
-    samples = groups[0] + groups[2]
+    samples = sampled[0] + sampled[2]
     whole = RouteTable.from_routes([sample.routes for sample in samples])
     parts = PartedTable.open(tmp_path / INDEX_FILE)
     rows_T = np.flatnonzero(whole.covered_T)
@@ -65,6 +68,23 @@ def test_the_parts_of_a_step_are_its_routes_whatever_ended_first(tmp_path):
     assert all(sample.routes is None for group in chosen for sample in group.samples)
     kept = [replace(sample, routes=None) for sample in samples]
     assert [sample for group in chosen for sample in group.samples] == kept
+
+
+def test_long_responses_have_parts_of_their_own_and_short_ones_share_one(tmp_path, monkeypatch):
+    assert pieces([3, 9, 1, 1, 2, 5], 4) == [slice(0, 2), slice(2, 5), slice(5, 6)]
+    assert pieces([9, 9], 4) == [slice(0, 1), slice(1, 2)]
+    assert pieces([1], 4) == [slice(0, 1)]
+    monkeypatch.setattr(groups, "PART_ROWS", 6)
+    writer = writer_of(tmp_path)
+    samples = [sample_of(0), sample_of(1, 1, 2), sample_of(2, 2, 5)]
+    group = writer.write(samples)
+    assert [part.rows_S.tolist() for part in group.parts] == [[6], [2, 6]]
+    writer.save_index([group], 1.0)
+    whole = RouteTable.from_routes([sample.routes for sample in samples])
+    rows_T = np.flatnonzero(whole.covered_T)
+    parts = PartedTable.open(tmp_path / INDEX_FILE)
+    np.testing.assert_array_equal(parts.gather(LAYERS, rows_T), whole.gather(LAYERS, rows_T))
+    assert PartIndex.open(tmp_path / INDEX_FILE).files([0], [4]) == [group.parts[0].files()[1]]
 
 
 def test_a_step_with_too_many_uncovered_rows_stops_with_their_causes(tmp_path):
@@ -77,7 +97,8 @@ def test_a_step_with_too_many_uncovered_rows_stops_with_their_causes(tmp_path):
 def test_only_a_planned_step_carries_the_counts_of_its_experts(tmp_path):
     samples = [sample_of(0), sample_of(1)]
     for is_planned in (False, True):
-        counts_SLE = writer_of(tmp_path, is_planned=is_planned).write(samples).parts.counts_SLE
+        (parts,) = writer_of(tmp_path, is_planned=is_planned).write(samples).parts
+        counts_SLE = parts.counts_SLE
         assert (counts_SLE is not None) == is_planned
     expected = RouteTable.from_routes([sample.routes for sample in samples]).counts_SLE
     np.testing.assert_array_equal(counts_SLE, expected)
@@ -88,8 +109,8 @@ def test_gates_are_kept_of_a_sample_of_the_response_tokens():
     samples = [sample_of(0, 3, 2), sample_of(1, 1, 3)]
 
     def kept(num_calls, **settings):
-        keeps_T = rows_with_gates(samples, num_calls, ReplayConfig(**settings))
-        return np.flatnonzero(keeps_T).tolist()
+        keeps = rows_with_gates(samples, num_calls, ReplayConfig(**settings))
+        return np.flatnonzero(np.concatenate(keeps)).tolist()
 
     assert kept(1, agreement_tokens=0) == [2, 3, 4, 5, 6]
     assert kept(1, agreement_tokens=512) == [2, 3, 4, 5, 6]

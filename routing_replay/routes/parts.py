@@ -31,6 +31,8 @@ def write_parts(
 ) -> GroupParts:
     """Write the parts of a group, one for each pipeline stage.
 
+    They need not survive a crash of the machine: the step's process does not, either.
+
     Args:
         folder: Where the files go.
         name: Of the group, unique within the step.
@@ -45,7 +47,7 @@ def write_parts(
     table = RouteTable.from_routes(sequences, keeps_gates_T=keeps_gates_T)
     paths = [folder / part_name(name, stage) for stage in range(len(stages))]
     for path, layers in zip(paths, stages, strict=True):
-        table.of_layers(layers).save(path)
+        table.of_layers(layers).save(path, is_durable=False)
     return GroupParts(
         name=name,
         rows_S=np.diff(table.offsets_S1),

@@ -252,8 +252,12 @@ class RouteTable(StepRoutes):
         """Return the routes of all sequences, one at a time."""
         return (self.sequence(number) for number in range(self.num_sequences))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], is_durable: bool = True) -> Path:
         """Write the file: under a temporary name, checksummed, synchronised, then renamed.
+
+        Args:
+            path: The file.
+            is_durable: Synchronise it, so that it survives a crash of the machine.
 
         Raises:
             TableError: The disk is full or not writable; an earlier file stays whole.
@@ -261,7 +265,10 @@ class RouteTable(StepRoutes):
         path, description = Path(path), self._description()
         tensors = {**self.columns, "checksums": checksums(description, self.columns)}
         fix = "Free space or choose another folder; an earlier file of this name is whole"
-        with writing(path, "the routes file", TableError, fix=fix), atomic_write(path) as partial:
+        with (
+            writing(path, "the routes file", TableError, fix=fix),
+            atomic_write(path, is_durable) as partial,
+        ):
             write(partial, description, tensors)
         return path
 

@@ -89,7 +89,7 @@ def write_table(of_groups: Iterator[list[Sample]], folder: Path, clock: Clock) -
     """Make the files of a step with one table."""
     made = [sample for group in of_groups for sample in group]
     write_batch(made, folder, clock)
-    keeps_gates_T = rows_with_gates(made, len(made), ReplayConfig())
+    keeps_gates_T = np.concatenate(rows_with_gates(made, len(made), ReplayConfig()))
     routes = [sample.routes for sample in made if sample.routes is not None]
     table = clock("table", lambda: RouteTable.from_routes(routes, keeps_gates_T=keeps_gates_T))
     path = folder / INDEX_FILE

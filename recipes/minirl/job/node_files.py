@@ -120,7 +120,7 @@ def _received(size_bytes: int, move: Callable[[torch.Tensor], object]) -> Iterat
 
 def _write(path: Path, chunks: Iterator[memoryview]) -> OSError | None:
     try:
-        with atomic_write(path) as partial, open(partial, "wb") as file:
+        with atomic_write(path, is_durable=False) as partial, open(partial, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
     except OSError as error:

@@ -22,6 +22,9 @@ from .batch import Sample
 
 # Of the routes; the parts lie beside it.
 INDEX_FILE = "routes.safetensors"
+# Data-parallel ranks share a group's responses, and each reads whole parts. Long responses have
+# parts of their own, short ones few files: with 48 layers of 8 experts this is 1.6 MB of ids.
+PART_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +33,12 @@ class Group:
 
     Args:
         samples: With their routes, unless these are in parts.
-        parts: What the index needs of them.
+        parts: What the index needs of their parts, in the order of the samples.
         uncovered: Rows without routes, by cause.
     """
 
     samples: Sequence[Sample]
-    parts: GroupParts | None = None
+    parts: Sequence[GroupParts] = ()
     uncovered: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -69,14 +72,19 @@ class GroupWriter:
             TableError: The disk is full.
         """
         routes = replayed_routes(samples, self.oldest_version)
-        parts = write_parts(
-            self.folder,
-            f"group_{next(self._numbers):06d}",
-            routes,
-            self.stages,
-            rows_with_gates(samples, self.num_calls, self.replay),
-            self.is_planned,
-        )
+        keeps_gates = rows_with_gates(samples, self.num_calls, self.replay)
+        name = f"group_{next(self._numbers):06d}"
+        parts = [
+            write_parts(
+                self.folder,
+                f"{name}_{piece.start:03d}",
+                routes[piece],
+                self.stages,
+                np.concatenate(keeps_gates[piece]),
+                self.is_planned,
+            )
+            for piece in pieces([one.num_rows for one in routes], PART_ROWS)
+        ]
         samples = [replace(sample, routes=None) for sample in samples]
         return Group(samples=samples, parts=parts, uncovered=num_uncovered(routes))
 
@@ -87,7 +95,7 @@ class GroupWriter:
             RoutesError: More than `max_uncovered` of the rows are not covered.
             TableError: The disk is full.
         """
-        parts = [group.parts for group in groups if group.parts is not None]
+        parts = [part for group in groups for part in group.parts]
         counts: Counter[str] = Counter()
         for group in groups:
             counts.update(group.uncovered)
@@ -115,7 +123,20 @@ def replayed_routes(samples: Sequence[Sample], oldest_version: int | None) -> li
     return [one.without_versions_before(oldest_version) for one in routes]
 
 
-def rows_with_gates(samples: Sequence[Sample], num_calls: int, replay: ReplayConfig) -> np.ndarray:
+def pieces(rows: Sequence[int], fewest: int) -> list[slice]:
+    """Return runs of responses with at least so many rows each, the last one excepted."""
+    starts, num_rows = [0], 0
+    for number, more in enumerate(rows):
+        if num_rows >= fewest:
+            starts.append(number)
+            num_rows = 0
+        num_rows += more
+    return [slice(*bounds) for bounds in itertools.pairwise([*starts, len(rows)])]
+
+
+def rows_with_gates(
+    samples: Sequence[Sample], num_calls: int, replay: ReplayConfig
+) -> list[np.ndarray]:
     """Return which rows of some samples keep their gates: a part of the response tokens.
 
     Agreement looks at `agreement_tokens` tokens of a router call. So many for each call have gates,
@@ -127,16 +148,17 @@ def rows_with_gates(samples: Sequence[Sample], num_calls: int, replay: ReplayCon
         replay: What agreement samples.
 
     Returns:
-        bool over the rows of all samples.
+        bool over the rows of each sample.
     """
-    is_response_T = np.concatenate([_is_response(sample) for sample in samples])
+    responses = [_is_response(sample) for sample in samples]
+    is_response_T = np.concatenate(responses)
     rows_N = np.flatnonzero(is_response_T)
     num_compared = num_calls * replay.agreement_tokens or len(rows_N)
     every = max(1, len(rows_N) // max(1, num_compared))
     keeps_T = np.zeros_like(is_response_T)
     if replay.agreement_every:
         keeps_T[rows_N[::every]] = True
-    return keeps_T
+    return np.split(keeps_T, np.cumsum([len(one) for one in responses])[:-1])
 
 
 def _is_response(sample: Sample) -> np.ndarray:
