@@ -52,8 +52,7 @@ RATES = {
     "store_gb_per_s": 0.1,
     "reward_ms": 2,
     "batch_token_us": 0.5,
-    "table_gb_per_s": 0.2,
-    "save_gb_per_s": 0.4,
+    "parts_gb_per_s": 0.2,
     "verify_gb_per_s": 2,
     "token_bytes": 100,
     "json_token_bytes": 50,
@@ -94,32 +93,29 @@ def test_the_legs_of_today_follow_from_the_inputs(inputs):
     found = {name: leg.seconds for name, leg in by_name(inputs, TODAY).items()}
     # 1,000 x 1,000 tokens at 4,000 tokens/s last 250 s; the longest response 50 s.
     assert found["generation"] == pytest.approx(250)
-    # Requests 1 s, tokens 1 s, 2 million rows of 100 bytes in base64 0.27 s: hidden by 250 s.
+    # Requests 1 s, tokens 1 s, 2 million rows of 100 bytes in base64 0.27 s, rewards 2 s, parts of
+    # 0.2 GB 1 s: hidden by 250 s.
     assert found["client beyond generation"] == 0
-    assert found["rewards"] == pytest.approx(2)
     assert found["batch"] == pytest.approx(1)  # 2 million tokens
-    # A table of 0.2 GB.
-    assert found["route table"] == pytest.approx(1)
-    assert found["saving it"] == pytest.approx(0.5)
-    assert found["verification"] == pytest.approx(0.1)
-    # Rank 0 sends it twice to reach 4 nodes.
-    assert found["routes to the nodes"] == pytest.approx(0.4)
+    # Routes of 0.2 GB: each of 4 nodes checks its quarter, rank 0's node sends the other three.
+    assert found["verification"] == pytest.approx(0.025)
+    assert found["routes to the nodes"] == pytest.approx(0.15)
     # A token: 2 x 100e6 of weights and 4 x 1,000 channels x 1,000 tokens = 204e6. 2 million tokens
     # on 8 TFLOP/s take 51 s.
     assert found["old log-probs"] == pytest.approx(51)
     assert found["update"] == pytest.approx(204)
     # 2 GB: written by 4 nodes in 0.5 s, read by 4 servers together at 4 GB/s in 2 s.
     assert found["weights"] == pytest.approx(2.5)
-    total = 250 + 2 + 1 + 1 + 0.5 + 0.1 + 0.4 + 51 + 204 + 2.5
+    total = 250 + 1 + 0.025 + 0.15 + 51 + 204 + 2.5
     assert step_seconds(inputs, TODAY) == pytest.approx(total)
 
 
 def test_the_clients_processor_time_bytes_and_memory_are_those_of_one_process(inputs):
     leg = by_name(inputs, TODAY)["client beyond generation"]
-    assert leg.processor_s == pytest.approx(1 + 1 + 0.2 * 4 / 3)
+    assert leg.processor_s == pytest.approx(1 + 1 + 0.2 * 4 / 3 + 2 + 1)
     assert leg.network_bytes == pytest.approx(0.2e9 * 4 / 3 + 50e6)
-    # Routes twice, as answers and as the table, and 100 bytes beside them, of 2 million tokens.
-    assert leg.host_bytes == pytest.approx(2e6 * (2 * 100 + 100))
+    # Routes, and 100 bytes beside them, of 2 million tokens.
+    assert leg.host_bytes == pytest.approx(2e6 * (100 + 100))
     stored = replace(inputs, job=replace(inputs.job, stores_answers=True))
     # 0.267 GB of payloads at 0.1 GB/s more.
     assert client_seconds(stored) - client_seconds(inputs) == pytest.approx(0.8 / 3 * 10)
@@ -129,7 +125,7 @@ def test_a_slow_client_is_seen_only_beyond_the_generation(tmp_path):
     # 1,000 requests of 0.3 s are 300 s of one core, of which generation hides 250 s.
     inputs = read_inputs(written(tmp_path, rates={"client_request_us": 300_000}))
     leg = by_name(inputs, TODAY)["client beyond generation"]
-    assert leg.seconds == pytest.approx(300 + 1 + 0.8 / 3 - 250)
+    assert leg.seconds == pytest.approx(300 + 1 + 0.8 / 3 + 2 + 1 - 250)
 
 
 def test_gates_travel_and_are_not_kept(tmp_path):
@@ -138,7 +134,8 @@ def test_gates_travel_and_are_not_kept(tmp_path):
     assert inputs.model.route_bytes("gates") == 300
     gates_leg, ids_leg = (by_name(i, TODAY)["client beyond generation"] for i in (inputs, ids))
     assert gates_leg.network_bytes - ids_leg.network_bytes == pytest.approx(2e6 * 200 * 4 / 3)
-    assert by_name(inputs, TODAY)["route table"].seconds == pytest.approx(1)
+    sent = by_name(inputs, TODAY)["routes to the nodes"].network_bytes
+    assert sent == pytest.approx(0.15e9)
 
 
 def test_ids_above_256_experts_take_two_bytes(tmp_path):
@@ -171,15 +168,14 @@ def test_a_pass_without_replay_counts_by_how_often_it_is_made(tmp_path):
     assert found["update"].seconds == pytest.approx(3 * 51)
 
 
-def test_parts_divide_the_clients_work_among_the_servers_and_make_no_table(inputs):
-    found = by_name(inputs, Design(name="parts", has_parts=True))
-    assert not {"route table", "saving it", "verification"} & set(found)
+def test_beside_the_servers_the_clients_work_is_divided_and_each_node_gets_its_share(inputs):
+    found = by_name(inputs, Design(name="beside", is_beside_servers=True))
     client = found["client beyond generation"]
-    assert client.processor_s == pytest.approx((1 + 1 + 0.8 / 3) / 4)
+    assert client.processor_s == pytest.approx((1 + 1 + 0.8 / 3 + 2 + 1) / 4)
     assert client.network_bytes == pytest.approx((0.8e9 / 3 + 50e6) / 4)
-    assert found["rewards"].seconds == pytest.approx(0.5)
     # A quarter of 0.2 GB to each node at 1 GB/s, checked at 2 GB/s.
-    assert found["routes to the nodes"].seconds == pytest.approx(0.05 + 0.025)
+    assert found["routes to the nodes"].seconds == pytest.approx(0.05)
+    assert found["verification"].seconds == pytest.approx(0.025)
 
 
 def test_buckets_send_the_weights_once(inputs):
@@ -189,7 +185,7 @@ def test_buckets_send_the_weights_once(inputs):
 
 def test_one_step_ahead_hides_the_shorter_of_sampling_and_training(inputs):
     ahead = Design(name="ahead", is_ahead=True)
-    sampling, training, between = 250 + 2 + 1 + 1 + 0.5, 51 + 204, 0.1 + 0.4 + 2.5
+    sampling, training, between = 250 + 1, 51 + 204, 0.025 + 0.15 + 2.5
     assert step_seconds(inputs, ahead) == pytest.approx(max(sampling, training) + between)
 
 
@@ -220,7 +216,7 @@ def test_a_leg_is_as_firm_as_its_weakest_rate(tmp_path):
     inputs = read_inputs(written(tmp_path, rates={"disk_total_gb_per_s": assumed}))
     found = by_name(inputs, TODAY)
     assert found["weights"].source(inputs) == "assumed"
-    assert found["route table"].source(inputs) == "computed"
+    assert found["verification"].source(inputs) == "computed"
 
 
 def test_qwen3_235b_has_the_bytes_and_parameters_of_its_shapes():
@@ -320,7 +316,7 @@ def test_a_run_is_compared_clock_by_clock(tmp_path, inputs):
     )
     run = check.read_run(folder)
     found = {one.clock: one for one in check.compare(inputs, run, "median")}
-    assert found["rollout"].predicted_s == pytest.approx(255)
+    assert found["rollout"].predicted_s == pytest.approx(251.175)
     assert found["rollout"].measured_s == 260
     assert found["update"].ratio == pytest.approx(1)
     assert found["step"].measured_s == pytest.approx(260 + 51 + 204 + 5)
@@ -329,25 +325,25 @@ def test_a_run_is_compared_clock_by_clock(tmp_path, inputs):
 
 
 def test_a_run_one_step_ahead_is_compared_by_what_its_clocks_mean(tmp_path, inputs):
-    folder = run_folder(tmp_path, [record(1, 0.5, 51, 204, 0.1) | {"time/sampling_s": 254.5}])
+    folder = run_folder(tmp_path, [record(1, 0.175, 51, 204, 0.1) | {"time/sampling_s": 251}])
     config = json.loads((folder / "config.json").read_text()) | {"ahead": 1, "publish": "buckets"}
     (folder / "config.json").write_text(json.dumps(config))
     run = check.read_run(folder)
     found = {one.clock: one for one in check.compare(inputs, run, "median")}
-    # Of 254.5 s of sampling 255 s of training hide all; sending and verifying routes take 0.5 s.
-    assert found["sampling"].predicted_s == pytest.approx(254.5)
-    assert found["rollout"].predicted_s == pytest.approx(0.5)
-    assert found["step"].predicted_s == pytest.approx(0.5 + 51 + 204 + 0.1)
-    assert found["step"].measured_s == pytest.approx(0.5 + 51 + 204 + 0.1)
+    # 255 s of training hide 251 s of sampling; sending and verifying routes take 0.175 s.
+    assert found["sampling"].predicted_s == pytest.approx(251)
+    assert found["rollout"].predicted_s == pytest.approx(0.175)
+    assert found["step"].predicted_s == pytest.approx(0.175 + 51 + 204 + 0.1)
+    assert found["step"].measured_s == pytest.approx(0.175 + 51 + 204 + 0.1)
     with pytest.raises(DataError, match="fitted to runs of the default design"):
         check.fitted(inputs, run, "median", folder)
 
 
 def test_rates_fitted_to_a_run_predict_it(tmp_path, inputs):
-    folder = run_folder(tmp_path, [record(1, 105, 102, 408, 8)])
+    folder = run_folder(tmp_path, [record(1, 101.175, 102, 408, 8)])
     run = check.read_run(folder)
     rates = check.fitted(inputs, run, "median", folder)
-    # Twice the seconds of the passes are half of the rate; 100 s beside the 5 s of rank 0.
+    # Twice the seconds of the passes are half of the rate; 100 s beside the 1.175 s of the files.
     assert rates["trainer_tflops"].value == pytest.approx(0.5)
     assert rates["server_tokens_per_s"].value == pytest.approx(1e6 / 4 / 100)
     refitted = replace(inputs, rates=replace(inputs.rates, **rates))
@@ -378,7 +374,7 @@ def test_the_command_prints_every_design_and_draws_them(tmp_path, capsys):
     assert main([str(path), "--picture", str(picture), "--rates"]) == 0
     printed = capsys.readouterr().out
     assert all(f"## {design.name}" in printed for design in DESIGNS)
-    assert "| default | yes | 512.5 | 1.00 |" in printed
+    assert "| default | yes | 508.7 | 1.00 |" in printed
     assert "| network_gb_per_s | 1 | measured | by hand |" in printed
     assert picture.read_text().count("<rect") == 1 + len(DESIGNS) + 1  # ground, designs, limit
 

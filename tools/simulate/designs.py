@@ -12,7 +12,13 @@ DESIGNS = (
     Design(name="buckets", is_built=True, has_buckets=True),
     Design(name="one step ahead", is_built=True, is_ahead=True),
     BUILT,
-    Design(name="routes in parts", has_parts=True),
-    Design(name="all three", has_parts=True, has_buckets=True, is_ahead=True),
-    Design(name="all three, pool", has_parts=True, has_buckets=True, is_ahead=True, has_pool=True),
+    Design(name="beside servers", is_beside_servers=True),
+    Design(name="all three", is_beside_servers=True, has_buckets=True, is_ahead=True),
+    Design(
+        name="all three, pool",
+        is_beside_servers=True,
+        has_buckets=True,
+        is_ahead=True,
+        has_pool=True,
+    ),
 )

@@ -143,10 +143,9 @@ class Rates:
         store_gb_per_s: Bytes of payloads that rank 0 encodes and stores with one core.
         reward_ms: Decoding and verifying one response.
         batch_token_us: Padding and saving a token of the batch.
-        table_gb_per_s: Building the route table.
-        save_gb_per_s: Its checksums and writing it.
-        verify_gb_per_s: Reading it and comparing its checksums.
-        token_bytes: Host memory of a token on rank 0 beside its routes, which are held twice.
+        parts_gb_per_s: Building the parts of the routes, and writing them.
+        verify_gb_per_s: Reading them and comparing their checksums.
+        token_bytes: Host memory of a token on rank 0 beside its routes.
         json_token_bytes: Of a sampled token on the wire, beside its routes.
         network_gb_per_s: Between two hosts, one connection.
         disk_write_gb_per_s, disk_read_gb_per_s: One host at the disk that servers share.
@@ -163,8 +162,7 @@ class Rates:
     store_gb_per_s: Rate
     reward_ms: Rate
     batch_token_us: Rate
-    table_gb_per_s: Rate
-    save_gb_per_s: Rate
+    parts_gb_per_s: Rate
     verify_gb_per_s: Rate
     token_bytes: Rate
     json_token_bytes: Rate

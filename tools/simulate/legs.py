@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +19,8 @@ class Design:
     Args:
         name: For tables.
         is_built: The recipe can do it today.
-        has_parts: Routes are decoded beside the server that sampled them, and go from there to the
-            nodes that train them; no process holds a step's routes.
+        is_beside_servers: Answers are decoded and rewarded, and their routes written, beside the
+            server that sampled them; the routes go from there to the nodes that train them.
         has_buckets: Weights go from GPU to GPU in flattened buckets, not through a disk.
         is_ahead: A step is sampled while the one before it is trained.
         has_pool: Requests outlive a step, so that no step waits for its longest response.
@@ -29,7 +28,7 @@ class Design:
 
     name: str
     is_built: bool = False
-    has_parts: bool = False
+    is_beside_servers: bool = False
     has_buckets: bool = False
     is_ahead: bool = False
     has_pool: bool = False
@@ -103,6 +102,10 @@ def limit_seconds(inputs: Inputs) -> float:
 
 PASSES = ("old_log-probs", "live_log-probs", "reference_log-probs", "update")
 AFTER_SAMPLING = ("routes to the nodes", "verification")
+CLIENT_RATES = (
+    *("client_request_us", "client_token_us", "client_gb_per_s"),
+    *("reward_ms", "parts_gb_per_s", "token_bytes"),
+)
 
 
 def client_seconds(inputs: Inputs, hosts: int = 1) -> float:
@@ -112,6 +115,8 @@ def client_seconds(inputs: Inputs, hosts: int = 1) -> float:
     seconds = job.samples * _rate(inputs, "client_request_us") * MICRO
     seconds += job.sampled_tokens * _rate(inputs, "client_token_us") * MICRO
     seconds += payload / (_rate(inputs, "client_gb_per_s") * GIGA)
+    seconds += job.samples * _rate(inputs, "reward_ms") * MILLI
+    seconds += _kept_bytes(inputs) / (_rate(inputs, "parts_gb_per_s") * GIGA)
     if job.stores_answers:
         seconds += payload / (_rate(inputs, "store_gb_per_s") * GIGA)
     return seconds / hosts
@@ -131,7 +136,7 @@ def _rate(inputs: Inputs, name: str) -> float:
 
 def _sampling(inputs: Inputs, design: Design) -> Iterator[Leg]:
     """Generation, and what the client needs beyond it."""
-    job, hosts = inputs.job, inputs.job.servers if design.has_parts else 1
+    job, hosts = inputs.job, inputs.job.servers if design.is_beside_servers else 1
     together = job.sampled_tokens / (job.servers * _rate(inputs, "server_tokens_per_s"))
     alone = 0.0 if design.has_pool else _longest_response_s(inputs)
     generation = max(together, alone)
@@ -144,25 +149,17 @@ def _sampling(inputs: Inputs, design: Design) -> Iterator[Leg]:
     )
     processor_s = client_seconds(inputs, hosts)
     stores = ("store_gb_per_s",) if job.stores_answers else ()
-    per_token = 2 * inputs.model.route_bytes(job.capture) + _rate(inputs, "token_bytes")
+    # A group's routes are held until its last response ends: at most those of the whole step.
+    per_token = inputs.model.route_bytes(job.capture) + _rate(inputs, "token_bytes")
     yield Leg(
         name="client beyond generation",
         clock="rollout",
         seconds=max(0.0, processor_s - generation),
         bound="one processor core: decoding holds the interpreter",
-        rates=("client_request_us", "client_token_us", "client_gb_per_s", "token_bytes", *stores),
+        rates=(*CLIENT_RATES, *stores),
         network_bytes=wire_bytes(inputs) / hosts,
         processor_s=processor_s,
         host_bytes=job.tokens * per_token / hosts,
-    )
-    rewards = job.samples * _rate(inputs, "reward_ms") * MILLI / hosts
-    yield Leg(
-        name="rewards",
-        clock="rollout",
-        seconds=rewards,
-        bound="one processor core, one response after another",
-        rates=("reward_ms",),
-        processor_s=rewards,
     )
 
 
@@ -175,39 +172,36 @@ def _files(inputs: Inputs, design: Design) -> Iterator[Leg]:
     job, nodes = inputs.job, inputs.job.trainer_nodes
     batch = job.tokens * _rate(inputs, "batch_token_us") * MICRO
     yield _core_leg("batch", batch, "batch_token_us")
-    # Gates are kept of a sample of the tokens, about a tenth of the ids: left out.
-    kept = "ids" if job.capture == "gates" else job.capture
-    table = job.tokens * inputs.model.route_bytes(kept)
-    if design.has_parts:
-        share = table / nodes
-        yield Leg(
-            name="routes to the nodes",
-            clock="rollout",
-            seconds=share / (_rate(inputs, "network_gb_per_s") * GIGA)
-            + share / (_rate(inputs, "verify_gb_per_s") * GIGA),
-            bound="network of a trainer node",
-            rates=("network_gb_per_s", "verify_gb_per_s"),
-            network_bytes=share,
-            host_bytes=share,
-        )
-        return
-    yield _core_leg(
-        "route table", table / (_rate(inputs, "table_gb_per_s") * GIGA), "table_gb_per_s"
-    )
-    yield _core_leg("saving it", table / (_rate(inputs, "save_gb_per_s") * GIGA), "save_gb_per_s")
+    kept = _kept_bytes(inputs)
+    share = kept / nodes
     if nodes > 1:
-        # A broadcast over a binary tree: the root sends once for each doubling of the nodes.
-        sent = table * math.ceil(math.log2(nodes))
+        # Rank 0's node has its own share.
+        sent = share if design.is_beside_servers else kept - share
+        who = "a trainer node" if design.is_beside_servers else "rank 0's node"
         yield Leg(
             name="routes to the nodes",
             clock="rollout",
             seconds=sent / (_rate(inputs, "network_gb_per_s") * GIGA),
-            bound="network of rank 0's node",
+            bound=f"network of {who}",
             rates=("network_gb_per_s",),
             network_bytes=sent,
         )
-    verify = table / (_rate(inputs, "verify_gb_per_s") * GIGA)
-    yield _core_leg("verification", verify, "verify_gb_per_s")
+    verify = share / (_rate(inputs, "verify_gb_per_s") * GIGA)
+    yield Leg(
+        name="verification",
+        clock="rollout",
+        seconds=verify,
+        bound="one processor core of each node",
+        rates=("verify_gb_per_s",),
+        processor_s=verify,
+        host_bytes=share,
+    )
+
+
+def _kept_bytes(inputs: Inputs) -> float:
+    """Routes of a step as they are written: gates of a sample, a tenth of the ids, left out."""
+    capture = "ids" if inputs.job.capture == "gates" else inputs.job.capture
+    return inputs.job.tokens * inputs.model.route_bytes(capture)
 
 
 def _core_leg(name: str, seconds: float, rate: str) -> Leg:
