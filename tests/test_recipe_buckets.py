@@ -1,4 +1,4 @@
-"""Weights over process groups into a real server: bitwise those of the disk, or of no version."""
+"""Weights in buckets into a real server: bitwise those of the disk, or of no version."""
 
 import pytest
 from bucket_checks import observe
