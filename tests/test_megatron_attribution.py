@@ -66,7 +66,9 @@ def attributions(tmp_path_factory):
     batch, table = make_step(4)  # a length that every layout divides
     # The tool refuses batches of a truncated rollout.
     supports = ("support_ids_N", "support_starts_ST", "support_counts_ST")
-    batch = dataclasses.replace(batch, **dict.fromkeys(supports))
+    # Random weights are less sure than the step's log-probs, and more than 1 nat is another model.
+    logp_mu_ST = batch.logp_mu_ST - 1.5
+    batch = dataclasses.replace(batch, logp_mu_ST=logp_mu_ST, **dict.fromkeys(supports))
     batch.save(folder / "batch.safetensors")
     with_weights(table).save(folder / "routes.safetensors")
     shape = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K}
