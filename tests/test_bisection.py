@@ -51,6 +51,12 @@ def test_a_planted_fault_is_named_and_nothing_else(tmp_path, fault):
     assert len(result.sentences()) == 1
 
 
+def test_a_setting_is_measured_by_what_replay_leaves_and_not_by_the_live_gap(tmp_path):
+    """Live 5e-3, replayed 8e-4: all of that is the precision's, though a sixth of the live gap."""
+    gaps = dict.fromkeys(CLEAN, 0.04) | {"live": 0.1, "precision float32": HEALTHY}
+    assert bisect(scored(tmp_path, gaps)).named == ["routes", "precision float32"]
+
+
 def test_a_rest_that_a_setting_repairs_in_part_is_named_beside_it(tmp_path):
     gaps = dict.fromkeys(CLEAN, 0.08) | {"order allgather": 0.05}
     assert bisect(scored(tmp_path, gaps)).named == ["order allgather", "rest"]

@@ -28,7 +28,8 @@ from .resampling import Distance, Estimate, Resampling, abs_difference, k3
 FACTORS = {"routes": "routes", "weights": "weights", "checkpoint": "staleness"}
 # Nats per token; below it there is nothing to gain (docs/high_kl.md).
 NOTABLE_KL = 1e-4
-# A factor is named from this share of the live KL on: less does not explain the gap.
+# A factor is named from this share on: less does not explain the gap. Of the live KL; for a KIND of
+# what is left with everything replayed, because a setting acts on that alone.
 NOTABLE_SHARE = 0.2
 # One half of the layers explains a cost if it alone has this share of it.
 HALF_SHARE = 2 / 3
@@ -146,17 +147,17 @@ class _Gaps:
 
     def __init__(self, arms: ScoredArms, resampling: Resampling):
         self._arms, self._resampling = arms, resampling
-        self.live = self.estimate(k3, "live")
+        self.live, self.base = self.estimate(k3, "live"), self.estimate(k3, arms.base)
 
     def estimate(self, distance: Distance, name: str, other: str | None = None) -> Estimate:
         """Return the distance of an arm, or how much larger it is than another arm's."""
         means_B = self._means(distance, name)
         return Estimate.of(means_B if other is None else means_B - self._means(distance, other))
 
-    def is_notable(self, effect: Estimate) -> bool:
-        """Whether an effect on k3 explains a notable part of the live gap."""
-        is_large = effect.value >= max(NOTABLE_KL, NOTABLE_SHARE * self.live.value)
-        return is_large and effect.low > 0
+    def is_notable(self, name: str, effect: Estimate) -> bool:
+        """Whether a factor's effect on k3 explains a notable part of the gap that it acts on."""
+        whole = self.base if name in KINDS else self.live
+        return effect.value >= max(NOTABLE_KL, NOTABLE_SHARE * whole.value) and effect.low > 0
 
     def factor(self, name: str, first: str, second: str | None, setting: str = "") -> Factor:
         """Return what the step from one arm to another takes away."""
@@ -166,7 +167,7 @@ class _Gaps:
             setting=setting,
             k3=effect,
             abs_difference=self.estimate(abs_difference, first, second),
-            is_named=self.is_notable(effect),
+            is_named=self.is_notable(name, effect),
         )
 
     def excess(self, name: str) -> Estimate:
@@ -209,7 +210,7 @@ def bisect(
     closest = max(explaining, key=lambda f: f.k3.value).label if explaining else base
     rest = gaps.factor("rest", base, None)
     # What a named setting explains is no rest.
-    rest = replace(rest, is_named=gaps.is_notable(gaps.estimate(k3, closest)))
+    rest = replace(rest, is_named=gaps.is_notable("rest", gaps.estimate(k3, closest)))
     culprits, _ = halve(tuple(layers), lambda part: layers_cost(arms, part))
     costs_much = any(factor.name == "routes" for factor in named)
     return Bisection(
