@@ -15,16 +15,17 @@ class LocalCluster:
 
     Args:
         cpus: Of each node; the first is the head.
+        options: Of all nodes, such as num_gpus: Ray counts GPUs that nobody has.
     """
 
-    def __init__(self, cpus: Sequence[int]):
+    def __init__(self, cpus: Sequence[int], **options: Any):
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(shutdown_at_exit=True)
         self._nodes: dict[str, Any] = {}
         for num_cpus in cpus:
-            self.add(num_cpus)
+            self.add(num_cpus, **options)
         self.address: str = self._cluster.address
 
     def __enter__(self) -> LocalCluster:

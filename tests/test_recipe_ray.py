@@ -3,8 +3,10 @@
 tests/test_recipe_ray_run.py trains there.
 """
 
+import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -12,20 +14,48 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from ray_clusters import LocalCluster
 
-from recipes.minirl.ray.actors import Place, RankActor
+from recipes.minirl.ray.actors import Place, RankActor, ServerActor
 from recipes.minirl.ray.cluster import check_version, connected, ray_cluster
 from recipes.minirl.ray.placed import LostActorError, make
 from recipes.minirl.ray.placement import place, rank_bundles, rank_environments
 from recipes.minirl.settings.command_line import parse
+from recipes.serving.server import answers
 from routing_replay.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60.0
+# In place of the interpreter of the servers: it tells versions, or is healthy on the port in argv.
+STAND_IN = """\
+#!{python}
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+if sys.argv[1] == "-c":
+    print("0.5.23 0.1")
+else:
+    host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+    HTTPServer((host, int(port)), Handler).serve_forever()
+"""
+# A driver that starts servers and goes on.
+DRIVER = """\
+import pickle, sys, time
+from pathlib import Path
+from recipes.minirl.ray.cluster import ray_cluster
+folder = Path(sys.argv[1])
+config = pickle.loads((folder / "config.pickle").read_bytes())
+with ray_cluster(config) as machines:
+    machines.start_servers(config, folder)
+    time.sleep(600)
+"""
 # 60 sequences per update, divided among up to 6 ranks.
 ANY_RANKS = [
     *("--prompts-per-step", "15", "--samples-per-prompt", "4"),
@@ -86,7 +116,7 @@ sys.exit(main(["--ray", "auto"]))"""
 
 def test_the_launcher_without_the_flag_does_not_load_ray():
     code = """import sys
-from recipes.minirl.launch.machines import machines_of
+from recipes.minirl.launch.processes import machines_of
 from recipes.minirl.settings.command_line import parse
 machines_of(parse([])); print("ray" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -141,6 +171,17 @@ def test_ranks_are_numbered_node_by_node_and_see_the_gpus_of_their_node():
     assert {e["WORLD_SIZE"] for _, e in ranks} == {"3"}
 
 
+def test_ranks_get_the_gpus_that_ray_gave_them(checkpoint):
+    with LocalCluster([2], num_gpus=2) as cluster:
+        config = configuration(cluster, checkpoint, "--nproc", "2")
+        with connected(cluster.address):
+            group = place(rank_bundles(config, has_gpus=True), WAIT_S)
+            ranks = make(group, RankActor, range(2), 1, WAIT_S)
+            environments = rank_environments(config, [one.place for one in ranks])
+    gpus = [environment["CUDA_VISIBLE_DEVICES"].split(",") for _, environment in environments]
+    assert gpus[0] == gpus[1] and sorted(gpus[0]) == ["0", "1"]
+
+
 def test_a_second_job_in_the_same_folder_is_refused(cluster, checkpoint, tmp_path):
     flags = ["--run-dir", str(tmp_path), "--rollout-url", "http://127.0.0.1:9"]
     config = configuration(cluster, checkpoint, *flags)
@@ -167,6 +208,76 @@ def test_servers_of_different_versions_are_refused_before_one_starts(cluster, ch
         with pytest.raises(ConfigError, match=message):
             machines.start_servers(config, run_folder(run_dir))
     assert not (run_dir / "logs").exists()
+
+
+def test_an_interpreter_that_a_node_lacks_is_named(cluster, checkpoint):
+    config = configuration(cluster, checkpoint, "--rollout-python", "/no/python")
+    with connected(cluster.address):
+        (actor,) = make(place(rank_bundles(config, False), 1), ServerActor, [0], 0, WAIT_S)
+        with pytest.raises(ConfigError, match=r"no SGLang with our plugin; .*\[/no/python, node"):
+            actor.call("identity", config)
+
+
+def stand_in(folder):
+    """An interpreter for servers without SGLang."""
+    path = folder / "stand_in"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return ["--num-servers", "2", "--rollout-python", str(path)]
+
+
+def servers_of(folder):
+    """Processes of the stand-ins, by their port."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = process.cmdline()
+            if line[1:2] == [str(folder / "stand_in")]:
+                found[int(line[line.index("--port") + 1])] = process
+    return found
+
+
+def wait_until(is_time):
+    deadline = time.monotonic() + WAIT_S
+    while not is_time():
+        assert time.monotonic() < deadline, "it was never time"
+        time.sleep(0.05)
+
+
+def test_each_actor_keeps_its_server_running_on_its_node_until_the_run_ends(
+    cluster, checkpoint, tmp_path
+):
+    config = configuration(cluster, checkpoint, *stand_in(tmp_path))
+    with ray_cluster(config) as machines:
+        first, second = machines.start_servers(config, run_folder(tmp_path))
+        assert first.keep(None) is second.keep(None) is False
+        processes = servers_of(tmp_path)
+        processes[urlsplit(second.url).port].kill()
+        wait_until(lambda: second.keep(None))
+        assert first.keep(None) is False
+        wait_until(lambda: answers(second.url))
+        assert len(servers_of(tmp_path)) == 2
+    assert servers_of(tmp_path) == {}
+
+
+def test_servers_end_with_a_killed_actor_and_with_a_killed_driver(cluster, checkpoint, tmp_path):
+    config = configuration(cluster, checkpoint, *stand_in(tmp_path))
+    run_folder(tmp_path)
+    with ray_cluster(config) as machines:
+        servers = machines.start_servers(config, tmp_path)
+        os.kill(processes("ray::ServerActor")[0], signal.SIGKILL)
+        wait_until(lambda: len(servers_of(tmp_path)) == 1)
+        with pytest.raises(LostActorError, match=r"server \d died.*node 127\.0\.0\."):
+            for server in servers:
+                server.keep(None)
+    with open(tmp_path / "config.pickle", "wb") as file:
+        pickle.dump(config, file)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], cwd=ROOT)
+    try:
+        wait_until(lambda: len(servers_of(tmp_path)) == 2 or driver.poll() is not None)
+    finally:
+        driver.kill()
+    wait_until(lambda: not servers_of(tmp_path))
 
 
 def test_a_folder_that_a_node_sees_otherwise_is_refused(cluster, checkpoint, tmp_path):

@@ -21,7 +21,7 @@ from .data.inputs import load_inputs
 from .job import journal
 from .launch import commands, slurm
 from .launch.commands import thread_environment
-from .launch.machines import LaunchedServer, LaunchedTrainer, TrainingError, machines_of
+from .launch.processes import LaunchedServer, LaunchedTrainer, TrainingError, machines_of
 from .settings.command_line import parse_command
 from .settings.config import RecipeConfig
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 
@@ -47,6 +47,8 @@ class Place:
 
 class Actor:
     """What both kinds of actors can do."""
+
+    name: ClassVar[str]
 
     def enter(self, folder: Path) -> Place:
         """Go to the folder that the run's relative paths start from; return where this is.
@@ -89,6 +91,8 @@ class Actor:
 class ServerActor(Actor):
     """Launches an SGLang server on its node and keeps it running."""
 
+    name = "server"
+
     def __init__(self) -> None:
         self._server: Any = None
 
@@ -97,18 +101,20 @@ class ServerActor(Actor):
 
         Raises:
             CheckpointError: The node does not see the checkpoint.
-            ConfigError: The interpreter has no SGLang or no routing_replay.
+            ConfigError: The interpreter does not exist, or has no SGLang or no routing_replay.
         """
         from ..data.inputs import server_folder
 
         python = config.rollout.rollout_python or sys.executable
-        asked = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True)
-        if asked.returncode:
+        try:
+            command = [python, "-c", VERSIONS]
+            asked = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
             raise ConfigError(
                 "the servers' interpreter has no SGLang with our plugin",
-                got=asked.stderr.strip().rpartition("\n")[2],
+                got=str(getattr(error, "stderr", error)).strip().rpartition("\n")[2],
                 where=f"{python}, node {ray.util.get_node_ip_address()}",
-            )
+            ) from error
         sglang, plugin = asked.stdout.split()
         model = checkpoint_digest(server_folder(config))
         return {"SGLang": sglang, "routing_replay": plugin, "the checkpoint": model}
@@ -119,7 +125,7 @@ class ServerActor(Actor):
         Raises:
             ServerError: It does not start.
         """
-        from ..launch.machines import keep_server, server_options
+        from ..launch.processes import keep_server, server_options
 
         options = server_options(config, log_path)
         options = replace(options, host=ray.util.get_node_ip_address())
@@ -139,6 +145,8 @@ class ServerActor(Actor):
 
 class RankActor(Actor):
     """Runs one rank of the trainer."""
+
+    name = "trainer process"
 
     def prepare(self, environment: Mapping[str, str], log_path: Path) -> None:
         """Set the rank's environment, as torchrun would; send standard error to a log."""
@@ -162,7 +170,7 @@ class RankActor(Actor):
         """
         from recipes.model import parallel
 
-        from ..launch.machines import TrainingError
+        from ..launch.processes import TrainingError
         from ..train import train
 
         os.environ["MASTER_PORT"] = str(port)

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from routing_replay.errors import ConfigError
 
 from ..settings.config import RecipeConfig
-from .actors import RankActor, ServerActor
+from .actors import Actor, RankActor, ServerActor
 from .placed import Placed, call_all, make, require_alike, require_shared
 from .placement import place, rank_bundles, rank_environments, server_bundles
 from .watched import RayServer, RayTrainer
@@ -159,7 +159,7 @@ class RayCluster:
         ray.wait(stops, num_returns=len(stops), timeout=STOP_S) if stops else None
 
     def _make(
-        self, kind: type, bundles: Sequence[int], num_gpus: float, config: RecipeConfig
+        self, kind: type[Actor], bundles: Sequence[int], num_gpus: float, config: RecipeConfig
     ) -> list[Placed]:
         return make(self._group, kind, bundles, num_gpus, config.run.node_timeout_s)
 

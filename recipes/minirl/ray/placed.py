@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from routing_replay.errors import ConfigError, RoutingReplayError
 
-from .actors import Place, digest_of
+from .actors import Actor, Place, digest_of
 
 POLL_S = 0.5
 
@@ -68,9 +68,20 @@ def call_all(placed: Sequence[Placed], method: str, *arguments: object) -> list[
 
 
 def make(
-    group: PlacementGroup, kind: type, bundles: Sequence[int], num_gpus: float, timeout_s: float
+    group: PlacementGroup,
+    kind: type[Actor],
+    bundles: Sequence[int],
+    num_gpus: float,
+    timeout_s: float,
 ) -> list[Placed]:
     """Make an actor in each of some bundles; several may have the same bundle.
+
+    Args:
+        group: Has the bundles.
+        kind: The actors' class; its `name` is for errors.
+        bundles: Of the actors.
+        num_gpus: Of each.
+        timeout_s: The longest wait for them.
 
     Raises:
         LostActorError: A node was lost, or they did not start in time.
@@ -82,12 +93,14 @@ def make(
     for number, bundle in enumerate(bundles):
         strategy = PlacementGroupSchedulingStrategy(group, bundle)
         options = {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
-        node = nodes[bundle]
+        node = nodes.get(bundle, "")
         placed.append(
             Placed(
-                name=f"{kind.__name__} {number}",
+                name=f"{kind.name} {number}",
                 actor=ray.remote(kind).options(**options).remote(),
-                place=Place(node=node, address=addresses[node], gpus=(), num_cores=1),
+                place=Place(
+                    node=node, address=addresses.get(node, "unknown"), gpus=(), num_cores=1
+                ),
             )
         )
     refs = [one.actor.enter.remote(Path.cwd()) for one in placed]
@@ -102,8 +115,8 @@ def _wait(refs: Sequence[Any], placed: Sequence[Placed], timeout_s: float) -> No
         ready, pending = ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S)
         if not pending:
             return
-        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-        lost = [one.place for one in placed if one.place.node in dead]
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost = [one.place for one in placed if one.place.node not in alive]
         if lost or time.monotonic() > deadline:
             raise LostActorError(
                 "a node was lost before the run started" if lost else "some actors do not start",

@@ -9,7 +9,7 @@ import ray
 
 from routing_replay.errors import RoutingReplayError
 
-from ..launch.machines import TrainingError
+from ..launch.processes import TrainingError
 from .placed import LostActorError, Placed
 
 
@@ -47,8 +47,8 @@ class RayTrainer:
     @property
     def status(self) -> int | None:
         """None while all ranks run, 1 once one has failed, 0 after success of all."""
-        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        for ref in done:
+        refs = list(self._running)
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else ():
             try:
                 self._running.pop(ref).result(ref)
             except RoutingReplayError as error:
