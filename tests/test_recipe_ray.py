@@ -260,16 +260,20 @@ def test_each_actor_keeps_its_server_running_on_its_node_until_the_run_ends(
     assert servers_of(tmp_path) == {}
 
 
-def test_servers_end_with_a_killed_actor_and_with_a_killed_driver(cluster, checkpoint, tmp_path):
+def test_a_server_ends_with_its_killed_actor(cluster, checkpoint, tmp_path):
     config = configuration(cluster, checkpoint, *stand_in(tmp_path))
-    run_folder(tmp_path)
     with ray_cluster(config) as machines:
-        servers = machines.start_servers(config, tmp_path)
+        servers = machines.start_servers(config, run_folder(tmp_path))
         os.kill(processes("ray::ServerActor")[0], signal.SIGKILL)
         wait_until(lambda: len(servers_of(tmp_path)) == 1)
         with pytest.raises(LostActorError, match=r"server \d died.*node 127\.0\.0\."):
             for server in servers:
                 server.keep(None)
+
+
+def test_servers_end_with_a_killed_driver(cluster, checkpoint, tmp_path):
+    config = configuration(cluster, checkpoint, *stand_in(tmp_path))
+    run_folder(tmp_path)
     with open(tmp_path / "config.pickle", "wb") as file:
         pickle.dump(config, file)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], cwd=ROOT)
