@@ -232,7 +232,7 @@ def servers_of(folder):
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             line = process.cmdline()
-            if line[1:2] == [str(folder / "stand_in")]:
+            if line[1:2] == [str(folder / "stand_in")] and "--port" in line:
                 found[int(line[line.index("--port") + 1])] = process
     return found
 
