@@ -270,6 +270,15 @@ def test_a_server_ends_with_its_killed_actor(cluster, checkpoint, tmp_path):
             server.keep(None)
 
 
+def test_a_server_ends_with_an_actor_that_ends_in_order(cluster, checkpoint, tmp_path):
+    """As with `ray stop`: Ray then kills the children of an actor, but not theirs."""
+    config = configuration(cluster, checkpoint, *stand_in(tmp_path))
+    with ray_cluster(config) as machines:
+        machines.start_servers(config, run_folder(tmp_path))
+        machines._servers[0].actor.__ray_terminate__.remote()
+        wait_until(lambda: not servers_of(tmp_path))
+
+
 def test_a_server_ends_with_its_killed_driver(cluster, checkpoint, tmp_path):
     config = configuration(cluster, checkpoint, *stand_in(tmp_path))
     run_folder(tmp_path)

@@ -18,6 +18,8 @@ from routing_replay.errors import ConfigError, RoutingReplayError
 from .actors import Actor, Place, digest_of
 
 POLL_S = 0.5
+# An actor that ends would kill the guard of its server, and not the server.
+KEEPS_CHILDREN = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
 
 
 class LostActorError(RoutingReplayError):
@@ -92,7 +94,12 @@ def make(
     placed = []
     for number, bundle in enumerate(bundles):
         strategy = PlacementGroupSchedulingStrategy(group, bundle)
-        options = {"num_cpus": 1, "num_gpus": num_gpus, "scheduling_strategy": strategy}
+        options = {
+            "num_cpus": 1,
+            "num_gpus": num_gpus,
+            "scheduling_strategy": strategy,
+            "runtime_env": KEEPS_CHILDREN,
+        }
         node = nodes.get(bundle, "")
         placed.append(
             Placed(
