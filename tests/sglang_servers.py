@@ -18,6 +18,7 @@ import pytest
 from tiny_models import write_tiny_qwen3_moe
 
 from recipes.serving.server import Server, ServerOptions, launch
+from routing_replay.errors import ServerError
 from routing_replay.rollout import GenerateRequest, RolloutClient
 from routing_replay.routes.shape import MoEShape
 
@@ -35,6 +36,7 @@ ARGUMENTS = (
 )
 # One thread: the test machine's few cores are shared, and waiting threads spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+RESTORE_TRIES = 10
 
 
 @dataclass
@@ -46,7 +48,16 @@ class RunningServer:
     checkpoints: list[Path]
 
     def restore(self):
-        """Weights and cache as at the start: tests may run in any order."""
+        """Weights and cache as at the start: tests may run in any order.
+
+        Requests that a test has left behind keep the server from flushing its cache.
+        """
+        for _ in range(RESTORE_TRIES):
+            with contextlib.suppress(ServerError):
+                self.client.update_weights(str(self.checkpoints[0]), 0)
+                return
+            self.client.abort()
+            time.sleep(0.5)
         self.client.update_weights(str(self.checkpoints[0]), 0)
 
 

@@ -76,6 +76,7 @@ class Reference:
         self._ties_TLK = None
         if routes is not None:
             theirs_TLK = torch.from_numpy(routes.expert_ids_TLK.astype(np.int64))
+            theirs_TLK[~torch.from_numpy(routes.covered_T)] = -1
             unknown = (ids.shape[1] - len(theirs_TLK), *theirs_TLK.shape[1:])
             self._ties_TLK = torch.cat([torch.full(unknown, -1), theirs_TLK])
         output = self.model(input_ids=ids, past_key_values=past, use_cache=True)

@@ -45,10 +45,11 @@ from routing_replay.rollout import (
     RolloutClient,
 )
 from routing_replay.routes.origin import num_uncovered
+from routing_replay.routes.routes import Routes
 from routing_replay.routes.spans import Span
 
 from .bench.paired import finish, parse, parser
-from .router_reference import Reference, differing_rows
+from .router_reference import Reference, clear_of_ties, differing_rows
 
 VOCABULARY = 128
 # The server is started with these: chunks and slots far smaller than the load.
@@ -64,6 +65,8 @@ NUM_TRIES = 20
 BURST, BURST_S = 10_000, 5.0
 # For one answer: a burst stands before it in the server's queue.
 TIMEOUT_S = 600.0
+# Wrong rows that are described.
+MOST_WRONG = 20
 # Nonsense in the fields that the capture reads.
 START_LENGTHS = (-1, 10**12, "3", 2.5, [1], None)
 CUSTOM_PARAMS: tuple[Any, ...] = (
@@ -79,6 +82,10 @@ class Figures:
     Args:
         answers, rows: Compared with the reference.
         wrong_rows: Rows that are covered and are not the reference's.
+        undecided_rows: The same, behind a token whose experts were a matter of rounding and are
+            unknown, since its pass under these weights was a recomputation: it may have given the
+            row other inputs.
+        wrong: Where the first wrong rows are.
         uncovered: Rows by the cause why they are not covered.
         events: What happened to the server and its clients, by kind.
         faults: Errors that reached a good client, by their text.
@@ -88,6 +95,8 @@ class Figures:
     answers: int = 0
     rows: int = 0
     wrong_rows: int = 0
+    undecided_rows: int = 0
+    wrong: list[str] = field(default_factory=list)
     uncovered: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -114,7 +123,7 @@ class Soak:
     burst: int = 0
     figures: Figures = field(default_factory=Figures)
     # Bounded: clients wait for the reference instead of filling the memory.
-    answers: queue.Queue[tuple[GenerateRequest, Completion]] = field(
+    answers: queue.Queue[tuple[GenerateRequest, Completion, Routes | None]] = field(
         default_factory=lambda: queue.Queue(256)
     )
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -143,19 +152,43 @@ class Soak:
         return self.figures
 
     def compare(
-        self, references: Sequence[Reference], request: GenerateRequest, completion: Completion
+        self,
+        references: Sequence[Reference],
+        request: GenerateRequest,
+        completion: Completion,
+        whole: Routes | None = None,
     ) -> None:
-        """Count the rows of an answer that are not those of its weights."""
+        """Count the rows of an answer that are not those of its weights.
+
+        Args:
+            references: Of the two checkpoints.
+            request, completion: The answer.
+            whole: Routes of all its tokens, those of earlier answers among them.
+        """
         routes = completion.routes
         if routes is None:
             return
+        whole = whole or routes
         tokens = [*request.input_ids, *completion.output_ids][:-1]
+        start, first = len(tokens) - routes.num_rows, len(tokens) - whole.num_rows
         for version in np.unique(routes.weight_version_T[routes.covered_T]):
             of_version_T = routes.covered_T & (routes.weight_version_T == version)
-            logits_TLE, _, _ = references[version % 2](tokens, routes=routes)
-            start = len(tokens) - routes.num_rows
-            differs_T = differing_rows(routes, logits_TLE[start:])
-            self.figures.wrong_rows += int((differs_T & of_version_T).sum())
+            logits_TLE, _, _ = references[version % 2](tokens, routes=whole)
+            differs_T = differing_rows(routes, logits_TLE[start:]) & of_version_T
+            is_known_T = np.zeros(len(tokens), np.bool_)
+            if not completion.num_retractions:
+                is_known_T[first:] = whole.covered_T & (whole.weight_version_T == version)
+            is_open_T = ~is_known_T & ~clear_of_ties(logits_TLE, routes.top_k).all(-1)
+            is_behind_T = np.cumsum(is_open_T)[start:] > 0
+            self.figures.undecided_rows += int((differs_T & is_behind_T).sum())
+            wrong_N = np.flatnonzero(differs_T & ~is_behind_T)
+            self.figures.wrong_rows += len(wrong_N)
+            self.figures.wrong += [
+                f"row {row} of {routes.num_rows}, first row {request.start}, version {version} of "
+                f"{np.unique(routes.weight_version_T).tolist()}, "
+                f"{routes.expert_ids_TLK[row].tolist()}, logits {logits_TLE[start + row].tolist()}"
+                for row in wrong_N[: MOST_WRONG - len(self.figures.wrong)]
+            ]
         self.figures.answers += 1
         self.figures.rows += routes.num_rows
         self.figures.uncovered.update(num_uncovered([routes]))
@@ -188,10 +221,11 @@ class Soak:
         request = conversation.request(tokens, {"temperature": 1.0, **sampling})
         self.is_open.wait()
         (completion,) = client.generate([request])
-        self.answers.put((request, completion))
+        answer = Span(sample=conversation.add(request, completion))
+        whole = conversation.trajectory([*spans, answer]).routes
+        self.answers.put((request, completion, whole))
         self.figures.events[completion.finish_reason] += 1
         self.figures.events["retracted"] += completion.num_retractions
-        answer = Span(sample=conversation.add(request, completion))
         return [*spans, answer, Span(token_ids=prompt(random, stem=False))]
 
     def disturb(self) -> None:
@@ -359,6 +393,9 @@ def report(figures: Figures, seconds: float) -> dict[str, Any]:
         "client_growth_mib": growth(figures.client_mib),
     }
     print(f"{figures.answers} answers, {figures.rows} rows, {figures.wrong_rows} wrong rows")
+    print(f"not to be decided: {figures.undecided_rows}")
+    for where in figures.wrong:
+        print(f"wrong: {where}")
     print(f"uncovered: {dict(figures.uncovered) or 'none'}")
     print(f"events: {dict(sorted(figures.events.items()))}")
     print(f"faults of good clients: {dict(figures.faults) or 'none'}")
