@@ -69,7 +69,7 @@ def present() -> str:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return f"{', '.join(nodes)}; free: {_text(ray.available_resources())}"
+    return f"{', '.join(sorted(nodes))}; free: {_text(ray.available_resources())}"
 
 
 def rank_environments(
