@@ -9,19 +9,14 @@ from recipes.model.weight_plan import Part
 
 def plan_of(names, rows=4):
     """float32 tensors of `rows` x 2; those of layer n are on rank n."""
-    pieces = [Piece(name=name, shape=(rows, 2), axis=0, start=0, stop=rows) for name in names]
-    return {
-        piece.name: [
-            Part(
-                rank=int(piece.name.split(".")[2]),
-                parameter=0,
-                index=0,
-                piece=piece,
-                dtype=torch.float32,
-            )
-        ]
-        for piece in pieces
-    }
+
+    def part_of(name):
+        piece = Piece(name=name, shape=(rows, 2), axis=0, start=0, stop=rows)
+        rank = int(name.split(".")[2])
+        dtype = torch.float32
+        return Part(rank=rank, parameter=0, index=0, piece=piece, dtype=dtype, copies=(rank,))
+
+    return {name: [part_of(name)] for name in names}
 
 
 def names_of(layer):
