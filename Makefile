@@ -23,7 +23,7 @@ help:  ## this list
 
 env: $(STAMP)  ## build .venv: both engines, 11 GB of disk; about 1 minute with uv, 5 with pip alone
 
-recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 6 minutes
+recipe: env  ## train the tiny preset: real SGLang rollouts, Megatron updates, no GPU; 4 minutes
 	$(PY) -m recipes.minirl $(RECIPE_ARGS)
 
 # One thread per process: idle threads of torch spin, and the workers share the cores. A file runs in
