@@ -275,6 +275,7 @@ def test_a_server_ends_with_an_actor_that_ends_in_order(cluster, checkpoint, tmp
     config = configuration(cluster, checkpoint, *stand_in(tmp_path))
     with ray_cluster(config) as machines:
         machines.start_servers(config, run_folder(tmp_path))
+        assert servers_of(tmp_path)
         machines._servers[0].actor.__ray_terminate__.remote()
         wait_until(lambda: not servers_of(tmp_path))
 

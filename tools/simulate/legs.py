@@ -199,7 +199,7 @@ def _files(inputs: Inputs, design: Design) -> Iterator[Leg]:
 
 
 def _kept_bytes(inputs: Inputs) -> float:
-    """Routes of a step as they are written: gates of a sample, a tenth of the ids, left out."""
+    """Routes of a step as they are written: gates of a sample are left out."""
     capture = "ids" if inputs.job.capture == "gates" else inputs.job.capture
     return inputs.job.tokens * inputs.model.route_bytes(capture)
 
