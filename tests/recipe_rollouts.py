@@ -31,7 +31,10 @@ def prompts_of(answers):
 
 def samples_of(rollout, answers, num_samples, for_training=True):
     """The samples of prompts with these answers, group after group."""
-    groups = rollout.sample(prompts_of(answers), num_samples, for_training=for_training)
+    from recipes.minirl.rollout.groups import StepFiles
+
+    files = StepFiles() if for_training else None
+    groups = rollout.sample(prompts_of(answers), num_samples, files)
     return [sample for group in groups for sample in group.samples]
 
 

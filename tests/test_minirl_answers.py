@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from recipes.minirl.rollout.answers import StoredAnswers, remove_covered
+from recipes.minirl.rollout.answers import StepAnswers, remove_covered
 from recipes.minirl.settings.command_line import parse
 from routing_replay.errors import DataError
 from routing_replay.rollout import Completion, GenerateRequest
@@ -80,7 +80,7 @@ def assert_equal(one, other):
 
 
 def opened(folder, *flags, step=3):
-    return StoredAnswers(folder, step, parse(list(flags)), MODEL)
+    return StepAnswers.of(folder, step, parse(list(flags)), MODEL).group(0)
 
 
 OPTIONS = {"wants_sampling_mask": True, "num_top_logprobs": 2}
@@ -95,30 +95,28 @@ REQUESTS = [
 def stored(tmp_path):
     """A folder in which the last two of three responses were stored; and these."""
     answers = opened(tmp_path)
-    keys = answers.keys(REQUESTS)
     completions = {number: completion_to(REQUESTS[number], number) for number in (2, 1)}
     for number, completion in completions.items():
-        answers.add(keys[number], REQUESTS[number], completion)
+        answers.add(number, REQUESTS[number], completion)
     return tmp_path, completions
 
 
 def found(answers):
-    keys = answers.keys(REQUESTS)
-    return [answers.find(key, r) for key, r in zip(keys, REQUESTS, strict=True)]
+    return [answers.find(*numbered) for numbered in enumerate(REQUESTS)]
 
 
-def test_a_response_is_found_by_its_request_and_place_with_every_column_it_had(stored):
+def test_a_response_is_found_by_its_request_and_member_with_every_column_it_had(stored):
     folder, completions = stored
     first, second, third = found(opened(folder))
-    assert first is None  # the identical request has the other place
+    assert first is None  # the identical request is another member's
     assert_equal(second, completions[1])
     assert_equal(third, completions[2])
 
 
-def test_a_second_round_of_the_same_prompts_is_not_given_the_responses_of_the_first(stored):
-    answers = opened(stored[0])
-    assert [c is None for c in found(answers)] == [True, False, False]
-    assert found(answers) == [None] * 3
+def test_another_group_of_the_same_prompt_is_not_given_the_responses_of_the_first(stored):
+    step = StepAnswers.of(stored[0], 3, parse([]), MODEL)
+    assert [c is None for c in found(step.group(0))] == [True, False, False]
+    assert found(step.group(1)) == [None] * 3
 
 
 def test_responses_of_other_sampling_training_or_steps_are_not_found(stored):
@@ -140,21 +138,18 @@ def test_what_a_crash_cut_off_or_a_disk_damaged_is_sampled_again(stored):
     answers = opened(folder)
     assert found(answers) == [None] * 3
     # What comes after a line that was cut short stands in a line of its own.
-    key = opened(folder).keys(REQUESTS)[1]
-    answers.add(key, REQUESTS[1], completions[1])
+    answers.add(1, REQUESTS[1], completions[1])
     assert_equal(found(opened(folder))[1], completions[1])
 
 
 def test_many_threads_store_whole_lines(tmp_path):
     answers = opened(tmp_path)
-    requests = [REQUESTS[0]] * 40
-    keys = answers.keys(requests)
     completions = [completion_to(REQUESTS[0], n) for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(answers.add, keys, requests, completions))
+        list(pool.map(answers.add, range(40), [REQUESTS[0]] * 40, completions))
     again = opened(tmp_path)
-    for key, completion in zip(again.keys(requests), completions, strict=True):
-        assert_equal(again.find(key, REQUESTS[0]), completion)
+    for member, completion in enumerate(completions):
+        assert_equal(again.find(member, REQUESTS[0]), completion)
 
 
 def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path):
@@ -162,12 +157,12 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path):
     answers.path.symlink_to("/dev/full")
     message = r"responses of a step cannot be written; got No space left.*--resume"
     with pytest.raises(DataError, match=message):
-        answers.add(answers.keys(REQUESTS)[0], REQUESTS[0], completion_to(REQUESTS[0], 0))
+        answers.add(0, REQUESTS[0], completion_to(REQUESTS[0], 0))
 
 
 def test_a_checkpoint_removes_the_responses_that_it_covers(tmp_path):
     for step in (3, 4, 5):
         answers = opened(tmp_path, step=step)
-        answers.add("key", REQUESTS[0], completion_to(REQUESTS[0], 0))
+        answers.add(0, REQUESTS[0], completion_to(REQUESTS[0], 0))
     remove_covered(tmp_path, 4)
-    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["step_000005.jsonl"]
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["step_000005"]

@@ -55,10 +55,10 @@ def writer_of(folder, **fields):
 def test_the_parts_of_a_step_are_its_routes_whatever_ended_first(tmp_path):
     sampled = [[sample_of(seed + 10 * g) for seed in range(2)] for g in range(3)]
     writer = writer_of(tmp_path)
-    ended = {number: writer.write(sampled[number]) for number in (2, 0, 1)}
+    ended = {number: writer.write(number, sampled[number]) for number in (2, 0, 1)}
     # A group that dynamic sampling replaced is in no index.
     chosen = [ended[0], ended[2]]
-    uncovered = writer.save_index(chosen, 1.0)
+    uncovered = writer.save_index(tmp_path, chosen, 1.0)
     samples = sampled[0] + sampled[2]
     whole = RouteTable.from_routes([sample.routes for sample in samples])
     parts = PartedTable.open(tmp_path / INDEX_FILE)
@@ -77,9 +77,9 @@ def test_long_responses_have_parts_of_their_own_and_short_ones_share_one(tmp_pat
     monkeypatch.setattr(groups, "PART_ROWS", 6)
     writer = writer_of(tmp_path)
     samples = [sample_of(0), sample_of(1, 1, 2), sample_of(2, 2, 5)]
-    group = writer.write(samples)
+    group = writer.write(0, samples)
     assert [part.rows_S.tolist() for part in group.parts] == [[6], [2, 6]]
-    writer.save_index([group], 1.0)
+    writer.save_index(tmp_path, [group], 1.0)
     whole = RouteTable.from_routes([sample.routes for sample in samples])
     rows_T = np.flatnonzero(whole.covered_T)
     parts = PartedTable.open(tmp_path / INDEX_FILE)
@@ -89,15 +89,15 @@ def test_long_responses_have_parts_of_their_own_and_short_ones_share_one(tmp_pat
 
 def test_a_step_with_too_many_uncovered_rows_stops_with_their_causes(tmp_path):
     writer = writer_of(tmp_path)
-    group = writer.write([sample_of(0)])
+    group = writer.write(0, [sample_of(0)])
     with pytest.raises(RoutesError, match=r"too many rows are not covered[\s\S]*absent 2"):
-        writer.save_index([group], 0.1)
+        writer.save_index(tmp_path, [group], 0.1)
 
 
 def test_only_a_planned_step_carries_the_counts_of_its_experts(tmp_path):
     samples = [sample_of(0), sample_of(1)]
     for is_planned in (False, True):
-        (parts,) = writer_of(tmp_path, is_planned=is_planned).write(samples).parts
+        (parts,) = writer_of(tmp_path, is_planned=is_planned).write(0, samples).parts
         counts_SLE = parts.counts_SLE
         assert (counts_SLE is not None) == is_planned
     expected = RouteTable.from_routes([sample.routes for sample in samples]).counts_SLE

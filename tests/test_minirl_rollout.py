@@ -7,7 +7,8 @@ from rollout_servers import MODEL, FakeServer
 from sglang_servers import write_checkpoint
 
 from recipes.minirl.data.prompts import Prompt
-from recipes.minirl.rollout.answers import StoredAnswers
+from recipes.minirl.rollout.answers import StepAnswers
+from recipes.minirl.rollout.groups import StepFiles
 from recipes.minirl.rollout.sampling import Rollout, sample_groups
 from recipes.minirl.settings.command_line import parse
 from recipes.serving.kept import read_absences
@@ -27,8 +28,19 @@ def checkpoint(tmp_path_factory):
 
 def sampled(rollout, folder):
     """A step's groups, as a run samples and stores them."""
-    answers = StoredAnswers(folder, 1, rollout.config, MODEL)
-    return sample_groups(rollout, lambda o, c: PROMPTS[o : o + c], 4, 0, answers)
+    files = StepFiles(answers=StepAnswers.of(folder, 1, rollout.config, MODEL))
+    return sample_groups(
+        lambda prompts, first: rollout.sample(prompts, 2, files, first),
+        lambda offset, count: PROMPTS[offset : offset + count],
+        4,
+        0,
+    )
+
+
+def stored_in(folder):
+    """The stored lines of a step, by the file of their group."""
+    paths = sorted((folder / "answers" / "step_000001").iterdir())
+    return {path: path.read_text().splitlines(keepends=True) for path in paths}
 
 
 def generations(server):
@@ -39,19 +51,20 @@ def test_a_resumed_step_samples_only_what_was_not_stored(checkpoint, tmp_path):
     config = parse(FLAGS)
     with FakeServer() as server:
         first = sampled(Rollout(config, [server.url], checkpoint, MODEL), tmp_path)
-        (path,) = (tmp_path / "answers").iterdir()
-        lines = path.read_text().splitlines(keepends=True)
-        assert len(lines) == 8
-        # Killed while it wrote the sixth.
-        path.write_text("".join(lines[:5]) + lines[5][:50])
+        stored = stored_in(tmp_path)
+        assert [len(lines) for lines in stored.values()] == [2] * 4
+        # Killed while one was written, before any of the last group ended.
+        *_, third, last = stored
+        third.write_text(stored[third][0] + stored[third][1][:50])
+        last.unlink()
         resumed = Rollout(config, [server.url], checkpoint, MODEL)
         before = generations(server)
         again = sampled(resumed, tmp_path)
         assert generations(server) - before == 3
-        assert resumed.server_metrics()["rollout/stored_responses"] == 5
-        assert resumed.server_metrics()["rollout/stored_responses"] == 0
-    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
-    assert len(set(keys)) == len(keys) == 8
+        assert resumed.state()["rollout/stored_responses"] == 5
+        assert resumed.state()["rollout/stored_responses"] == 0
+    for lines in stored_in(tmp_path).values():
+        assert sorted(json.loads(line)["key"][-2:] for line in lines) == ["-0", "-1"]
     for one, other in zip(first.samples, again.samples, strict=True):
         assert (one.response_ids, one.logp_mu) == (other.response_ids, other.logp_mu)
         assert (one.routes.expert_ids_TLK == other.routes.expert_ids_TLK).all()
@@ -66,8 +79,9 @@ def test_responses_carry_the_version_that_sampled_them_and_keep_it_when_stored(
         assert {s.weight_version for s in sampled(rollout, tmp_path / "none").samples} == {0}
         rollout.client.update_weights("v3", 3)
         assert {s.weight_version for s in sampled(rollout, tmp_path).samples} == {3}
-        (path,) = (tmp_path / "answers").iterdir()
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+        first, *_, last = stored_in(tmp_path)
+        last.unlink()
+        first.write_text(stored_in(tmp_path)[first][0])
         rollout.client.update_weights("v4", 4)
         versions = [s.weight_version for s in sampled(rollout, tmp_path).samples]
         assert sorted(versions) == [3] * 5 + [4] * 3
@@ -83,7 +97,7 @@ def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
         rollout = Rollout(config, [dead.url, good.url], checkpoint, MODEL, states)
         assert list(read_absences(states)) == [dead.url]
         assert f"Servers: {dead.url} is left out: " in capsys.readouterr().out
-        metrics = rollout.server_metrics()
+        metrics = rollout.state()
         assert (metrics["rollout/servers"], metrics["rollout/servers_left_out"]) == (1, 1)
         strict = parse([*FLAGS, "--rollout-url", "http://a", "http://b", "--min-servers", "2"])
         with pytest.raises(ServerError, match="too few servers are left; expected 2 or more"):

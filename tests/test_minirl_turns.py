@@ -1,5 +1,7 @@
 """Responses of several answers, with an engine whose routing is a function of the prefix."""
 
+import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +10,11 @@ from test_spans import answer, true_rows
 
 from recipes.minirl.data.prompts import Prompt
 from recipes.minirl.rollout.batch import Batch, Sample
-from recipes.minirl.rollout.sampling import joined
+from recipes.minirl.rollout.groups import StepFiles
+from recipes.minirl.rollout.scores import joined
 from recipes.minirl.rollout.turns import TOOLS, Response, Tool, calculate
 from routing_replay.errors import DataError
-from routing_replay.rollout import Completion, GenerateRequest
+from routing_replay.rollout import Completion, GenerateRequest, Session, SharedSession
 
 # One letter is a token: "a" is 0.
 TOKENIZER = SimpleNamespace(
@@ -73,10 +76,13 @@ class Engine:
     def __init__(self, *texts):
         self.texts, self.requests = list(texts), []
 
-    def generate_each(self, requests, work):
-        self.requests += requests
-        answers = [self.answer(request, *self.texts.pop(0)) for request in requests]
-        return [work(number, answer) for number, answer in enumerate(answers)]
+    @contextlib.asynccontextmanager
+    async def session(self):
+        yield Session(self, asyncio.get_running_loop().create_future())
+
+    async def complete(self, request):
+        self.requests.append(request)
+        return self.answer(request, *self.texts.pop(0))
 
     def answer(self, request, text, reason):
         returned = answer(list(request.input_ids), TOKENIZER.encode(text, False), request.start)
@@ -102,7 +108,8 @@ def rollout_of(monkeypatch):
     def make(engine, *flags):
         rollout = Rollout.__new__(Rollout)
         rollout._num_stored = 0
-        rollout.config, rollout.tokenizer, rollout.client = parse(list(flags)), TOKENIZER, engine
+        rollout.config, rollout.tokenizer = parse(list(flags)), TOKENIZER
+        rollout._session = SharedSession(engine.session)
         monkeypatch.setattr(rollout, "encode", lambda prompt: [0, 1])
         return rollout
 
@@ -113,7 +120,7 @@ def test_the_rollout_takes_turns_until_every_response_is_done(rollout_of):
     engine = Engine(("cdz", "stop"), ("e", "stop"), ("cd", "stop"))
     rollout = rollout_of(engine, "--tool", "calculator", "--max-new-tokens", "8")
     prompt = Prompt(prompt="ab", answer="cd")
-    (group,) = rollout.sample([prompt], 2, for_training=True)
+    (group,) = rollout.sample([prompt], 2, StepFiles())
     first, second = group.samples
     # The first calls the tool, the second answers at once; then the first answers.
     assert [len(request.input_ids) for request in engine.requests] == [2, 2, 2 + 3 + 4]
@@ -129,7 +136,7 @@ def test_an_answer_that_is_not_whole_is_an_error(rollout_of):
     """The client returns whole answers: it continues what someone else aborts."""
     rollout = rollout_of(Engine(("cd", "abort")))
     with pytest.raises(DataError, match="a response is not finished.*got abort"):
-        rollout.sample([Prompt(prompt="ab", answer="cd")], 1, for_training=True)
+        rollout.sample([Prompt(prompt="ab", answer="cd")], 1, StepFiles())
 
 
 def test_scores_of_answers_are_joined():

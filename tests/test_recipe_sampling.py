@@ -51,9 +51,18 @@ def test_more_likely_tokens_than_there_are_is_an_error_at_the_start(rollout_of):
         rollout_of("--objective", "dppo_topk", "--topk-logprobs", "200")
 
 
-def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
+def groups_of(rollout, draw, rounds):
+    """A batch of groups, as a step samples it."""
+    from recipes.minirl.rollout.groups import StepFiles
     from recipes.minirl.rollout.sampling import sample_groups
 
+    def sample(prompts, first):
+        return rollout.sample(prompts, GROUP, StepFiles(), first)
+
+    return sample_groups(sample, draw, PROMPTS, rounds)
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
     rollout = rollout_of()
     answers = ["always", "", "always", ""] + [""] * 20
     stream = prompts_of(answers)
@@ -63,7 +72,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
         drawn.append((offset, count))
         return stream[offset : offset + count]
 
-    groups = sample_groups(rollout, draw, PROMPTS, rounds=4)
+    groups = groups_of(rollout, draw, rounds=4)
     rewards_GS = torch.tensor([s.reward for s in groups.samples]).view(PROMPTS, GROUP)
     assert ((rewards_GS > 0).any(1) & (rewards_GS < 1).any(1)).all()
     # The first round misses the two that every response solves, and perhaps more.
@@ -80,21 +89,17 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
 
 
 def test_dynamic_sampling_gives_up_after_its_rounds_with_a_full_batch(rollout_of):
-    from recipes.minirl.rollout.sampling import sample_groups
-
     stream = prompts_of(["always"] * 12)
-    groups = sample_groups(rollout_of(), lambda o, c: stream[o : o + c], PROMPTS, rounds=2)
+    groups = groups_of(rollout_of(), lambda o, c: stream[o : o + c], rounds=2)
     assert (groups.num_rounds, groups.num_prompts) == (3, 12)
     assert len(groups.samples) == PROMPTS * GROUP
     assert all(sample.reward == 1 for sample in groups.samples)
 
 
 def test_without_dynamic_sampling_a_batch_is_its_prompts_in_order(rollout_of):
-    from recipes.minirl.rollout.sampling import sample_groups
-
     rollout = rollout_of()
     stream = prompts_of(["always", "", "always", ""])
-    groups = sample_groups(rollout, lambda o, c: stream[o : o + c], PROMPTS, rounds=0)
+    groups = groups_of(rollout, lambda o, c: stream[o : o + c], rounds=0)
     assert (groups.num_rounds, groups.num_prompts) == (1, PROMPTS)
     expected = [tuple(rollout.encode(p)) for p in stream for _ in range(GROUP)]
     assert [s.prompt_ids for s in groups.samples] == expected

@@ -14,7 +14,7 @@ import pytest
 from sglang_checks import assert_true
 from sglang_servers import MODEL, random_prompt, request
 
-from recipes.minirl.rollout.answers import StoredAnswers
+from recipes.minirl.rollout.answers import StepAnswers
 from recipes.minirl.settings.command_line import parse
 from routing_replay.rollout import ClientOptions, RolloutClient
 from tools.chaos.proxy import FAULTS, Proxy
@@ -72,12 +72,12 @@ class Life:
 
     def __init__(self, folder, client, dies_after):
         self.client, self.dies_after, self.num_stored = client, dies_after, 0
-        self.answers = StoredAnswers(folder, 1, parse([]), MODEL)
+        self.answers = StepAnswers.of(folder, 1, parse([]), MODEL).group(0)
 
     def sample(self, asked):
         """The completions, or None for a life that ended before."""
-        self.keys, self.asked = self.answers.keys(asked), asked
-        found = [self.answers.find(k, r) for k, r in zip(self.keys, asked, strict=True)]
+        self.asked = asked
+        found = [self.answers.find(*numbered) for numbered in enumerate(asked)]
         self.missing = [n for n, completion in enumerate(found) if completion is None]
         try:
             sampled = self.client.generate_each([asked[n] for n in self.missing], self.store)
@@ -91,7 +91,7 @@ class Life:
             raise Killed
         self.num_stored += 1
         number = self.missing[place]
-        self.answers.add(self.keys[number], self.asked[number], completion)
+        self.answers.add(number, self.asked[number], completion)
         return completion
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from routing_replay.routes.part_index import PartIndex
 from routing_replay.routes.parts import PartedTable
 
 from .data.inputs import Inputs, load_inputs
-from .data.prompts import Prompt, take
 from .job import checkpoints
 from .job.first_rank import FirstRank, Pending
 from .job.journal import Clock, Journal
@@ -38,10 +36,12 @@ from .policy.policy import FixedScores, Policy
 from .policy.shaping import with_advantages
 from .policy.step_choices import choose
 from .publish.publisher import Publisher
-from .rollout.answers import StoredAnswers, remove_covered
+from .rollout.answers import StepAnswers, remove_covered
 from .rollout.batch import BATCH_FILE, Batch
-from .rollout.groups import INDEX_FILE, GroupWriter, oldest_version
-from .rollout.sampling import Groups, Rollout, mean_reward, sample_groups
+from .rollout.exchange import Exchange, LocalExchange
+from .rollout.groups import INDEX_FILE, GroupWriter, StepFiles
+from .rollout.sampling import Rollout, mean_reward
+from .rollout.step_batch import sample_batch
 from .settings import checks
 from .settings.config import RecipeConfig
 
@@ -67,7 +67,7 @@ class StepRollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a step works with; `rollout` and `journal` exist on rank 0 only.
+    """What a step works with; the journal exists on rank 0 only.
 
     `run_dir` may be another folder on each node; `shared_dir` is one for all.
     """
@@ -78,7 +78,7 @@ class Job:
     inputs: Inputs
     policy: Policy
     first_rank: FirstRank
-    rollout: Rollout | None
+    exchange: Exchange
     journal: Journal | None
     objective: Objective
     publisher: Publisher
@@ -100,26 +100,33 @@ class Job:
         return rollout
 
     def _begin(self, step: int, first_prompt: int, folder: Path, number: int) -> StepRollout:
-        name, work = f"sampled_{step}_{number}", self.publisher.guarded(sample_batch)
-        pending = self.first_rank.begin(name, work, self, step, first_prompt, folder)
+        def sample() -> dict[str, float]:
+            return sample_batch(
+                self.exchange,
+                self.config,
+                self.inputs.prompts,
+                self._files(step, folder),
+                step=step,
+                start=first_prompt,
+                folder=folder,
+                multiple=self.policy.sharding.multiple,
+            )
+
+        work = self.publisher.guarded(sample)
+        pending = self.first_rank.begin(f"sampled_{step}_{number}", work)
         return StepRollout(
             step=step, first_prompt=first_prompt, folder=folder, number=number, pending=pending
         )
 
-    def group_writer(self, step: int, folder: Path) -> GroupWriter:
-        """Return what writes the routes of a step's groups."""
-        config, policy = self.config, self.policy
-        # Tensor-parallel ranks route parts of a sequence, each on its own.
-        ranks = config.training.tensor_parallel * config.training.context_parallel
-        return GroupWriter(
-            folder=folder,
-            shape=policy.replay.shape,
-            stages=policy.stages,
-            oldest_version=oldest_version(config, step),
-            num_calls=config.data.samples_per_prompt * ranks,
-            replay=config.replay,
-            is_planned=config.training.plan != "none",
-        )
+    def _files(self, step: int, folder: Path) -> StepFiles:
+        """Return where the groups of a step go."""
+        config, shape = self.config, self.policy.replay.shape
+        answers = writer = None
+        if config.run.store_answers:
+            answers = StepAnswers.of(self.shared_dir, step, config, shape)
+        if config.rollout_capture != "off":
+            writer = GroupWriter.of(config, step, folder, shape, self.policy.stages)
+        return StepFiles(answers=answers, writer=writer)
 
     def open_routes(self, folder: Path, batch: Batch) -> PartedTable | None:
         """Open the parts that this rank trains, on its node's disk; collective.
@@ -133,7 +140,7 @@ class Job:
         policy, path = self.policy, folder / INDEX_FILE
         sequences = policy.sharding.sequences(batch.lengths_S)
         layers = policy.replay.local_layers
-        self.first_rank.share_parts(folder, PartIndex.open(path).files(sequences, layers))
+        self.exchange.fetch(folder, PartIndex.open(path).files(sequences, layers))
         # Ranks of a group read the same files; one of them verifies what all map.
         return PartedTable.open(path, sequences, layers, verify=policy.is_first_of_sequences)
 
@@ -141,8 +148,7 @@ class Job:
         """Return the mean reward on the held-out prompts, sampled as in training, on rank 0."""
 
         def sample() -> dict[str, float]:
-            assert self.rollout is not None
-            groups = self.rollout.sample(self.inputs.heldout, 1, for_training=False)
+            groups = self.exchange.sample(self.inputs.heldout, 1)
             samples = [sample for group in groups for sample in group.samples]
             return {"eval/reward": mean_reward(samples)}
 
@@ -182,7 +188,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         inputs=inputs,
         policy=policy,
         first_rank=first_rank,
-        rollout=rollout,
+        exchange=LocalExchange(rollout, first_rank),
         journal=journal,
         objective=config.make_objective(),
         publisher=Publisher(
@@ -323,65 +329,6 @@ def finish_step(job: Job, progress: checkpoints.Progress, folder: Path) -> None:
             remove_covered(job.shared_dir, progress.step)
     # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
     job.first_rank.keep(folder, job.run_dir / "last_batch")
-
-
-def sample_batch(job: Job, step: int, start: int, scratch: Path) -> dict[str, float]:
-    """Sample, reward, save batch and routes for all ranks; return the rollout's metrics.
-
-    It runs in a thread of rank 0, beside the training of the step before if it runs ahead.
-    """
-    assert job.rollout is not None
-    began = time.monotonic()
-    config, data = job.config, job.config.data
-
-    def draw(offset: int, count: int) -> list[Prompt]:
-        return take(job.inputs.prompts, start + offset, count, config.run.seed)
-
-    answers = None
-    if config.run.store_answers:
-        answers = StoredAnswers(job.shared_dir, step, config, job.policy.replay.shape)
-    rounds = data.dynamic_sampling
-    writer = job.group_writer(step, scratch) if config.rollout_capture != "off" else None
-    keep = writer.write if writer else None
-    groups = sample_groups(job.rollout, draw, data.prompts_per_step, rounds, answers, keep)
-    batch = Batch.from_samples(
-        groups.samples,
-        data.samples_per_prompt,
-        job.policy.sharding.multiple,
-        groups.num_prompts,
-    )
-    batch.save(scratch / BATCH_FILE)
-    uncovered: dict[str, float] = {}
-    if writer:
-        uncovered = writer.save_index(groups.groups, config.rollout.max_uncovered)
-    metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
-    metrics["rollout/version_lag"] = batch.lag_S(step - 1).double().mean().item()
-    metrics["time/sampling_s"] = time.monotonic() - began
-    return rollout_metrics(config, batch, groups) | metrics | job.rollout.server_metrics()
-
-
-def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[str, float]:
-    """Describe a step's samples."""
-    lengths_S = batch.mask_ST.sum(1).double()
-    solved_G = batch.rewards_S.view(-1, config.data.samples_per_prompt).mean(1)
-    limit = config.rollout.max_new_tokens
-    metrics = {
-        "reward": mean_reward(groups.samples),
-        "rollout/response_length": lengths_S.mean().item(),
-        "rollout/truncated_fraction": (lengths_S == limit).double().mean().item(),
-        # Groups whose responses all fail or all succeed teach nothing.
-        "rollout/informative_groups": ((solved_G > 0) & (solved_G < 1)).double().mean().item(),
-    }
-    if config.data.dynamic_sampling:
-        metrics["rollout/sampling_rounds"] = groups.num_rounds
-        metrics["rollout/replaced_groups"] = groups.num_prompts - config.data.prompts_per_step
-    if config.has_sampling_mask:
-        assert batch.support_ids_N is not None
-        masses = [sample.support_mass for sample in groups.samples]
-        metrics["rollout/sampling_mask_mass"] = sum(masses) / len(masses)
-        num_choices = len(batch.support_ids_N) / max(1, int(batch.mask_ST.sum()))
-        metrics["rollout/sampling_mask_size"] = num_choices
-    return metrics
 
 
 def scratch_folder(config: RecipeConfig, run_dir: Path) -> Path:

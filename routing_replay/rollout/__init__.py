@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .conversation import Conversation, sample_of
     from .probing import ProbeReport, probe
     from .requests import Completion, GenerateRequest, completion_of, request_fields
+    from .session import Session, SharedSession
 
 __all__ = [
     "ClientOptions",
@@ -29,6 +30,8 @@ __all__ = [
     "GenerateRequest",
     "ProbeReport",
     "RolloutClient",
+    "Session",
+    "SharedSession",
     "completion_of",
     "decode",
     "probe",
@@ -43,6 +46,8 @@ _MODULES = {
     "GenerateRequest": ".requests",
     "ProbeReport": ".probing",
     "RolloutClient": ".client",
+    "Session": ".session",
+    "SharedSession": ".session",
     "completion_of": ".requests",
     "decode": "..routes.payload",
     "probe": ".probing",

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +25,7 @@ from .dispatch import Dispatch
 from .garbage import RARE_COLLECTIONS
 from .requests import Completion, GenerateRequest
 from .servers import Servers, ServerState, Weights
+from .session import Session, all_or_none
 from .transport import TransientError, Transport
 from .watch import Watch
 
@@ -128,7 +138,7 @@ class RolloutClient:
         async def keep(_: int, completion: Completion) -> Completion:
             return completion
 
-        return await self._covered_results(requests, keep)
+        return await self._results(requests, keep)
 
     def generate_each(
         self, requests: Sequence[GenerateRequest], work: Callable[[int, Completion], R]
@@ -157,9 +167,9 @@ class RolloutClient:
         async def use(number: int, completion: Completion) -> R:
             return await asyncio.to_thread(work, number, completion)
 
-        return await self._covered_results(requests, use)
+        return await self._results(requests, use)
 
-    async def _covered_results(
+    async def _results(
         self,
         requests: Sequence[GenerateRequest],
         use: Callable[[int, Completion], Awaitable[R]],
@@ -167,45 +177,39 @@ class RolloutClient:
         uncovered: Counter[str] = Counter()
         num_rows = 0
 
-        async def counted(number: int, completion: Completion) -> R:
+        async def one(session: Session, number: int, request: GenerateRequest) -> R:
             nonlocal num_rows
+            completion = await session.complete(request)
             if completion.routes is not None:
                 uncovered.update(num_uncovered([completion.routes]))
                 num_rows += completion.routes.num_rows
             return await use(number, completion)
 
-        with RARE_COLLECTIONS:
-            results = await self._results(requests, counted)
+        async with self.session() as session:
+            calls = [one(session, *numbered) for numbered in enumerate(requests)]
+            results = await session.run(all_or_none(calls))
         most, where = self.options.max_uncovered, ", ".join(self.urls)
         require_few_uncovered(uncovered, num_rows, most, where)
         return results
 
-    async def _results(
-        self,
-        requests: Sequence[GenerateRequest],
-        use: Callable[[int, Completion], Awaitable[R]],
-    ) -> list[R]:
-        async with self.transport() as http, self.transport() as control:
-            await self.watch(control).run(until_enough=True)
-            await self._learn_sizes(control)
-            dispatch = self._dispatch(http)
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        """Connect to the servers, and watch them, for requests that are not known together.
 
-            async def one(number: int, request: GenerateRequest) -> R:
-                return await use(number, await dispatch.complete(request))
-
-            tasks = [asyncio.ensure_future(one(n, r)) for n, r in enumerate(requests)]
-            work = asyncio.gather(*tasks)
-            watch = asyncio.ensure_future(self.watch(control, dispatch.drop).run())
-            ends: list[asyncio.Future[Any]] = [work, watch]
-            try:
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    watch.result()  # there are too few servers
-                return list(await work)
-            finally:
-                for task in (*tasks, watch):
-                    task.cancel()
-                await asyncio.gather(*tasks, *ends, return_exceptions=True)
+        Raises:
+            ServerError: Too few servers are well.
+        """
+        with RARE_COLLECTIONS:
+            async with self.transport() as http, self.transport() as control:
+                await self.watch(control).run(until_enough=True)
+                await self._learn_sizes(control)
+                dispatch = self._dispatch(http)
+                watch = asyncio.ensure_future(self.watch(control, dispatch.drop).run())
+                try:
+                    yield Session(dispatch, watch)
+                finally:
+                    watch.cancel()
+                    await asyncio.gather(watch, return_exceptions=True)
 
     def update_weights(self, path: str, weight_version: int, flush_cache: bool = True) -> None:
         """Load a checkpoint from a disk that all servers see, and check the version afterwards.

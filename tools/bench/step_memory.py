@@ -114,11 +114,11 @@ def write_parts(
         is_planned=False,
     )
     kept = [
-        clock("parts written", lambda group=group: writer.write(group))  # type: ignore[misc]
-        for group in itertools.chain([first], of_groups)
+        clock("parts written", lambda numbered=numbered: writer.write(*numbered))  # type: ignore[misc]
+        for numbered in enumerate(itertools.chain([first], of_groups))
     ]
     write_batch([sample for group in kept for sample in group.samples], folder, clock)
-    clock("index", lambda: writer.save_index(kept, 1.0))
+    clock("index", lambda: writer.save_index(folder, kept, 1.0))
     num_sequences = len(kept) * GROUP_SIZE
     mine = range(-(-num_sequences // DATA_RANKS))
     clock("verified", lambda: PartedTable.open(folder / INDEX_FILE, mine, writer.stages[0]))

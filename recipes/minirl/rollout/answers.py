@@ -1,8 +1,8 @@
 """Responses of a step, stored as they end: an interrupted run samples none of them again.
 
-answers/step_000007.jsonl      one line of JSON per response, in the order in which they ended:
-    {"key": request and settings, "url": server, "answer": as SGLang's /generate would say it,
-     "routes": its routed_experts}
+answers/step_000007/group_000012.jsonl     one line of JSON per response, as they ended:
+    {"key": request, settings and member, "url": server, "answer": as SGLang's /generate would say
+     it, "routes": its routed_experts}
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +25,79 @@ from routing_replay.routes.shape import MoEShape
 from ..settings.config import RecipeConfig
 
 FOLDER = "answers"
+WHAT = "the responses of a step"  # for errors
 # What decides the weights of a step: responses of a run with other values are of another policy.
 SECTIONS = ("model", "data", "training", "objective", "replay")
 
 
-class StoredAnswers:
-    """The stored responses of one step; only the first rank has them.
-
-    A response belongs to a request with the same tokens and settings; among identical requests, to
-    the one with the same number. What was cut short or damaged on the disk is sampled again.
+@dataclass(frozen=True, kw_only=True)
+class StepAnswers:
+    """The stored responses of a step: a file for each group, which only its sampler opens.
 
     Args:
-        shared_dir: Folder of the run that every machine sees.
-        step: Its number.
-        config: The run's.
+        folder: Of the step.
+        settings: Of the run, as far as they decide the step's weights.
         model: Layers, experts and top-k of the routes.
+    """
+
+    folder: Path
+    settings: str
+    model: MoEShape
+
+    @classmethod
+    def of(cls, shared_dir: Path, step: int, config: RecipeConfig, model: MoEShape) -> StepAnswers:
+        """Return those of a step of a run.
+
+        Args:
+            shared_dir: Folder of the run that every machine sees.
+            step: Its number.
+            config: The run's.
+            model: Of the routes.
+
+        Raises:
+            DataError: The folder cannot be made.
+        """
+        sections = asdict(config)
+        settings = json.dumps({name: sections[name] for name in SECTIONS}, sort_keys=True)
+        folder = shared_dir / FOLDER / f"step_{step:06d}"
+        with writing(folder, WHAT, DataError):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder=folder, settings=settings, model=model)
+
+    def group(self, number: int) -> StoredAnswers:
+        """Return the responses of a group, by its number within the step.
+
+        Raises:
+            DataError: The file cannot be read or written.
+        """
+        return StoredAnswers(self.folder / f"group_{number:06d}.jsonl", self.settings, self.model)
+
+
+class StoredAnswers:
+    """The stored responses of one group.
+
+    A response belongs to a member of the group and to a request with the same tokens and settings.
+    What was cut short or damaged on the disk is sampled again.
+
+    Args:
+        path: Their file.
+        settings, model: As of `StepAnswers`.
 
     Raises:
         DataError: The file cannot be read or written.
     """
 
-    def __init__(self, shared_dir: Path, step: int, config: RecipeConfig, model: MoEShape):
-        self.path = shared_dir / FOLDER / f"step_{step:06d}.jsonl"
+    def __init__(self, path: Path, settings: str, model: MoEShape):
+        self.path = path
+        self._settings = settings
         self._model = model
-        sections = asdict(config)
-        self._settings = json.dumps({name: sections[name] for name in SECTIONS}, sort_keys=True)
-        self._num_asked: Counter[str] = Counter()
         self._lock = threading.Lock()
-        with writing(self.path, "the responses of a step", DataError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stored = _read(self.path)
+        with writing(path, WHAT, DataError):
+            self._stored = _read(path)
 
-    def keys(self, requests: Sequence[GenerateRequest]) -> list[str]:
-        """Return what tells the requests of this step apart; call it once for each of them."""
-        keys = []
-        for request in requests:
-            text = self._settings + json.dumps(request.to_json(), sort_keys=True)
-            digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-            keys.append(f"{digest}-{self._num_asked[digest]}")
-            self._num_asked[digest] += 1
-        return keys
-
-    def find(self, key: str, request: GenerateRequest) -> Completion | None:
-        """Return the stored response to a request, or None."""
-        record = self._stored.get(key)
+    def find(self, member: int, request: GenerateRequest) -> Completion | None:
+        """Return a member's stored response to a request, or None."""
+        record = self._stored.get(self._key(member, request)) if self._stored else None
         if record is None:
             return None
         try:
@@ -78,20 +106,24 @@ class StoredAnswers:
         except RoutingReplayError:
             return None
 
-    def add(self, key: str, request: GenerateRequest, completion: Completion) -> None:
+    def add(self, member: int, request: GenerateRequest, completion: Completion) -> None:
         """Store a response. Several threads may do so.
 
         Raises:
             DataError: It cannot be written.
         """
-        line = line_of(key, completion, request.start)
+        line = line_of(self._key(member, request), completion, request.start)
         fix = "Free space and go on with --resume; or train with --no-store-answers"
         with (
             self._lock,
-            writing(self.path, "the responses of a step", DataError, fix=fix),
+            writing(self.path, WHAT, DataError, fix=fix),
             open(self.path, "a", encoding="utf-8") as file,
         ):
             file.write(line)
+
+    def _key(self, member: int, request: GenerateRequest) -> str:
+        text = self._settings + json.dumps(request.to_json(), sort_keys=True)
+        return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}-{member}"
 
 
 def line_of(key: str, completion: Completion, start: int) -> str:
@@ -114,9 +146,9 @@ def _with_routes(answer: dict[str, Any], routes: str | None) -> dict[str, Any]:
 
 def remove_covered(shared_dir: Path, step: int) -> None:
     """Remove the responses of the steps up to one that a checkpoint holds."""
-    for path in (shared_dir / FOLDER).glob("step_*.jsonl"):
-        if int(path.stem.removeprefix("step_")) <= step:
-            path.unlink(missing_ok=True)
+    for folder in (shared_dir / FOLDER).glob("step_*"):
+        if int(folder.name.removeprefix("step_")) <= step:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from routing_replay.routes.routes import Routes
 from routing_replay.routes.shape import MoEShape
 
 from ..settings.config import RecipeConfig
+from .answers import StepAnswers
 from .batch import Sample
 
 # Of the routes; the parts lie beside it.
@@ -63,17 +64,37 @@ class GroupWriter:
     num_calls: int
     replay: ReplayConfig
     is_planned: bool
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def write(self, samples: Sequence[Sample]) -> Group:
+    @classmethod
+    def of(
+        cls, config: RecipeConfig, step: int, folder: Path, shape: MoEShape, stages: Stages
+    ) -> GroupWriter:
+        """Return that of a step of a run."""
+        # Tensor-parallel ranks route parts of a sequence, each on its own.
+        ranks = config.training.tensor_parallel * config.training.context_parallel
+        return cls(
+            folder=folder,
+            shape=shape,
+            stages=stages,
+            oldest_version=oldest_version(config, step),
+            num_calls=config.data.samples_per_prompt * ranks,
+            replay=config.replay,
+            is_planned=config.training.plan != "none",
+        )
+
+    def write(self, number: int, samples: Sequence[Sample]) -> Group:
         """Write the parts of a group, and return it without its routes.
+
+        Args:
+            number: Of the group, within the step.
+            samples: With their routes.
 
         Raises:
             TableError: The disk is full.
         """
         routes = replayed_routes(samples, self.oldest_version)
         keeps_gates = rows_with_gates(samples, self.num_calls, self.replay)
-        name = f"group_{next(self._numbers):06d}"
+        name = f"group_{number:06d}"
         parts = [
             write_parts(
                 self.folder,
@@ -88,7 +109,9 @@ class GroupWriter:
         samples = [replace(sample, routes=None) for sample in samples]
         return Group(samples=samples, parts=parts, uncovered=num_uncovered(routes))
 
-    def save_index(self, groups: Sequence[Group], max_uncovered: float) -> dict[str, float]:
+    def save_index(
+        self, folder: Path, groups: Sequence[Group], max_uncovered: float
+    ) -> dict[str, float]:
         """Write the index of the step; return the fractions of uncovered rows by cause.
 
         Raises:
@@ -103,8 +126,21 @@ class GroupWriter:
         where = "the rollout of a step"
         uncovered = require_few_uncovered(counts, num_rows, max_uncovered, where)
         index = PartIndex(shape=self.shape, stages=self.stages, groups=parts)
-        index.save(self.folder / INDEX_FILE)
+        index.save(folder / INDEX_FILE)
         return uncovered
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFiles:
+    """Where the groups of a step go that is trained.
+
+    Args:
+        answers: For their responses; None: they are not stored.
+        writer: Of their routes; None: they have none.
+    """
+
+    answers: StepAnswers | None = None
+    writer: GroupWriter | None = None
 
 
 def oldest_version(config: RecipeConfig, step: int) -> int | None:

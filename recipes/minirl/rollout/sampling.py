@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from recipes.serving.kept import write_states
-from routing_replay.errors import ConfigError, DataError, ServerError
+from routing_replay.errors import ConfigError, DataError
 from routing_replay.objectives import informative_groups
 from routing_replay.rollout import (
     ClientOptions,
     Completion,
     GenerateRequest,
     RolloutClient,
+    Session,
+    SharedSession,
     probe,
 )
+from routing_replay.rollout.session import all_or_none
 from routing_replay.routes.shape import MoEShape
 
 from ..data.prompts import Prompt
@@ -29,10 +31,11 @@ from ..data.verifiers import VERIFIERS
 from ..settings.config import RecipeConfig
 from .answers import StoredAnswers
 from .batch import Sample
-from .groups import Group
+from .groups import Group, StepFiles
+from .scores import check_finished, joined, sampled_logprobs, version_of
 from .turns import TOOLS, Response
 
-FINISHED = ("stop", "length")
+T = TypeVar("T")
 # Any tokens will do: only the form of the answer is checked.
 PROBE_IDS = (1, 2)
 SHORTEST_CHECK_S, LONGEST_CHECK_S = 5.0, 20.0
@@ -74,6 +77,7 @@ class Rollout:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
         options = client_options(config)
         self.client = RolloutClient(urls, model=model, options=options)
+        self._session = SharedSession(self.client.session)
         self._counted: dict[str, int] = {}
         self._num_stored = 0
 
@@ -104,20 +108,18 @@ class Rollout:
         self,
         prompts: Sequence[Prompt],
         num_samples: int,
-        *,
-        for_training: bool,
-        answers: StoredAnswers | None = None,
-        keep: Callable[[list[Sample]], Group] | None = None,
+        files: StepFiles | None = None,
+        first: int = 0,
     ) -> list[Group]:
-        """Sample `num_samples` responses of each prompt, with rewards.
+        """Sample `num_samples` responses of each prompt, with rewards. Several threads may do so.
 
         Args:
             prompts: The tasks.
             num_samples: Responses per prompt.
-            for_training: Routes come back with the samples, and what else the loss needs.
-            answers: Where responses are found that an interrupted run has sampled already, and
-                stored as they end.
-            keep: What is kept of a group's samples, called in a thread as soon as all have ended.
+            files: Where the groups of a step that is trained are found that an interrupted run has
+                sampled, and go as soon as they end. None: for an evaluation, without routes and
+                what else the loss needs.
+            first: Number of the first group within the step.
 
         Returns:
             The prompts' groups in their order.
@@ -126,31 +128,63 @@ class Rollout:
             ServerError, PayloadError: A server failed, or an answer lacks what was asked for.
             DataError: The tokenizer makes no token of a prompt, or a response cannot be stored.
         """
-        encoded = [self.encode(prompt) for prompt in prompts]
-        repeated = [ids for ids in encoded for _ in range(num_samples)]
-        # Those of a group leave the memory when it ends.
-        responses = {number: self._response(ids) for number, ids in enumerate(repeated)}
-        template = self._request((), for_training)
-        unfinished = Counter(dict.fromkeys(range(len(prompts)), num_samples))
-        groups: dict[int, Group] = {}
-        lock = threading.Lock()
+        numbered = enumerate(prompts, first)
+        return results_of([self.begin(n, prompt, num_samples, files) for n, prompt in numbered])
 
-        def take(number: int, request: GenerateRequest, completion: Completion) -> None:
+    def begin(
+        self, number: int, prompt: Prompt, num_samples: int, files: StepFiles | None
+    ) -> Future[Group]:
+        """Begin to sample one group; arguments and errors as of `sample`."""
+
+        async def work(session: Session) -> Group:
+            token_ids = self.encode(prompt)
+            answers = None
+            if files is not None and files.answers is not None:
+                answers = await asyncio.to_thread(files.answers.group, number)
+            template = self._request((), for_training=files is not None)
+            responses = [self._response(token_ids) for _ in range(num_samples)]
+            members = enumerate(responses)
+            await all_or_none(self._finish(session, *m, template, answers) for m in members)
+            return await asyncio.to_thread(self._ended, number, prompt, responses, files)
+
+        return self._session.submit(work)
+
+    async def _finish(
+        self,
+        session: Session,
+        member: int,
+        response: Response,
+        template: GenerateRequest,
+        answers: StoredAnswers | None,
+    ) -> None:
+        """Sample a response to its end, as far as it is not stored."""
+
+        def take(request: GenerateRequest, completion: Completion, is_stored: bool) -> None:
+            if answers is not None and not is_stored:
+                answers.add(member, request, completion)
             check_finished(completion)
-            response, group = responses[number], number // num_samples
             response.add(request, completion, self.tokenizer)
-            with lock:
-                unfinished[group] -= response.is_done
-                is_last = response.is_done and not unfinished[group]
-            if is_last:
-                ended = [responses.pop(group * num_samples + n) for n in range(num_samples)]
-                samples = [self._rewarded(prompts[group], one) for one in ended]
-                groups[group] = keep(samples) if keep else Group(samples=samples)
 
-        while running := [number for number, r in responses.items() if not r.is_done]:
-            requests = [responses[n].request(template) for n in running]
-            self._complete(running, requests, answers, take)
-        return [groups[number] for number in range(len(prompts))]
+        while not response.is_done:
+            request = response.request(template)
+            stored = None
+            if answers is not None:
+                stored = await asyncio.to_thread(answers.find, member, request)
+            completion = stored or await session.complete(request)
+            await asyncio.to_thread(take, request, completion, stored is not None)
+            self._num_stored += stored is not None
+
+    def _ended(
+        self,
+        number: int,
+        prompt: Prompt,
+        responses: Sequence[Response],
+        files: StepFiles | None,
+    ) -> Group:
+        samples = [self._rewarded(prompt, response) for response in responses]
+        if files is None or files.writer is None:
+            return Group(samples=samples)
+        return files.writer.write(number, samples)
 
     def _response(self, prompt_ids: Sequence[int]) -> Response:
         r = self.config.rollout
@@ -161,7 +195,7 @@ class Rollout:
             tool_calls=r.tool_calls,
         )
 
-    def server_metrics(self) -> dict[str, float]:
+    def state(self) -> dict[str, float]:
         """Return what happened to the servers since this was last called."""
         counts = self.client.counts
         events = {name: counts.get(name, 0) - self._counted.get(name, 0) for name in SERVER_METRICS}
@@ -172,32 +206,6 @@ class Rollout:
         stored, self._num_stored = self._num_stored, 0
         num_servers = len(self.client.servers.in_use)
         return metrics | {"rollout/servers": num_servers, "rollout/stored_responses": stored}
-
-    def _complete(
-        self,
-        numbers: Sequence[int],
-        requests: Sequence[GenerateRequest],
-        answers: StoredAnswers | None,
-        take: Callable[[int, GenerateRequest, Completion], None],
-    ) -> None:
-        """Call `take` with each request's completion, stored or sampled, as soon as it is there."""
-        keys = answers.keys(requests) if answers else [""] * len(requests)
-        missing = []
-        for place, (key, request) in enumerate(zip(keys, requests, strict=True)):
-            completion = answers.find(key, request) if answers else None
-            if completion is None:
-                missing.append(place)
-            else:
-                take(numbers[place], request, completion)
-        self._num_stored += len(requests) - len(missing)
-
-        def use(number: int, completion: Completion) -> None:
-            place = missing[number]
-            if answers is not None:
-                answers.add(keys[place], requests[place], completion)
-            take(numbers[place], requests[place], completion)
-
-        self.client.generate_each([requests[place] for place in missing], use)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; chat messages always take the tokenizer's template."""
@@ -266,12 +274,10 @@ class Groups:
 
 
 def sample_groups(
-    rollout: Rollout,
+    sample: Callable[[Sequence[Prompt], int], list[Group]],
     draw: Callable[[int, int], list[Prompt]],
     count: int,
     rounds: int,
-    answers: StoredAnswers | None = None,
-    keep: Callable[[list[Sample]], Group] | None = None,
 ) -> Groups:
     """Sample a batch of `count` groups; DAPO's dynamic sampling if `rounds` is not 0.
 
@@ -280,21 +286,19 @@ def sample_groups(
     the batch after all, so that it always has its size.
 
     Args:
-        rollout: Samples and rewards.
+        sample: (prompts, number of the first group) -> their groups.
         draw: (offset, number) -> that many prompts, from `offset` after the first.
         count: Groups in the batch.
         rounds: Further rounds at most.
-        answers, keep: As for `Rollout.sample`.
 
     Source: DAPO (2503.14476) equation 11; the bound on the rounds is ours.
     """
-    size = rollout.config.data.samples_per_prompt
     groups: list[Group] = []
     is_informative: list[bool] = []
     num_rounds = 0
     while sum(is_informative) < count and num_rounds <= rounds:
-        prompts = draw(len(groups), count - sum(is_informative))
-        sampled = rollout.sample(prompts, size, for_training=True, answers=answers, keep=keep)
+        sampled = sample(draw(len(groups), count - sum(is_informative)), len(groups))
+        size = len(sampled[0].samples)
         rewards_S = torch.tensor([sample.reward for group in sampled for sample in group.samples])
         group_S = torch.arange(len(rewards_S)) // size
         is_informative += informative_groups(rewards_S, group_S)[::size].tolist()
@@ -307,6 +311,18 @@ def sample_groups(
         num_prompts=len(groups),
         num_rounds=num_rounds,
     )
+
+
+def results_of(futures: Sequence[Future[T]]) -> list[T]:
+    """Return the results in their order; the first error cancels what still runs."""
+    try:
+        ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in ended:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def client_options(config: RecipeConfig) -> ClientOptions:
@@ -328,75 +344,6 @@ def check_scores(client: RolloutClient, request: GenerateRequest) -> None:
     (completion,) = client.generate([request])
     check_finished(completion)
     sampled_logprobs(request, completion)
-
-
-def joined(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the scores of a response's answers, whose tokens follow one another."""
-    whole: dict[str, Any] = dict(scores[0])
-    for later in scores[1:]:
-        for name, values in later.items():
-            if isinstance(values, np.ndarray):
-                whole[name] = np.concatenate([whole[name], values])
-            elif name != "support_mass" and values is not None:
-                whole[name] = [*whole[name], *values]
-    whole["logp_mu"] = tuple(whole["logp_mu"])
-    if "support_mass" in whole:
-        lengths = [len(one["logp_mu"]) for one in scores]
-        masses = [one["support_mass"] for one in scores]
-        whole["support_mass"] = float(np.average(masses, weights=lengths))
-    return whole
-
-
-def check_finished(completion: Completion) -> None:
-    """Raise DataError for an answer that ended otherwise than by itself or by its length."""
-    if completion.finish_reason not in FINISHED:
-        raise DataError(
-            "a response is not finished",
-            expected=" or ".join(FINISHED),
-            got=completion.finish_reason,
-            where=completion.url,
-            fix="The server's log says why; a sampling mask needs top_k within its "
-            "--sampling-mask-max-tokens",
-        )
-
-
-def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[str, Any]:
-    """Return log mu of the sampled and of the most likely tokens, as fields of Sample.
-
-    Under a sampling mask the distribution is renormalised over the mask and is 0 outside.
-
-    Raises:
-        ServerError: The mask is missing.
-    """
-    scores: dict[str, Any] = {
-        "logp_mu": tuple(completion.mu_logprobs.tolist()),
-        "top_ids": completion.top_ids,
-        "top_logp_mu": completion.top_logprobs,
-    }
-    if not request.wants_sampling_mask:
-        return scores
-    if completion.sampling_mask is None or completion.mask_logprobs is None:
-        raise ServerError(
-            "the answer has no sampling mask",
-            expected="meta_info.output_token_sampling_mask and output_token_sampling_logprobs",
-            where=completion.url,
-            fix="SGLang 0.5.20 and later return it; or train with --no-keep-sampling-mask",
-        )
-    scores["logp_mu"] = tuple(completion.mask_logprobs.tolist())
-    scores["support"] = completion.sampling_mask
-    log_mass_T = completion.mu_logprobs - completion.mask_logprobs
-    scores["support_mass"] = float(np.exp(log_mass_T).mean())
-    if completion.top_ids is not None:
-        pairs = zip(completion.top_ids, completion.sampling_mask, strict=True)
-        inside_TK = np.array([np.isin(ids, mask) for ids, mask in pairs])
-        within_TK = completion.top_logprobs - log_mass_T[:, None]
-        scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
-    return scores
-
-
-def version_of(completion: Completion) -> int:
-    """Return the version of the weights that sampled; -1 of a server that was told none."""
-    return int(completion.weight_version) if completion.weight_version.isdigit() else -1
 
 
 def mean_reward(samples: Sequence[Sample]) -> float:
