@@ -219,16 +219,35 @@ def test_objectives_that_look_at_mu_may_be_sampled_ahead(argv):
     assert parse([*AHEAD, *argv]).rollout.ahead == 1
 
 
+@pytest.mark.parametrize("pause", ["retract", "in_place"])
+def test_rollouts_of_several_steps_may_run_where_new_weights_stop_them(pause):
+    config = parse(["--ahead", "3", "--publish-pause", pause])
+    # Nothing is older, so all routes are replayed unless a smaller lag is asked for.
+    assert config.max_version_lag == 3
+    assert config.replay.resolve(1, version_lag=config.rollout.ahead).mode == "R3"
+    lagging = parse(["--ahead", "3", "--publish-pause", pause, "--max-version-lag", "2"])
+    assert lagging.max_version_lag == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ahead", "2"], "'ahead' is out of range; expected 0 or 1; got 2"),
+        (["--ahead", "-1"], "'ahead' is out of range; expected >= 0; got -1"),
+        (
+            ["--ahead", "2"],
+            "several steps do not end between two steps; expected --publish-pause retract.*"
+            "got --publish-pause wait, --ahead 2",
+        ),
+        (
+            ["--ahead", "2", "--publish-pause", "retract", "--dynamic-sampling", "1"],
+            "tells only at a step's end which prompts.*--ahead of at most 1",
+        ),
         (
             [*AHEAD, "--objective", "dapo"],
             r"'dapo' with these parameters does not look at mu.*correction=tis-token, or --ahead 0",
         ),
         ([*AHEAD, "--objective", "minirl_no_is"], "does not look at mu"),
-        ([*AHEAD, "--max-version-lag", "-1"], "'max_version_lag' is out of range"),
+        ([*AHEAD, "--max-version-lag", "-2"], "'max_version_lag' is out of range"),
         (
             [*AHEAD, "--max-version-lag", "0", "--plan", "packing", "--expert-parallel", "2"]
             + ["--nproc", "2"],

@@ -27,8 +27,9 @@ from routing_replay.routes.parts import PartedTable
 
 from .data.inputs import Inputs, load_inputs
 from .job import checkpoints
-from .job.first_rank import FirstRank, Pending
+from .job.first_rank import FirstRank
 from .job.journal import Clock, Journal
+from .job.pool import RolloutPool
 from .launch import devices
 from .node import require_alike
 from .policy.old_pass import StepScores, replaying, score_batch, score_replayed
@@ -44,25 +45,6 @@ from .rollout.sampling import Rollout, mean_reward
 from .rollout.step_batch import sample_batch
 from .settings import checks
 from .settings.config import RecipeConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRollout:
-    """The rollout of a step, which rank 0 has begun.
-
-    Args:
-        step: Whose batch it samples.
-        first_prompt: Number of its first prompt.
-        folder: Where batch and routes will be, on each node.
-        number: How often the step's sampling was begun before.
-        pending: Its end, with its metrics.
-    """
-
-    step: int
-    first_prompt: int
-    folder: Path
-    number: int
-    pending: Pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,39 +65,17 @@ class Job:
     objective: Objective
     publisher: Publisher
 
-    def begin_rollout(self, step: int, first_prompt: int) -> StepRollout:
-        """Begin to sample a step's batch with the weights that the servers have."""
-        return self._begin(step, first_prompt, self.first_rank.new_folder(f"step_{step:06d}"), 0)
-
-    def finished(self, rollout: StepRollout, version: int) -> StepRollout:
-        """Wait for a rollout; collective.
-
-        Where the servers lost weights that are on no disk, those of now are published as `version`,
-        and what is not stored is sampled with them.
-        """
-        while self.publisher.has_lost_weights(rollout.pending.wait()):
-            self.publisher.publish(version)
-            number = rollout.number + 1
-            rollout = self._begin(rollout.step, rollout.first_prompt, rollout.folder, number)
-        return rollout
-
-    def _begin(self, step: int, first_prompt: int, folder: Path, number: int) -> StepRollout:
-        def sample() -> dict[str, float]:
-            return sample_batch(
-                self.exchange,
-                self.config,
-                self.inputs.prompts,
-                self._files(step, folder),
-                step=step,
-                start=first_prompt,
-                folder=folder,
-                multiple=self.policy.sharding.multiple,
-            )
-
-        work = self.publisher.guarded(sample)
-        pending = self.first_rank.begin(f"sampled_{step}_{number}", work)
-        return StepRollout(
-            step=step, first_prompt=first_prompt, folder=folder, number=number, pending=pending
+    def sample(self, step: int, first_prompt: int, folder: Path) -> dict[str, float]:
+        """Sample a step's batch on rank 0, in a thread; return the rollout's metrics."""
+        return sample_batch(
+            self.exchange,
+            self.config,
+            self.inputs.prompts,
+            self._files(step, folder),
+            step=step,
+            start=first_prompt,
+            folder=folder,
+            multiple=self.policy.sharding.multiple,
         )
 
     def _files(self, step: int, folder: Path) -> StepFiles:
@@ -205,43 +165,40 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         metrics = job.evaluate(0)
         if journal:
             journal.write(0, metrics)
-    begun = None
+    pool = RolloutPool(config, first_rank, job.publisher, job.sample)
     while progress.step < config.run.steps:
-        progress, begun = take_step(job, progress, begun)
+        progress = take_step(job, pool, progress)
     job.publisher.close()
     first_rank.close()
     if journal:
         journal.close()
 
 
-def take_step(
-    job: Job, progress: checkpoints.Progress, begun: StepRollout | None
-) -> tuple[checkpoints.Progress, StepRollout | None]:
+def take_step(job: Job, pool: RolloutPool, progress: checkpoints.Progress) -> checkpoints.Progress:
     """Take one step: what happens in it stands here from top to bottom.
 
     Args:
         job: What it works with.
+        pool: The rollouts that run.
         progress: How far the run is.
-        begun: Its rollout, where the step before has begun it.
 
     Returns:
-        How far the run is then, and the next step's rollout if that runs ahead.
+        How far the run is then.
     """
     config, policy, step = job.config, job.policy, progress.step + 1
     clock = Clock(job.journal)
     policy.weight_version = progress.step
 
-    # 1. Rollout and rewards, on rank 0. The next one may begin before this one is trained.
+    # 1. Rollout and rewards, on rank 0. Those of further steps may run while this one is trained.
     with clock("rollout"):
-        rollout = begun or job.begin_rollout(step, progress.prompts_consumed)
-        rollout = job.finished(rollout, progress.step)
+        rollout = pool.take(progress)
         values: dict[str, Value] = dict(rollout.pending.wait())
         job.first_rank.share(rollout.folder, [BATCH_FILE, INDEX_FILE])
         batch = Batch.open(rollout.folder / BATCH_FILE)
-    consumed = progress.prompts_consumed + int(batch.num_prompts)
-    ahead = None
-    if config.rollout.ahead and step < config.run.steps:
-        ahead = job.begin_rollout(step + 1, consumed)
+    progress = checkpoints.Progress(
+        step=step, prompts_consumed=progress.prompts_consumed + int(batch.num_prompts)
+    )
+    pool.refill(progress)
 
     # 2. Known routes arrange the step: sequences to microbatches, experts to ranks.
     values |= arrange(policy, clock, batch, rollout.folder)
@@ -260,22 +217,32 @@ def take_step(
     metrics |= policy.reduce(update_policy(job, clock, step, batch, scored))
     policy.follow(None)
 
-    # 6. New weights for the servers, between two rollouts: each response is of one version.
-    if ahead is not None:
-        with clock("rollout"):
-            ahead = job.finished(ahead, step)
-    with clock("weights"):
-        values |= job.publisher.publish(step)
+    # 6. New weights for the servers, and now and then an evaluation of them; metrics in any case.
+    try:
+        values |= publish_step(job, pool, clock, step)
+    finally:
+        if job.journal:
+            job.journal.write(step, values | to_floats(metrics) | clock.times())
 
-    # 7. Now and then an evaluation; metrics; now and then a checkpoint.
-    if is_due(step, config.run.evaluate_every, config.run.steps):
+    # 7. Now and then a checkpoint.
+    finish_step(job, progress, rollout.folder)
+    return progress
+
+
+def publish_step(job: Job, pool: RolloutPool, clock: Clock, step: int) -> dict[str, float]:
+    """Give the servers the weights of a step, and evaluate these if that is due.
+
+    With `--publish-pause wait` each response is of one version: rollouts end before.
+    """
+    if job.config.rollout.publish_pause == "wait":
+        with clock("rollout"):
+            pool.await_ends()
+    with clock("weights"):
+        values = job.publisher.publish(step)
+    if is_due(step, job.config.run.evaluate_every, job.config.run.steps):
         with clock("evaluation"):
             values |= job.evaluate(step)
-    if job.journal:
-        job.journal.write(step, values | to_floats(metrics) | clock.times())
-    progress = checkpoints.Progress(step=step, prompts_consumed=consumed)
-    finish_step(job, progress, rollout.folder)
-    return progress, ahead
+    return values
 
 
 def arrange(policy: Policy, clock: Clock, batch: Batch, folder: Path) -> dict[str, Value]:
@@ -319,8 +286,8 @@ def update_policy(
 def finish_step(job: Job, progress: checkpoints.Progress, folder: Path) -> None:
     """Save a checkpoint if one is due; keep the newest batch.
 
-    A rollout that ran ahead has ended and its responses are stored. A resumed run samples none of
-    them, and needs no weights but those of the checkpoint.
+    A resumed run begins the rollouts that ran ahead again. It finds the responses that had ended,
+    and samples the others with the checkpoint's weights.
     """
     run = job.config.run
     if is_due(progress.step, run.checkpoint_every, run.steps):

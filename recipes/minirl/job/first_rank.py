@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,6 +62,15 @@ class Pending:
         metrics = self.future.result()
         self.store.set(self.key, "done")
         return metrics
+
+    def await_end(self) -> None:
+        """Return on every rank once the work has ended; `wait` then tells how."""
+        key = f"{self.key}/ended"
+        if self.future is None:
+            self.store.wait([key], LONGEST_WAIT)
+        else:
+            futures.wait([self.future])
+            self.store.set(key, "ended")
 
 
 class FirstRank:

@@ -69,7 +69,7 @@ class Publisher:
         self._first_rank = first_rank
         self._client = client
         self._version = 0
-        self._num_published = 0
+        self.num_published = 0  # updates so far
         self._sender = _sender(policy.config, client, urls)
 
     def publish(self, version: int) -> dict[str, float]:
@@ -78,7 +78,7 @@ class Publisher:
         Buckets that do not arrive are followed by files: no server keeps parts of new weights.
         """
         self._version = version
-        self._num_published += 1
+        self.num_published += 1
         if self._sender is None:
             self._publish_files()
             return {}
@@ -95,6 +95,15 @@ class Publisher:
             shutil.rmtree(self._folder, ignore_errors=True)
         return {"rollout/weights_by_files": float(bool(error))} if self._client is not None else {}
 
+    def publish_again(self, num_published: int) -> None:
+        """Give the servers the last weights again, unless they got weights since an update.
+
+        Args:
+            num_published: Which update it was.
+        """
+        if self.num_published == num_published:
+            self.publish(self._version)
+
     def sample(
         self,
         name: str,
@@ -107,11 +116,12 @@ class Publisher:
         Weights that went in buckets are on no disk: a server that was restarted gets them here.
         """
         for number in itertools.count():
+            num_published = self.num_published
             attempt = self.guarded(work)
             metrics = self._first_rank.run(f"{name}_{number}", attempt, *args, **kwargs)
             if not self.has_lost_weights(metrics):
                 return metrics
-            self.publish(self._version)
+            self.publish_again(num_published)
         raise AssertionError
 
     def guarded(self, work: Work[P]) -> Work[P]:
@@ -150,7 +160,7 @@ class Publisher:
             self._client.update_weights(str(folder), self._version)
             remove_others(folder)
 
-        self._first_rank.run(f"published_{self._num_published}", update)
+        self._first_rank.run(f"published_{self.num_published}", update)
 
 
 def _sender(

@@ -148,7 +148,7 @@ def oldest_version(config: RecipeConfig, step: int) -> int | None:
 
     The step is trained from weights of version `step - 1`.
     """
-    return step - 1 - config.rollout.max_version_lag if config.rollout.ahead else None
+    return step - 1 - config.max_version_lag if config.rollout.ahead else None
 
 
 def replayed_routes(samples: Sequence[Sample], oldest_version: int | None) -> list[Routes]:

@@ -27,7 +27,7 @@ def sample_batch(
 ) -> dict[str, float]:
     """Sample, reward, save batch and index for all ranks; return the rollout's metrics.
 
-    It runs in a thread of rank 0, beside the training of the step before if it runs ahead.
+    It runs in a thread of rank 0, beside the training of earlier steps if it runs ahead.
 
     Args:
         exchange: Samples.

@@ -109,9 +109,9 @@ def check_objective(config: RecipeConfig) -> None:
 def check_ahead(config: RecipeConfig) -> None:
     """Raise ConfigError for rollouts of older weights that nothing would correct."""
     rollout, objective = config.rollout, config.make_objective()
-    _check_range("max_version_lag", rollout.max_version_lag)
-    if rollout.ahead not in (0, 1):
-        raise _out_of_range("ahead", "0 or 1", rollout.ahead)
+    _check_range("ahead", rollout.ahead)
+    if rollout.max_version_lag < -1:
+        raise _out_of_range("max_version_lag", ">= 0, or -1", rollout.max_version_lag)
     if rollout.ahead and not objective.parameters.needs_mu:
         raise ConfigError(
             f"objective {objective.name!r} with these parameters does not look at mu, and what is "
@@ -121,11 +121,30 @@ def check_ahead(config: RecipeConfig) -> None:
             got=f"--ahead {rollout.ahead}",
             fix="Add --objective-parameters correction=tis-token, or --ahead 0",
         )
-    if rollout.ahead > rollout.max_version_lag and config.training.plan != "none":
+    if rollout.ahead > 1:
+        _check_pool(config)
+    if rollout.ahead > config.max_version_lag and config.training.plan != "none":
         raise ConfigError(
             "a step is planned by routes that are not replayed",
             expected=f"--max-version-lag of at least {rollout.ahead}, or --plan none",
             got=f"--max-version-lag {rollout.max_version_lag}, --plan {config.training.plan}",
+        )
+
+
+def _check_pool(config: RecipeConfig) -> None:
+    """Raise ConfigError for what rollouts of several steps at once cannot do."""
+    rollout = config.rollout
+    if rollout.publish_pause == "wait":
+        raise ConfigError(
+            "rollouts of several steps do not end between two steps",
+            expected="--publish-pause retract (or in_place), or --ahead 1",
+            got=f"--publish-pause wait, --ahead {rollout.ahead}",
+        )
+    if config.data.dynamic_sampling:
+        raise ConfigError(
+            "dynamic sampling tells only at a step's end which prompts the next step begins with",
+            expected="--ahead of at most 1, or --dynamic-sampling 0",
+            got=f"--ahead {rollout.ahead}, --dynamic-sampling {config.data.dynamic_sampling}",
         )
 
 

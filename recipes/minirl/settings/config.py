@@ -94,6 +94,12 @@ class RecipeConfig:
         return self.objective.topk_logprobs if is_needed else 0
 
     @property
+    def max_version_lag(self) -> int:
+        """Versions by which weights may be older whose routes are replayed."""
+        lag = self.rollout.max_version_lag
+        return self.rollout.ahead if lag < 0 else lag
+
+    @property
     def rollout_capture(self) -> str:
         """What training rollouts bring back of the routes: only R3 replays them."""
         return self.telemetry.capture if self.replay.mode == "R3" else "off"

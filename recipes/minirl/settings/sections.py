@@ -169,13 +169,22 @@ class RolloutSettings:
     )
     ahead: int = setting(
         0,
-        "1: the servers sample the next step while a step is trained, from weights one version "
-        "older than those that will train on it; 0: one after the other",
+        "rollouts of so many further steps run while a step is trained, from weights at most so "
+        "many versions older than those that will train on them; 0: one after the other. More than "
+        "1 need --publish-pause retract or in_place",
+    )
+    publish_pause: Literal["wait", "retract", "in_place"] = setting(
+        "wait",
+        "what new weights do to responses that run. wait: they wait until the rollout that runs "
+        "ahead has ended. retract: the responses stop, their tokens are prefilled again, and what "
+        "follows is of the new weights alone. in_place: the responses stop and go on, and what "
+        "follows attends to keys and values of the old weights, which no recomputation reproduces",
+        ("wait", "retract", "in_place"),
     )
     max_version_lag: int = setting(
-        1,
+        -1,
         "replay the rollout's routes (R3) of weights that are at most so many versions old; older "
-        "ones route live",
+        "ones route live. -1: as many as --ahead",
     )
     max_uncovered: float = setting(
         0.05,
