@@ -26,12 +26,12 @@ class Rollout:
 
     def batch(self) -> RolloutBatch:
         num_sequences, num_tokens = self.tokens_ST.shape
-        sampled_ST = torch.arange(num_tokens - 1) >= NUM_PROMPT - 1
+        sampled_T = torch.arange(num_tokens - 1) >= NUM_PROMPT - 1
         return RolloutBatch(
-            input_ids_ST=self.tokens_ST[:, :-1],
-            labels_ST=self.tokens_ST[:, 1:],
-            mask_ST=sampled_ST.expand(num_sequences, -1),
-            logp_mu_ST=self.logp_mu_ST,
+            input_ids_N=self.tokens_ST[:, :-1].flatten(),
+            labels_N=self.tokens_ST[:, 1:].flatten(),
+            mask_N=sampled_T.repeat(num_sequences),
+            logp_mu_N=self.logp_mu_ST.flatten(),
             lengths_S=torch.full((num_sequences,), num_tokens),
         )
 
@@ -40,8 +40,7 @@ class Rollout:
         folder.mkdir(exist_ok=True)
         columns = dataclasses.asdict(self.batch())
         columns.pop("fingerprint")
-        tensors = {name: column.contiguous().clone() for name, column in columns.items()}
-        save_file(tensors, folder / "batch.safetensors")
+        save_file(columns, folder / "batch.safetensors")
         self.table.save(folder / "routes.safetensors")
 
 

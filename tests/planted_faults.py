@@ -149,14 +149,14 @@ class Trainer:
             replay = Trainer(rollout_chunks).replay
             old = tool.Scorer(rollout_chunks, replay, batch, rollout.table, 32, 1.0)
         metrics = {}
-        counts_T = batch.mask_ST.flatten()
+        counts_T = batch.mask_N
         with torch.no_grad(), self.replay.replaying(rollout.table, record_live=True) as recorded:
-            logp_ST = self._logp(scorer)
+            logp_T = self._logp(scorer)
         metrics |= self.replay.metrics()
-        live_ST = self._logp(scorer)
-        logp_mu_T = batch.logp_mu_ST.flatten()
-        metrics |= policy_metrics(logp_ST.flatten(), logp_mu_T, counts_T)
-        metrics |= policy_metrics(live_ST.flatten(), logp_mu_T, counts_T, suffix="_live")
+        live_T = self._logp(scorer)
+        logp_mu_T = batch.logp_mu_N
+        metrics |= policy_metrics(logp_T, logp_mu_T, counts_T)
+        metrics |= policy_metrics(live_T, logp_mu_T, counts_T, suffix="_live")
         compared = compare_tables(rollout.table, recorded.table())
         return {
             "metrics": to_floats(metrics),

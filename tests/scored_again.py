@@ -112,7 +112,7 @@ def mean_of_passes(checkpoint):
     from recipes.model import parallel
 
     policy = make_policy(checkpoint, logprob_passes=NUM_PASSES, nproc=1)
-    batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)
+    batch, table = make_step(policy.model_config.num_layers)
 
     def logp(scores):
         return torch.cat([scores[key].logp_T for key in sorted(scores)])

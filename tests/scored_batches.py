@@ -18,17 +18,17 @@ PLANTED = 0.05
 def write_batch(folder, seed=0):
     """A batch of random log-probs and routes; every label was sampled."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (SEQUENCES, TOKENS)
+    shape = (SEQUENCES * TOKENS,)
     columns = {
-        "input_ids_ST": torch.randint(0, 9, shape, generator=generator),
-        "labels_ST": torch.randint(0, 9, shape, generator=generator),
-        "mask_ST": torch.ones(shape, dtype=torch.bool),
-        "logp_mu_ST": -torch.rand(shape, generator=generator),
+        "input_ids_N": torch.randint(0, 9, shape, generator=generator),
+        "labels_N": torch.randint(0, 9, shape, generator=generator),
+        "mask_N": torch.ones(shape, dtype=torch.bool),
+        "logp_mu_N": -torch.rand(shape, generator=generator),
         "lengths_S": torch.full((SEQUENCES,), TOKENS + 1),
     }
     save_file(columns, folder / "batch.safetensors")
     table_of(seed).save(folder / "routes.safetensors")
-    return columns["logp_mu_ST"]
+    return columns["logp_mu_N"]
 
 
 def table_of(seed, num_changed=0):
@@ -49,14 +49,14 @@ def scored(folder, gaps, seed=0, excess=0.0):
     The difference of one arm to the next is what the factor adds; all arms share one noise, as a
     smaller gap is part of the larger one.
     """
-    mu_ST = write_batch(folder, seed)
+    mu_N = write_batch(folder, seed)
     generator = torch.Generator().manual_seed(seed + 100)
-    noise_ST = torch.randn(mu_ST.shape, generator=generator)
+    noise_N = torch.randn(mu_N.shape, generator=generator)
     # Normal noise has E[exp(x)] = exp(s^2 / 2): mu could sample every token.
     arms = ScoredArms(folder, {"checkpoint": "a"})
     for name, gap in gaps.items():
-        logp_ST = mu_ST + gap * noise_ST - gap**2 / 2
-        surprise_ST = torch.randn(mu_ST.shape, generator=generator) * 0.05
-        entropy_ST = -logp_ST + excess + surprise_ST
-        arms.add(name, Scores(logp_ST=logp_ST, entropy_ST=entropy_ST))
+        logp_N = mu_N + gap * noise_N - gap**2 / 2
+        surprise_N = torch.randn(mu_N.shape, generator=generator) * 0.05
+        entropy_N = -logp_N + excess + surprise_N
+        arms.add(name, Scores(logp_N=logp_N, entropy_N=entropy_N))
     return arms

@@ -1,13 +1,16 @@
 """Attribution without an engine: the parts add up, intervals cover, a stopped run goes on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from padded_batches import batch_of
 from safetensors.torch import save_file
 
 from routing_replay.analysis.attribution import Progress, attribute, plan, sequence_sums, summarize
+from routing_replay.analysis.resampling import Resampling, k3
 from routing_replay.errors import ConfigError, DataError
 from routing_replay.routes.batch import RolloutBatch
 
@@ -147,8 +150,32 @@ def test_sums_follow_the_estimators_on_the_masked_tokens():
         [-np.log(2), 1 - np.log(2), np.log(0.1) + 2.4, 2],
         [0, 0, np.log(0.9) + 0.1, 1],
     ]
-    result = sequence_sums(logp_pi, entropy_pi, logp_mu, mask)
+    batch = batch_of([3, 3], logp_mu_N=logp_mu.flatten(), mask_N=mask.flatten())
+    result = sequence_sums(logp_pi.flatten(), entropy_pi.flatten(), batch)
     np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def test_sums_of_uneven_sequences_are_those_of_each_alone():
+    lengths = [5, 2, 1, 9]  # one token has no position
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_of(lengths)
+    batch = replace(
+        batch,
+        logp_mu_N=-torch.rand(len(batch.mask_N), generator=generator),
+        mask_N=torch.rand(len(batch.mask_N), generator=generator) < 0.7,
+    )
+    logp_pi_N = -torch.rand(len(batch.mask_N), generator=generator)
+    expected, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length - 1)
+        alone = batch_of([length], logp_mu_N=batch.logp_mu_N[part], mask_N=batch.mask_N[part])
+        expected.append(sequence_sums(logp_pi_N[part], -logp_pi_N[part], alone)[0])
+        start += length - 1
+    result_S4 = sequence_sums(logp_pi_N, -logp_pi_N, batch)
+    assert torch.equal(result_S4, torch.stack(expected))
+    assert (result_S4[2] == 0).all()
+    means_B = Resampling(batch, num_resamples=1).means(k3(logp_pi_N, batch.logp_mu_N))
+    assert means_B[0] == pytest.approx(float(result_S4[:, 1].sum() / batch.mask_N.sum()))
 
 
 def test_an_unknown_family_is_refused():
@@ -157,12 +184,11 @@ def test_an_unknown_family_is_refused():
 
 
 def test_a_saved_batch_is_read_and_a_foreign_file_is_not(tmp_path):
-    shape = (2, 4)
     columns = {
-        "input_ids_ST": torch.zeros(shape, dtype=torch.int64),
-        "labels_ST": torch.zeros(shape, dtype=torch.int64),
-        "mask_ST": torch.ones(shape, dtype=torch.bool),
-        "logp_mu_ST": torch.zeros(shape),
+        "input_ids_N": torch.arange(5),
+        "labels_N": torch.arange(1, 6),
+        "mask_N": torch.ones(5, dtype=torch.bool),
+        "logp_mu_N": torch.zeros(5),
         "lengths_S": torch.tensor([4, 3]),
         "advantages_S": torch.zeros(2),
     }
@@ -170,7 +196,7 @@ def test_a_saved_batch_is_read_and_a_foreign_file_is_not(tmp_path):
     batch = RolloutBatch.open(tmp_path / "batch.safetensors")
     for name, values in columns.items():
         assert name == "advantages_S" or torch.equal(getattr(batch, name), values)
-    save_file({"mask_ST": columns["mask_ST"]}, tmp_path / "other.safetensors")
+    save_file({"mask_N": columns["mask_N"]}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="is not a rollout batch; expected the columns"):
         RolloutBatch.open(tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="cannot be read"):

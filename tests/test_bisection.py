@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from padded_batches import batch_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scored_batches import (
@@ -73,13 +74,13 @@ def test_a_rest_beyond_numerics_is_said_to_be_none(tmp_path):
 def test_chance_names_the_support_of_no_healthy_batch():
     """Tokens that were sampled from pi itself: log pi + entropy is 0 on average only."""
     generator = torch.Generator().manual_seed(0)
-    resampling, excesses = Resampling(torch.ones(SEQUENCES, TOKENS, dtype=torch.bool)), []
+    resampling, excesses = Resampling(batch_of([TOKENS + 1] * SEQUENCES)), []
     for _ in range(200):
-        logp_STV = (2 * torch.randn(SEQUENCES, TOKENS, 50, generator=generator)).log_softmax(-1)
-        sampled_T1 = torch.multinomial(logp_STV.exp().flatten(0, 1), 1, generator=generator)
-        logp_ST = logp_STV.flatten(0, 1).gather(1, sampled_T1).view(SEQUENCES, TOKENS)
-        entropy_ST = -(logp_STV.exp() * logp_STV).sum(-1)
-        excesses.append(resampling.estimate(logp_ST + entropy_ST))
+        logp_NV = (2 * torch.randn(SEQUENCES, TOKENS, 50, generator=generator)).log_softmax(-1)
+        sampled_T1 = torch.multinomial(logp_NV.exp().flatten(0, 1), 1, generator=generator)
+        logp_N = logp_NV.flatten(0, 1).gather(1, sampled_T1)[:, 0]
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1).flatten()
+        excesses.append(resampling.estimate(logp_N + entropy_N))
     # The 95 % intervals do their part: 2.5 % of 200 lie above zero.
     assert 1 <= sum(excess.low > 0 for excess in excesses) <= 11
     assert not any(excess.exceeds(NOTABLE_EXCESS) for excess in excesses)
@@ -135,10 +136,10 @@ def test_layers_are_searched_by_halves(costs, expected):
 def test_the_layer_that_costs_is_in_the_sentences(tmp_path):
     arms = scored(tmp_path, FAULTS["routes"])
     generator = torch.Generator().manual_seed(5)
-    noise_ST = torch.randn(arms.batch.logp_mu_ST.shape, generator=generator)
+    noise_N = torch.randn(arms.batch.logp_mu_N.shape, generator=generator)
     for part, gap in (((0, 1, 2, 3), 0.05), ((0, 1), 0.005), ((2, 3), 0.05), ((2,), 0.05)):
-        logp_ST = arms.batch.logp_mu_ST + gap * noise_ST
-        arms.add(arm_of_layers(part), Scores(logp_ST=logp_ST, entropy_ST=-logp_ST))
+        logp_N = arms.batch.logp_mu_N + gap * noise_N
+        arms.add(arm_of_layers(part), Scores(logp_N=logp_N, entropy_N=-logp_N))
     still = arms["routes"]
     arms.add(arm_of_layers((3,)), still)
     assert "comes from layer 2." in bisect(arms, LAYERS).sentences()[-1]
@@ -147,17 +148,17 @@ def test_the_layer_that_costs_is_in_the_sentences(tmp_path):
 def test_no_layer_is_blamed_where_live_routing_costs_nothing_notable(tmp_path):
     """A single token that goes another way in one layer is all that live routing costs here."""
     arms = scored(tmp_path, CLEAN)
-    still_ST = arms["routes"].logp_ST
-    moved_ST = still_ST.clone()
-    moved_ST[0, 0] += 0.1
-    for part, logp_ST in (
-        ((0, 1, 2, 3), moved_ST),
-        ((0, 1), moved_ST),
-        ((2, 3), still_ST),
-        ((0,), moved_ST),
-        ((1,), still_ST),
+    still_N = arms["routes"].logp_N
+    moved_N = still_N.clone()
+    moved_N[0] += 0.1
+    for part, logp_N in (
+        ((0, 1, 2, 3), moved_N),
+        ((0, 1), moved_N),
+        ((2, 3), still_N),
+        ((0,), moved_N),
+        ((1,), still_N),
     ):
-        arms.add(arm_of_layers(part), Scores(logp_ST=logp_ST, entropy_ST=-logp_ST))
+        arms.add(arm_of_layers(part), Scores(logp_N=logp_N, entropy_N=-logp_N))
     assert bisect(arms, LAYERS).layers == ()
 
 
@@ -176,7 +177,7 @@ def test_arms_of_another_checkpoint_or_batch_are_refused(tmp_path):
 @pytest.mark.parametrize("key", ["version of the code", "layout"])
 def test_arms_that_were_not_scored_together_are_refused(tmp_path, key):
     write_batch(tmp_path)
-    scores = Scores(logp_ST=torch.zeros(SEQUENCES, TOKENS), entropy_ST=torch.zeros(1))
+    scores = Scores(logp_N=torch.zeros(SEQUENCES * TOKENS), entropy_N=torch.zeros(1))
     ScoredArms(tmp_path, {key: "a"}).add("live", scores)
     ScoredArms(tmp_path, {key: "a"}).add("routes", scores)
     with pytest.raises(ConfigError, match=f"scored with another {key}; expected b; got a"):
@@ -193,7 +194,7 @@ def test_arms_that_were_not_scored_together_are_refused(tmp_path, key):
 
 def test_an_arm_of_another_layout_belongs_to_arms_of_any(tmp_path):
     write_batch(tmp_path)
-    scores = Scores(logp_ST=torch.zeros(SEQUENCES, TOKENS), entropy_ST=torch.zeros(1))
+    scores = Scores(logp_N=torch.zeros(SEQUENCES * TOKENS), entropy_N=torch.zeros(1))
     ScoredArms(tmp_path, {"code": "a", "layout": "tp1"}).add("live", scores)
     ScoredArms(tmp_path, {"code": "a"}).add("layout tp2", scores)
     ScoredArms(tmp_path, {"code": "a", "layout": "tp1"}).add("routes", scores)
@@ -220,18 +221,16 @@ def test_a_batch_without_arms_says_how_to_score_it(tmp_path):
 def test_the_noise_floor_is_the_k3_between_two_recomputations(tmp_path):
     arms = scored(tmp_path, {"live": 0.01, "routes": 0.01})
     generator = torch.Generator().manual_seed(1)
-    base_ST = arms["routes"].logp_ST
+    base_N = arms["routes"].logp_N
     masses = torch.zeros(4, 768, dtype=torch.float64)
-    arms.add("routes", Scores(logp_ST=base_ST, entropy_ST=-base_ST, live_mass_LR=masses))
+    arms.add("routes", Scores(logp_N=base_N, entropy_N=-base_N, live_mass_LR=masses))
     for number in (1, 2):
-        logp_ST = base_ST.clone()
+        logp_N = base_N.clone()
         # Half of the tokens move, by noise of 0.02.
-        logp_ST[:24] += 0.02 * torch.randn(24, 16, generator=generator)
+        logp_N[:384] += 0.02 * torch.randn(384, generator=generator)
         masses = torch.zeros(4, 768, dtype=torch.float64)
         masses[2] = number  # deviation of 0, 1, 2: 1
-        arms.add(
-            f"again {number}", Scores(logp_ST=logp_ST, entropy_ST=-logp_ST, live_mass_LR=masses)
-        )
+        arms.add(f"again {number}", Scores(logp_N=logp_N, entropy_N=-logp_N, live_mass_LR=masses))
     floor = noise_floor(arms, LAYERS)
     assert (floor.num_passes, floor.equal_share) == (3, 0.5)
     # Pairs with the base: half the square of 0.02; the pair of the two: its double. Of half of all.

@@ -63,12 +63,12 @@ def with_weights(table):
 @pytest.fixture(scope="module")
 def attributions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attribution")
-    batch, table = make_step(4)  # a length that every layout divides
+    batch, table = make_step()
     # The tool refuses batches of a truncated rollout.
-    supports = ("support_ids_N", "support_starts_ST", "support_counts_ST")
+    supports = ("support_ids_C", "support_offsets_N1")
     # Random weights are less sure than the step's log-probs, and more than 1 nat is another model.
-    logp_mu_ST = batch.logp_mu_ST - 1.5
-    batch = dataclasses.replace(batch, logp_mu_ST=logp_mu_ST, **dict.fromkeys(supports))
+    logp_mu_N = batch.logp_mu_N - 1.5
+    batch = dataclasses.replace(batch, logp_mu_N=logp_mu_N, **dict.fromkeys(supports))
     batch.save(folder / "batch.safetensors")
     with_weights(table).save(folder / "routes.safetensors")
     shape = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K}
@@ -115,13 +115,13 @@ def test_arms_are_the_passes_of_the_attribution_and_are_scored_once(attributions
     kl = {name: estimate["value"] for name, estimate in alone["kl"].items()}
     batch = RolloutBatch.open(folder / "batch.safetensors")
     for arm, variant in zip(LADDER, ("none", "all", "gates", "rollout"), strict=True):
-        values_ST = k3(arms[arm].logp_ST[:, : batch.mask_ST.shape[1]], batch.logp_mu_ST)
-        assert float(values_ST[batch.mask_ST].mean()) == pytest.approx(kl[variant], rel=1e-5), arm
+        values_N = k3(arms[arm].logp_N, batch.logp_mu_N)
+        assert float(values_N[batch.mask_N].mean()) == pytest.approx(kl[variant], rel=1e-5), arm
     assert num_kept == len(arms)
     first = arms["checkpoint"]
     for name in ("again 1", "again 2"):
         # Other microbatches, the same sums in another order.
-        np.testing.assert_allclose(arms[name].logp_ST, first.logp_ST, atol=1e-4)
+        np.testing.assert_allclose(arms[name].logp_N, first.logp_N, atol=1e-4)
         np.testing.assert_allclose(arms[name].live_mass_LR, first.live_mass_LR, atol=1e-5)
-    assert abs(arms["precision bfloat16"].logp_ST - first.logp_ST).max() > 1e-3
+    assert abs(arms["precision bfloat16"].logp_N - first.logp_N).max() > 1e-3
     assert any(name.startswith("live in 0-") for name in arms)

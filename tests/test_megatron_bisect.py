@@ -112,13 +112,14 @@ def test_nothing_is_named_on_twenty_healthy_batches(folder, case, tmp_path):
 def part_of(arms, part, folder):
     """The arms of some sequences."""
     folder.mkdir()
-    columns = {name: getattr(arms.batch, name)[part].clone() for name in BATCH_COLUMNS}
+    where = {"N": arms.batch.positions(part.start, part.stop), "S": part}
+    columns = {name: getattr(arms.batch, name)[where[name[-1]]].clone() for name in BATCH_COLUMNS}
     save_file(columns, folder / "batch.safetensors")
     of_part = ScoredArms(folder)
     for name in arms.names:
         scores = dataclasses.replace(arms[name], live_mass_LR=None)
-        logp_ST, entropy_ST = scores.logp_ST[part], scores.entropy_ST[part]
-        of_part.add(name, Scores(logp_ST=logp_ST, entropy_ST=entropy_ST))
+        logp_N, entropy_N = scores.logp_N[where["N"]], scores.entropy_N[where["N"]]
+        of_part.add(name, Scores(logp_N=logp_N, entropy_N=entropy_N))
     return of_part
 
 

@@ -102,10 +102,10 @@ def test_the_gap_of_a_pass_is_half_the_floor_and_of_the_mean_an_eighth_of_it(out
     """The rollout has no noise here: one pass has its variance once, a pair of passes twice."""
     arms = ScoredArms(outcome[0] / "batch-noisy")
     floor, names = noise_floor(arms, LAYERS), ["weights", *arms.of_kind("again")]
-    mask_ST, mu_ST = arms.batch.mask_ST, arms.batch.logp_mu_ST
-    passes = [arms[name].logp_ST.double() for name in names]
-    single = sum(float(k3(logp_ST, mu_ST)[mask_ST].mean()) for logp_ST in passes) / len(passes)
-    mean = float(k3(sum(passes) / len(passes), mu_ST)[mask_ST].mean())
+    mask_N, mu_N = arms.batch.mask_N, arms.batch.logp_mu_N
+    passes = [arms[name].logp_N.double() for name in names]
+    single = sum(float(k3(logp_N, mu_N)[mask_N].mean()) for logp_N in passes) / len(passes)
+    mean = float(k3(sum(passes) / len(passes), mu_N)[mask_N].mean())
     assert single == pytest.approx(floor.k3.value / 2, rel=0.2)
     assert mean == pytest.approx(single / NUM_PASSES, rel=0.3)
 

@@ -32,7 +32,7 @@ def a_step():
         for rows in ROWS
     ]
     table = RouteTable.from_routes([random_routes(rows, rows, gates=False) for rows in ROWS])
-    return Batch.from_samples(samples, 2, 1), table
+    return Batch.from_samples(samples, 2), table
 
 
 def settings(**values):

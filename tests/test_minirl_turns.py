@@ -158,10 +158,10 @@ def test_a_batch_masks_what_the_tool_returned():
         logp_mu=(-1.0, -2.0, -3.0),
         is_sampled=(True, False, True, True),
     )
-    batch = Batch.from_samples([sample], group_size=1, multiple=1)
+    batch = Batch.from_samples([sample], group_size=1)
     # Position t predicts token t + 1: the sampled tokens 3, 5 and 6.
-    assert batch.mask_ST.tolist() == [[False, True, False, True, True]]
-    assert batch.logp_mu_ST.tolist() == [[0, -1, 0, -2, -3]]
+    assert batch.mask_N.tolist() == [False, True, False, True, True]
+    assert batch.logp_mu_N.tolist() == [0, -1, 0, -2, -3]
     assert batch.lengths_S.tolist() == [6]
 
 

@@ -51,8 +51,9 @@ def test_every_row_of_the_stored_batch_is_that_of_a_reference(folder):
     assert len(batch.lengths_S) == 32
     num_calls = 0
     for s, length in enumerate(batch.lengths_S.tolist()):
-        tokens, mask_T = batch.input_ids_ST[s, : length - 1], batch.mask_ST[s, : length - 1]
-        labels_T, mu_T = batch.labels_ST[s, : length - 1], batch.logp_mu_ST[s, : length - 1]
+        of_s = batch.positions(s, s + 1)
+        tokens, mask_T = batch.input_ids_N[of_s], batch.mask_N[of_s]
+        labels_T, mu_T = batch.labels_N[of_s], batch.logp_mu_N[of_s]
         routes = table.sequence(s)
         logits_TLE, logprobs_TV, _ = reference(tokens.tolist(), routes=routes)
         assert routes.covered_T.all()

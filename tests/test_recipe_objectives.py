@@ -47,7 +47,7 @@ def save_step(rollout, folder):
     samples[0] = dataclasses.replace(samples[0], reward=1.0)
     samples[1] = dataclasses.replace(samples[1], reward=0.0)
     folder.mkdir()
-    Batch.from_samples(samples, GROUP, 1).save(folder / "batch.safetensors")
+    Batch.from_samples(samples, GROUP).save(folder / "batch.safetensors")
     RouteTable.from_routes([s.routes for s in samples]).save(folder / "routes.safetensors")
     return samples
 
@@ -157,7 +157,7 @@ def two_updates(folder, checkpoints, name):
     after = step.weights()
     moved = max((after[n] - before[n]).abs().max().item() for n in before)
     finite = all(torch.isfinite(tensor).all().item() for tensor in after.values())
-    chosen = [{n: v[step.batch.mask_ST] for n, v in c.items()} for c in step.chosen]
+    chosen = [{n: v[step.batch.mask_N] for n, v in c.items()} for c in step.chosen]
     step.close()
     return to_floats(metrics), moved, finite, chosen
 
@@ -191,9 +191,8 @@ def transformers_logp(checkpoint, batch, layer=None):
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     found = []
-    for ids_T, labels_T, mask_T in zip(
-        batch.input_ids_ST, batch.labels_ST, batch.mask_ST, strict=True
-    ):
+    columns = (batch.input_ids_N, batch.labels_N, batch.mask_N)
+    for ids_T, labels_T, mask_T in by_sequence(batch, *columns):
         with torch.no_grad():
             output = model(ids_T[None], output_hidden_states=layer is not None)
             logits_TV = output.logits[0]
@@ -205,6 +204,11 @@ def transformers_logp(checkpoint, batch, layer=None):
     return torch.cat(found)
 
 
+def by_sequence(batch, *columns):
+    """The parts of some columns, sequence after sequence."""
+    return zip(*(c.split((batch.lengths_S - 1).tolist()) for c in columns), strict=True)
+
+
 def under_a_mask(folder, checkpoints):
     """The first update's metrics with the rollout's mask applied to the trainer, and without."""
     from routing_replay.metrics.typed import to_floats
@@ -213,7 +217,7 @@ def under_a_mask(folder, checkpoints):
     for is_kept in (True, False):
         step = Step(folder / "masked", checkpoints[0], *MASKED)
         if not is_kept:
-            bare = dict.fromkeys(("support_ids_N", "support_starts_ST", "support_counts_ST"))
+            bare = dict.fromkeys(("support_ids_C", "support_offsets_N1"))
             step.batch = dataclasses.replace(step.batch, **bare)
         metrics = step.policy.discrepancy(step.batch, step.old.scores) if is_kept else {}
         metrics_of[is_kept] = to_floats(metrics | step.update(0))
@@ -227,13 +231,13 @@ def with_a_reference(folder, checkpoints):
 
     flags = ["--objective-parameters", "kl_coefficient=0.1", "--reward-kl-coefficient", "0.5"]
     step = Step(folder / "plain", checkpoints[0], *flags, reference=checkpoints[1])
-    mask_ST = step.batch.mask_ST
+    mask_N = step.batch.mask_N
     with step.policy.replay.replaying(step.old.table):
         # Even within a scope of the policy the reference is a stock model.
         again = step.policy.score_reference(step.batch)
         step.policy.score(step.batch, step.old.table)
     passes = step.reference, again, step.old.scores
-    scores = [step.policy.dense(s, step.batch)[mask_ST] for s in passes]
+    scores = [step.policy.dense(s, step.batch)[mask_N] for s in passes]
     metrics = merge(step.update(0), step.update(1))
     step.close()
     expected = transformers_logp(checkpoints[1], step.batch)
@@ -249,7 +253,7 @@ def of_an_inner_layer(folder, checkpoints):
     before = step.weights()
     with step.policy.logits_from_layer(INNER_LAYER):
         old = score_replayed(step.policy, step.batch, step.old)
-        logp_ST = step.policy.dense(old, step.batch)
+        logp_N = step.policy.dense(old, step.batch)
         step.update(0, old=old)
     after = step.weights()
     live = step.policy.score(step.batch, None)
@@ -257,8 +261,8 @@ def of_an_inner_layer(folder, checkpoints):
     step.close()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     expected = transformers_logp(checkpoints[0], step.batch, INNER_LAYER)
-    mask_ST = step.batch.mask_ST
-    return logp_ST[mask_ST], expected, whole[mask_ST], moved
+    mask_N = step.batch.mask_N
+    return logp_N[mask_N], expected, whole[mask_N], moved
 
 
 def router_shift(folder, checkpoints):
@@ -269,17 +273,21 @@ def router_shift(folder, checkpoints):
     step.update(0)
     save_hf(step.policy.chunks, folder / "updated", source=checkpoints[0])
     step.update(1)
-    batch, gamma_ST = step.batch, step.chosen[1]["router_shift_T"]
+    batch, gamma_N = step.batch, step.chosen[1]["router_shift_T"]
     step.close()
-    half = slice(MINIBATCH, None)
-    ids_ST, mask_ST = batch.input_ids_ST[half], batch.mask_ST[half]
+    columns = (batch.input_ids_N, batch.mask_N, gamma_N)
+    rows = list(by_sequence(batch, *columns))[MINIBATCH:]
+    ids_ST, mask_ST, gamma_ST = (
+        torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
+        for column in zip(*rows, strict=True)
+    )
     old, new = (router_logs(path, ids_ST) for path in (checkpoints[0], folder / "updated"))
     moved = []
     for old_SXE, new_SXE in zip(old, new, strict=True):  # layer by layer
         experts = old_SXE.topk(MODEL.top_k, dim=-1).indices
         difference = new_SXE.gather(-1, experts) - old_SXE.gather(-1, experts)
         moved.append(difference.abs().mean(-1))
-    return gamma_ST[half][mask_ST], (-torch.stack(moved).mean(0)).exp()[mask_ST]
+    return gamma_ST[mask_ST], (-torch.stack(moved).mean(0)).exp()[mask_ST]
 
 
 def router_logs(checkpoint, ids_ST):

@@ -85,7 +85,7 @@ def make_policy(checkpoint, mode="R3", **settings):
     return Policy(parse(flags), Path(checkpoint))
 
 
-def make_step(multiple, num_layers=LAYERS):
+def make_step(num_layers=LAYERS):
     """Eight sequences of different lengths with random routes of the model's shape."""
     from recipes.minirl.rollout.batch import Batch, Sample
     from routing_replay.routes.routes import Routes
@@ -114,7 +114,7 @@ def make_step(multiple, num_layers=LAYERS):
                 num_experts=EXPERTS,
             )
         )
-    batch = Batch.from_samples(samples, 2, multiple)
+    batch = Batch.from_samples(samples, 2)
     advantages_S = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 1.0, -0.25, 2.0])
     batch = dataclasses.replace(batch, advantages_S=advantages_S)
     return batch, RouteTable.from_routes(routes)
@@ -136,7 +136,7 @@ def take_step(policy, folder):
     from recipes.minirl.policy.step_choices import choose
     from routing_replay.metrics.typed import merge, to_floats
 
-    batch, table = make_step(policy.sharding.multiple, policy.model_config.num_layers)
+    batch, table = make_step(policy.model_config.num_layers)
     table = table if policy.config.replay.mode == "R3" else None
     if policy.config.training.plan != "none":
         policy.follow(policy.plan(batch, table))
@@ -310,7 +310,7 @@ def scores_in_bf16(rank, checkpoint):
         return token_logprobs(logits_TV, *args, **kwargs)
 
     module.token_logprobs = watch
-    batch, _ = make_step(policy.sharding.multiple)
+    batch, _ = make_step()
     ours = policy.dense(policy.score(batch, None, 0), batch)
     policy._forward_options = lambda m: {}
     from_fp32_copy = policy.dense(policy.score(batch, None, 0), batch)
@@ -410,7 +410,7 @@ def by_version_lag(rank, checkpoint):
 
     soft = {"routing_replay_soft_ratio": 0.1, "routing_replay_soft_decay": 0.2}
     policy = make_policy(checkpoint, nproc=1, **soft)
-    batch, table = make_step(policy.sharding.multiple)
+    batch, table = make_step()
     table.weight_version_T[:] = 0
     replaced, metrics = [], []
     for version in (0, 1):
@@ -420,7 +420,7 @@ def by_version_lag(rank, checkpoint):
     for versions in ([1] * 8, [0] * 8, [0] * 3 + [1] * 5):
         of_versions = dataclasses.replace(batch, version_S=torch.tensor(versions))
         metrics.append(to_floats(policy.reduce(policy.discrepancy(of_versions, old.scores))))
-    return replaced, metrics, int(batch.mask_ST[:3].sum()) / int(batch.mask_ST.sum())
+    return replaced, metrics, int(batch.num_sampled_S[:3].sum()) / int(batch.mask_N.sum())
 
 
 def test_gaps_are_kept_apart_by_version_lag_and_soft_replay_counts_it(checkpoint):

@@ -101,5 +101,7 @@ def test_the_runs_with_and_without_ray_are_alike_but_for_what_was_sampled(runs):
 def prompt_tokens(folder):
     """The tokens before the first sampled one, of each sequence."""
     batch = load_file(folder / "batch.safetensors")
-    rows = zip(batch["input_ids_ST"], batch["mask_ST"], strict=True)
+    num_positions = (batch["lengths_S"] - 1).tolist()
+    columns = (batch[name].split(num_positions) for name in ("input_ids_N", "mask_N"))
+    rows = zip(*columns, strict=True)
     return [ids_T[: int(mask_T.int().argmax()) + 1].tolist() for ids_T, mask_T in rows]

@@ -17,14 +17,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from recipes.minirl.policy.microbatches import Grid, Sharding
+from recipes.minirl.policy.microbatches import Grid, Sharding, token_rows
 from recipes.model import parallel
 from recipes.model.model import build_model, transformer_config
 from recipes.model.weights import load_hf
@@ -75,16 +74,15 @@ class Scorer:
         context = parallel_state.get_context_parallel_world_size()
         tensor = parallel_state.get_tensor_model_parallel_world_size()
         multiple = tensor * (2 * context if context > 1 else 1)
-        self.batch = padded(batch, multiple)
-        width = self.batch.input_ids_ST.shape[1]
-        self.token_rows_ST = table.token_rows(batch.lengths_S, width=width)
+        self.batch = batch
+        longest = -(-(int(batch.lengths_S.max()) - 1) // multiple) * multiple
         self.sharding = Sharding(
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             context_rank=parallel_state.get_context_parallel_rank(),
             context_size=context,
             minibatch_size=len(batch.lengths_S),
-            microbatch_tokens=microbatch_size * width,
+            microbatch_tokens=microbatch_size * longest,
             multiple=multiple,
             device=next(chunks[0].parameters()).device,
         )
@@ -96,15 +94,13 @@ class Scorer:
             variant: Which layers replay.
             live_routes: File for the routes that this pass would have taken live.
         """
-        logp_ST, entropy_ST = self.replayed(variant, live_routes)
-        return attribution.sequence_sums(
-            logp_ST, entropy_ST, self.batch.logp_mu_ST, self.batch.mask_ST
-        )
+        logp_N, entropy_N = self.replayed(variant, live_routes)
+        return attribution.sequence_sums(logp_N, entropy_N, self.batch)
 
     def replayed(
         self, variant: Variant, live_routes: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies [S, T] of the batch under a variant, as `score`."""
+        """Return log-probs and entropies [N] of the batch under a variant, as `score`."""
         scope = self.replay.replaying(
             self.table,
             record_live=live_routes is not None,
@@ -112,14 +108,14 @@ class Scorer:
             has_weights=variant.has_gates,
         )
         with scope as recorded:
-            logp_ST, entropy_ST = self.run()
+            logp_N, entropy_N = self.run()
         if recorded is not None:
             recorded.table(live_routes)
-        return logp_ST, entropy_ST
+        return logp_N, entropy_N
 
     @torch.no_grad()
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies [S, T] of the batch; collective."""
+        """Return log-probs and entropies [N] of the batch; collective."""
         scores: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
         def forward_step(
@@ -127,7 +123,8 @@ class Scorer:
         ) -> tuple[torch.Tensor, Any]:
             sequences = next(iterator)
             grid = self.sharding.grid(self.batch.lengths_S, sequences)
-            with self.replay.microbatch(grid.take(self.token_rows_ST)):
+            rows_BT = token_rows(self.batch, sequences, grid, self.table)
+            with self.replay.microbatch(rows_BT):
                 output = self._forward(model, grid)
 
             def on_output(logits_BTV: torch.Tensor, **_: bool) -> None:
@@ -149,13 +146,13 @@ class Scorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        logp_ST, entropy_ST = (self._gather({s: v[i] for s, v in scores.items()}) for i in (0, 1))
-        return logp_ST, entropy_ST
+        logp_N, entropy_N = (self._gather({s: v[i] for s, v in scores.items()}) for i in (0, 1))
+        return logp_N, entropy_N
 
     def _forward(self, model: torch.nn.Module, grid: Grid) -> torch.Tensor:
         bounds, longest = self.sharding.to_device(grid.bounds()), max(grid.lengths)
         output: torch.Tensor = model(
-            self.sharding.to_device(grid.take(self.batch.input_ids_ST)),
+            self.sharding.to_device(grid.take(self.batch.input_ids_N)),
             self.sharding.to_device(grid.position_BT),
             None,
             packed_seq_params=PackedSeqParams(
@@ -174,7 +171,7 @@ class Scorer:
         is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
         scores = token_logprobs(
             logits_BTV.flatten(0, 1),
-            grid.take(self.batch.labels_ST).flatten().to(logits_BTV.device),
+            grid.take(self.batch.labels_N).flatten().to(logits_BTV.device),
             temperature=self.temperature,
             group=parallel_state.get_tensor_model_parallel_group() if is_split else None,
         )
@@ -184,9 +181,9 @@ class Scorer:
         """Sum every rank's share; tensor-parallel ranks hold equal values, so one contributes."""
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             values = {}
-        values_ST = self.sharding.scatter(values, self.batch)
-        dist.all_reduce(values_ST)
-        return values_ST.cpu()
+        values_N = self.sharding.scatter(values, self.batch)
+        dist.all_reduce(values_N)
+        return values_N.cpu()
 
 
 def require_vocabulary(batch: RolloutBatch, vocab_size: int) -> None:
@@ -195,7 +192,7 @@ def require_vocabulary(batch: RolloutBatch, vocab_size: int) -> None:
     Raises:
         DataError: Tokens outside the vocabulary.
     """
-    largest = int(max(batch.input_ids_ST.max(), batch.labels_ST.max()))
+    largest = int(max(batch.input_ids_N.max(), batch.labels_N.max()))
     if largest >= vocab_size:
         raise DataError(
             "the batch holds tokens that the checkpoint does not know",
@@ -203,16 +200,6 @@ def require_vocabulary(batch: RolloutBatch, vocab_size: int) -> None:
             got=largest,
             fix="Name the checkpoint of the model that sampled the batch",
         )
-
-
-def padded(batch: RolloutBatch, multiple: int) -> RolloutBatch:
-    """Return the batch with its width padded to what the parallel layout divides."""
-    extra = -batch.input_ids_ST.shape[1] % multiple
-    names = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST")
-    columns: dict[str, Any] = {
-        name: torch.nn.functional.pad(getattr(batch, name), (0, extra)) for name in names
-    }
-    return replace(batch, **columns)
 
 
 class Bar:

@@ -59,7 +59,6 @@ ATTENTIONS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-COLUMNS = ("input_ids_ST", "labels_ST", "mask_ST", "logp_mu_ST", "lengths_S")
 
 
 class LiveMass:
@@ -149,11 +148,8 @@ class Arms:
         watcher = LiveMass(self.layers, self.table.num_rows, scorer.sharding.device)
         used = scorer if order_S is None else in_order(scorer, order_S)
         with scorer.replay.watching(watcher):
-            logp_ST, entropy_ST = used.replayed(variant, live_routes)
-        if order_S is not None:
-            inverse_S = order_S.argsort()
-            logp_ST, entropy_ST = logp_ST[inverse_S], entropy_ST[inverse_S]
-        scores = Scores(logp_ST=logp_ST, entropy_ST=entropy_ST, live_mass_LR=watcher.reduced())
+            logp_N, entropy_N = used.replayed(variant, live_routes)
+        scores = Scores(logp_N=logp_N, entropy_N=entropy_N, live_mass_LR=watcher.reduced())
         self.arms.add(name, scores, self.is_writer)
         if self.is_writer:
             print(f"scored {name!r}", file=sys.stderr, flush=True)
@@ -229,12 +225,11 @@ def versions() -> str:
 
 
 def in_order(scorer: Scorer, order_S: torch.Tensor) -> Scorer:
-    """Return a scorer of the same batch with its sequences in another order."""
-    other = copy.copy(scorer)
-    other.batch = replace(
-        scorer.batch, **{name: getattr(scorer.batch, name)[order_S] for name in COLUMNS}
-    )
-    other.token_rows_ST = scorer.token_rows_ST[order_S]
+    """Return a scorer whose microbatches are those of the sequences in another order."""
+    other, numbers = copy.copy(scorer), order_S.tolist()
+    (packs,) = scorer.sharding.plan(scorer.batch.lengths_S[order_S])
+    planned = tuple(tuple(numbers[number] for number in pack) for pack in packs)
+    other.sharding = replace(scorer.sharding, planned=(planned,))
     return other
 
 

@@ -75,7 +75,6 @@ class Job:
             step=step,
             start=first_prompt,
             folder=folder,
-            multiple=self.policy.sharding.multiple,
         )
 
     def _files(self, step: int, folder: Path) -> StepFiles:

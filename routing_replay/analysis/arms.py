@@ -41,14 +41,14 @@ class Scores:
     """One arm's result.
 
     Args:
-        logp_ST: float32, log-prob of each sampled token.
-        entropy_ST: float32, of the policy over the vocabulary.
+        logp_N: float32, log-prob of each sampled token.
+        entropy_N: float32, of the policy over the vocabulary.
         live_mass_LR: float64, by routed layer and row of the table the live router's probability
             of the replayed experts; nan where it was not seen. None if it was not measured.
     """
 
-    logp_ST: torch.Tensor
-    entropy_ST: torch.Tensor
+    logp_N: torch.Tensor
+    entropy_N: torch.Tensor
     live_mass_LR: torch.Tensor | None = None
 
 
@@ -119,7 +119,7 @@ class ScoredArms:
         if not is_writer:
             return
         self._folder.mkdir(exist_ok=True)
-        tensors = {"logp_ST": scores.logp_ST, "entropy_ST": scores.entropy_ST}
+        tensors = {"logp_N": scores.logp_N, "entropy_N": scores.entropy_N}
         if scores.live_mass_LR is not None:
             tensors["live_mass_LR"] = scores.live_mass_LR
         metadata = {"arm": name, "fingerprint": json.dumps(self._shared_by(name))}
@@ -135,8 +135,8 @@ class ScoredArms:
             stored = json.loads(metadata["fingerprint"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             scores = Scores(
-                logp_ST=tensors["logp_ST"],
-                entropy_ST=tensors["entropy_ST"],
+                logp_N=tensors["logp_N"],
+                entropy_N=tensors["entropy_N"],
                 live_mass_LR=tensors.get("live_mass_LR"),
             )
         for key, value in self._shared_by(metadata["arm"]).items():

@@ -38,6 +38,7 @@ import torch
 
 from ..errors import ConfigError, DataError, reading, unknown_name
 from ..files import atomic_write
+from ..routes.batch import RaggedBatch
 from .resampling import NUM_RESAMPLES, Estimate
 
 FAMILIES = ("without", "only", "first")
@@ -109,20 +110,17 @@ def plan(
 
 
 def sequence_sums(
-    logp_pi_ST: torch.Tensor,
-    entropy_pi_ST: torch.Tensor,
-    logp_mu_ST: torch.Tensor,
-    mask_ST: torch.Tensor,
+    logp_pi_N: torch.Tensor, entropy_pi_N: torch.Tensor, batch: RaggedBatch
 ) -> torch.Tensor:
     """Return for each sequence the sums over its response tokens: `COLUMNS`, float64 [S, 4].
 
     `excess` is log pi + entropy of pi: zero in expectation for tokens that were sampled from pi.
     """
-    log_rho_ST = (logp_pi_ST.double() - logp_mu_ST.double()).masked_fill(~mask_ST, 0.0)
-    k3_ST = torch.expm1(log_rho_ST) - log_rho_ST
-    excess_ST = (logp_pi_ST.double() + entropy_pi_ST.double()).masked_fill(~mask_ST, 0.0)
-    columns = (-log_rho_ST, k3_ST, excess_ST, mask_ST.double())
-    return torch.stack([column_ST.sum(1) for column_ST in columns], -1)
+    ignored_N = ~batch.mask_N
+    log_rho_N = (logp_pi_N.double() - batch.logp_mu_N.double()).masked_fill(ignored_N, 0.0)
+    k3_N = torch.expm1(log_rho_N) - log_rho_N
+    excess_N = (logp_pi_N.double() + entropy_pi_N.double()).masked_fill(ignored_N, 0.0)
+    return batch.sums(torch.stack([-log_rho_N, k3_N, excess_N, batch.mask_N.double()], -1))
 
 
 class Progress:

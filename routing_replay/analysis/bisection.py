@@ -172,14 +172,12 @@ class _Gaps:
 
     def excess(self, name: str) -> Estimate:
         """Return the mean of log pi + entropy of an arm."""
-        scores, width = self._arms[name], self._arms.batch.mask_ST.shape[1]
-        entropy_ST = scores.entropy_ST[:, :width].double()
-        return self._resampling.estimate(scores.logp_ST[:, :width].double() + entropy_ST)
+        scores = self._arms[name]
+        return self._resampling.estimate(scores.logp_N.double() + scores.entropy_N.double())
 
     def _means(self, distance: Distance, name: str) -> np.ndarray:
-        batch = self._arms.batch
-        logp_ST = self._arms[name].logp_ST[:, : batch.mask_ST.shape[1]]
-        return self._resampling.means(distance(logp_ST, batch.logp_mu_ST))
+        logp_mu_N = self._arms.batch.logp_mu_N
+        return self._resampling.means(distance(self._arms[name].logp_N, logp_mu_N))
 
 
 def bisect(
@@ -197,9 +195,9 @@ def bisect(
         DataError: Arms are missing.
         ConfigError: The checkpoint is not one of the model that sampled.
     """
-    base, mask_ST = arms.base, arms.batch.mask_ST
+    base = arms.base
     require_same_model(arms)
-    gaps = _Gaps(arms, Resampling(mask_ST, num_resamples, seed))
+    gaps = _Gaps(arms, Resampling(arms.batch, num_resamples, seed))
     steps = pairwise([name for name in LADDER if name in arms])
     factors = [gaps.factor(FACTORS[second], first, second) for first, second in steps]
     for kind in KINDS:
@@ -214,7 +212,7 @@ def bisect(
     culprits, _ = halve(tuple(layers), lambda part: layers_cost(arms, part))
     costs_much = any(factor.name == "routes" for factor in named)
     return Bisection(
-        num_tokens=int(mask_ST.sum()),
+        num_tokens=int(arms.batch.mask_N.sum()),
         live=gaps.live,
         live_abs_difference=gaps.estimate(abs_difference, "live"),
         factors=(*factors, rest),
@@ -229,9 +227,7 @@ def require_same_model(arms: ScoredArms) -> None:
     Raises:
         ConfigError: The checkpoint is not one of the model that sampled.
     """
-    batch, width = arms.batch, arms.batch.mask_ST.shape[1]
-    values_ST = k3(arms[arms.base].logp_ST[:, :width], batch.logp_mu_ST)
-    kl = float(values_ST[batch.mask_ST].mean())
+    kl = _mean_k3(arms, arms.base)
     if not kl <= FOREIGN_KL:  # nan is foreign, too
         raise ConfigError(
             "the checkpoint is not one of the model that sampled the batch",
@@ -285,9 +281,9 @@ def layers_cost(arms: ScoredArms, part: tuple[int, ...]) -> float | None:
     name = arm_of_layers(part)
     if name not in arms or "routes" not in arms:
         return None
-    batch, width = arms.batch, arms.batch.mask_ST.shape[1]
-    kl = [
-        k3(arms[n].logp_ST[:, :width], batch.logp_mu_ST)[batch.mask_ST].mean()
-        for n in (name, "routes")
-    ]
-    return float(kl[0] - kl[1])
+    return _mean_k3(arms, name) - _mean_k3(arms, "routes")
+
+
+def _mean_k3(arms: ScoredArms, name: str) -> float:
+    batch = arms.batch
+    return float(k3(arms[name].logp_N, batch.logp_mu_N)[batch.mask_N].mean())

@@ -83,20 +83,19 @@ def certify(arms: ScoredArms, table: RouteTable, live: RouteTable | None) -> Cer
         table: The rollout's routes.
         live: The trainer's own routes of the same rows; None if they were not recorded.
     """
-    mask_ST, mu_ST = arms.batch.mask_ST, arms.batch.logp_mu_ST
-    width = mask_ST.shape[1]
+    mask_N, mu_N = arms.batch.mask_N, arms.batch.logp_mu_N
 
-    def equal(one_ST: torch.Tensor, other_ST: torch.Tensor) -> int:
-        return int(((one_ST[:, :width] == other_ST[:, :width]) & mask_ST).sum())
+    def equal(one_N: torch.Tensor, other_N: torch.Tensor) -> int:
+        return int(((one_N == other_N) & mask_N).sum())
 
     num_rows, num_differing = (0, 0) if live is None else differing_rows(table, live)
     return Certificate(
         num_rows=num_rows,
         num_differing_rows=num_differing,
-        num_tokens=int(mask_ST.sum()),
-        num_unchanged=equal(arms["live"].logp_ST, arms["routes"].logp_ST),
-        num_exact=equal(arms["live"].logp_ST, mu_ST),
-        num_exact_replayed=equal(arms[arms.base].logp_ST, mu_ST),
+        num_tokens=int(mask_N.sum()),
+        num_unchanged=equal(arms["live"].logp_N, arms["routes"].logp_N),
+        num_exact=equal(arms["live"].logp_N, mu_N),
+        num_exact_replayed=equal(arms[arms.base].logp_N, mu_N),
         is_whole=live is not None,
     )
 

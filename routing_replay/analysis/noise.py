@@ -77,21 +77,21 @@ def noise_floor(arms: ScoredArms, layers: tuple[int, ...] = ()) -> NoiseFloor:
             got=", ".join(arms.names),
             fix="torchrun -m tools.score_arms BATCH --checkpoint CHECKPOINT --again 4",
         )
-    mask_ST, resampling = arms.batch.mask_ST, Resampling(arms.batch.mask_ST)
-    logp_KST = torch.stack([arms[name].logp_ST[:, : mask_ST.shape[1]] for name in names]).double()
+    mask_N, resampling = arms.batch.mask_N, Resampling(arms.batch)
+    logp_KN = torch.stack([arms[name].logp_N for name in names]).double()
     pairs = list(combinations(range(len(names)), 2))
-    k3_ST = sum(k3(logp_KST[i], logp_KST[j]) for i, j in pairs)
-    apart_ST = sum(abs_difference(logp_KST[i], logp_KST[j]) for i, j in pairs)
-    assert isinstance(k3_ST, torch.Tensor) and isinstance(apart_ST, torch.Tensor)
-    deviation_ST = logp_KST.std(0).masked_fill(~mask_ST, 0.0)
-    is_equal_ST = (logp_KST == logp_KST[0]).all(0) & mask_ST
+    k3_N = sum(k3(logp_KN[i], logp_KN[j]) for i, j in pairs)
+    apart_N = sum(abs_difference(logp_KN[i], logp_KN[j]) for i, j in pairs)
+    assert isinstance(k3_N, torch.Tensor) and isinstance(apart_N, torch.Tensor)
+    deviation_N = logp_KN.std(0).masked_fill(~mask_N, 0.0)
+    is_equal_N = (logp_KN == logp_KN[0]).all(0) & mask_N
     return NoiseFloor(
         num_passes=len(names),
-        k3=resampling.estimate(k3_ST / len(pairs)),
-        abs_difference=resampling.estimate(apart_ST / len(pairs)),
-        deviation=resampling.estimate(deviation_ST),
-        largest=float(deviation_ST.max()) if deviation_ST.numel() else 0.0,
-        equal_share=float(is_equal_ST.sum() / mask_ST.sum().clamp(min=1)),
+        k3=resampling.estimate(k3_N / len(pairs)),
+        abs_difference=resampling.estimate(apart_N / len(pairs)),
+        deviation=resampling.estimate(deviation_N),
+        largest=float(deviation_N.max()) if deviation_N.numel() else 0.0,
+        equal_share=float(is_equal_N.sum() / mask_N.sum().clamp(min=1)),
         layers=_by_layer(arms, names, layers),
     )
 

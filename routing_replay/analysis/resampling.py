@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..routes.batch import RaggedBatch
+
 NUM_RESAMPLES = 1000
 # Two-sided 95 %: what the intervals of reports usually mean.
 COVERAGE = 0.95
@@ -48,42 +50,42 @@ class Resampling:
     """The same resamples of sequences for everything, so that differences are paired.
 
     Args:
-        mask_ST: bool, the tokens that count.
+        batch: Its sampled tokens count.
         num_resamples: Besides the batch itself, which comes first.
         seed: The same seed gives the same intervals.
     """
 
-    def __init__(self, mask_ST: torch.Tensor, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
-        self._mask_ST = mask_ST
-        size = len(mask_ST)
+    def __init__(self, batch: RaggedBatch, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
+        self._batch = batch
+        size = len(batch.lengths_S)
         drawn_BS = np.random.default_rng(seed).multinomial(
             size, np.full(size, 1 / size), num_resamples
         )
         # Tokens of one sequence depend on each other: whole sequences are drawn.
         self._weights_BS = np.concatenate([np.ones((1, size)), drawn_BS])
-        counts_S = mask_ST.sum(1).double().numpy()
+        counts_S = batch.num_sampled_S.double().numpy()
         self._totals_B = np.maximum(self._weights_BS @ counts_S, 1.0)
 
-    def means(self, values_ST: torch.Tensor) -> np.ndarray:
+    def means(self, values_N: torch.Tensor) -> np.ndarray:
         """Return the mean over the tokens that count, [1 + resamples]."""
-        sums_S = values_ST.double().masked_fill(~self._mask_ST, 0.0).sum(1).numpy()
+        sums_S = self._batch.sums(values_N.double().masked_fill(~self._batch.mask_N, 0.0)).numpy()
         means_B: np.ndarray = self._weights_BS @ sums_S / self._totals_B
         return means_B
 
-    def estimate(self, values_ST: torch.Tensor) -> Estimate:
+    def estimate(self, values_N: torch.Tensor) -> Estimate:
         """Return the mean with its interval."""
-        return Estimate.of(self.means(values_ST))
+        return Estimate.of(self.means(values_N))
 
 
-def k3(logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor) -> torch.Tensor:
+def k3(logp_pi_N: torch.Tensor, logp_mu_N: torch.Tensor) -> torch.Tensor:
     """Return the estimator k3 of KL(mu || pi) of each token; float64."""
-    log_rho_ST = logp_pi_ST.double() - logp_mu_ST.double()
-    return torch.expm1(log_rho_ST) - log_rho_ST
+    log_rho_N = logp_pi_N.double() - logp_mu_N.double()
+    return torch.expm1(log_rho_N) - log_rho_N
 
 
-def abs_difference(logp_pi_ST: torch.Tensor, logp_mu_ST: torch.Tensor) -> torch.Tensor:
+def abs_difference(logp_pi_N: torch.Tensor, logp_mu_N: torch.Tensor) -> torch.Tensor:
     """Return |log pi - log mu| of each token; float64."""
-    return (logp_pi_ST.double() - logp_mu_ST.double()).abs()
+    return (logp_pi_N.double() - logp_mu_N.double()).abs()
 
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

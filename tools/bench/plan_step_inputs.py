@@ -59,7 +59,7 @@ def random_batch(lengths_S: np.ndarray, seed: int) -> Batch:
         tokens = tuple(generator.integers(VOCAB, size=length).tolist())
         logp_mu = (-1.0,) * (length - 1)
         samples.append(Sample(prompt_ids=tokens[:1], response_ids=tokens[1:], logp_mu=logp_mu))
-    batch = Batch.from_samples(samples, 1, 1)
+    batch = Batch.from_samples(samples, 1)
     return replace(
         batch, advantages_S=torch.from_numpy(generator.normal(size=len(samples))).float()
     )

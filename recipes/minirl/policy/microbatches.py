@@ -1,22 +1,25 @@
 """How the sequences of a step become microbatches of this rank, and tokens find their way back.
 
-A microbatch is a grid [B, T]. Each cell names a sequence of the step and a position in it, so that
+A microbatch is a grid [B, T]. Each cell names a position of the step (axis N of the batch), so that
 one gather fills any layout: B padded sequences, or several packed ones in one row (B = 1, THD).
+Padding exists in grids only.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from routing_replay.objectives.logprobs import Support
-from routing_replay.routes.batch import RolloutBatch
+from routing_replay.routes.batch import RaggedBatch, position_bounds
 from routing_replay.routes.token_rows import RowSource, context_positions
 
 from ..rollout.batch import Batch
+
+PADDING = -1  # cell of a grid that no position of the step fills
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,29 +27,24 @@ class Grid:
     """Which token of the step each cell of a microbatch holds on this rank.
 
     Args:
-        sequence_BT: int64 row in the batch.
-        position_BT: int64 column in the batch; it may lie behind the sequence's end (padding).
+        cell_BT: int64 index on the batch's axis N, or `PADDING`.
+        position_BT: int64 position within the sequence; that of padding lies behind its end.
         index_BT: int64, the sequence's number within the microbatch.
         lengths: Positions of each sequence over all context-parallel ranks, padding included.
         is_packed: B is 1: the sequences follow each other in one row.
     """
 
-    sequence_BT: torch.Tensor
+    cell_BT: torch.Tensor
     position_BT: torch.Tensor
     index_BT: torch.Tensor
     lengths: tuple[int, ...]
     is_packed: bool
 
-    def take(self, values_ST: torch.Tensor) -> torch.Tensor:
-        """Return the grid's cells of an array of the step, [B, T, ...]."""
-        return values_ST[self.sequence_BT, self.position_BT]
-
-    def to(self, device: torch.device) -> Grid:
-        """Return the grid on a device."""
-        sequence_BT, position_BT, index_BT = (
-            v.to(device) for v in (self.sequence_BT, self.position_BT, self.index_BT)
-        )
-        return replace(self, sequence_BT=sequence_BT, position_BT=position_BT, index_BT=index_BT)
+    def take(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Return the grid's cells of a column of the batch, [B, T, ...]; 0 in padding."""
+        cell_BT = self.cell_BT.to(values_N.device)
+        is_padding = (cell_BT == PADDING).view(*cell_BT.shape, *[1] * (values_N.dim() - 1))
+        return values_N[cell_BT].masked_fill(is_padding, 0)
 
     def bounds(self) -> torch.Tensor:
         """Return where each sequence starts, and the end; int32 [sequences + 1]."""
@@ -141,23 +139,24 @@ class Sharding:
                 all tokens route live.
         """
         grid = self.grid(batch.lengths_S, sequences)
-        host_mask_BT = grid.take(batch.mask_ST)
+        host_mask_BT = grid.take(batch.mask_N)
+        advantages_B = batch.advantages_S[list(sequences)]
         return Microbatch(
             sequences=sequences,
-            input_ids_BT=self.to_device(grid.take(batch.input_ids_ST)),
+            input_ids_BT=self.to_device(grid.take(batch.input_ids_N)),
             position_ids_BT=self.to_device(grid.position_BT),
-            labels_BT=self.to_device(grid.take(batch.labels_ST)),
+            labels_BT=self.to_device(grid.take(batch.labels_N)),
             mask_BT=self.to_device(host_mask_BT),
             host_mask_BT=host_mask_BT,
-            logp_mu_BT=self.to_device(grid.take(batch.logp_mu_ST)),
-            advantages_BT=self.to_device(batch.advantages_S[grid.sequence_BT]),
-            token_rows_BT=_token_rows(batch, sequences, grid, source),
+            logp_mu_BT=self.to_device(grid.take(batch.logp_mu_N)),
+            advantages_BT=self.to_device(advantages_B[grid.index_BT]),
+            token_rows_BT=token_rows(batch, sequences, grid, source),
             index_T=self.to_device(grid.index_BT.flatten()),
             packed_lengths=grid.lengths if grid.is_packed else None,
             bounds=self.to_device(grid.bounds()) if grid.is_packed else None,
             support=self._support(batch, grid),
-            top_ids_TK=self._top(batch.top_ids_STK, grid, torch.int64),
-            top_logp_mu_TK=self._top(batch.top_logp_mu_STK, grid, torch.float32),
+            top_ids_TK=self._top(batch.top_ids_NK, grid, torch.int64),
+            top_logp_mu_TK=self._top(batch.top_logp_mu_NK, grid, torch.float32),
         )
 
     def grid(self, lengths_S: torch.Tensor, sequences: Sequence[int]) -> Grid:
@@ -171,31 +170,36 @@ class Sharding:
         positions = [
             torch.from_numpy(context_positions([0, length], *context)) for length in lengths
         ]
+        position_BT = join(positions)
+        index_BT = join([torch.full_like(p, i) for i, p in enumerate(positions)])
+        numbers = list(sequences)
+        starts_B, num_B = position_bounds(lengths_S)[numbers], lengths_S[numbers] - 1
+        cell_BT = torch.where(
+            position_BT < num_B[index_BT], starts_B[index_BT] + position_BT, PADDING
+        )
         return Grid(
-            sequence_BT=join(
-                [torch.full_like(p, s) for p, s in zip(positions, sequences, strict=True)]
-            ),
-            position_BT=join(positions),
-            index_BT=join([torch.full_like(p, i) for i, p in enumerate(positions)]),
+            cell_BT=cell_BT,
+            position_BT=position_BT,
+            index_BT=index_BT,
             lengths=tuple(lengths),
             is_packed=is_packed,
         )
 
     def scatter(
-        self, values: Mapping[tuple[int, ...], torch.Tensor], batch: Batch | RolloutBatch
+        self, values: Mapping[tuple[int, ...], torch.Tensor], batch: RaggedBatch
     ) -> torch.Tensor:
-        """Return [S, T] with this rank's tokens in their cells and 0 elsewhere.
+        """Return [N] with this rank's tokens in their positions and 0 elsewhere.
 
         Args:
             values: The flattened tokens of each microbatch, by its sequences.
             batch: The step's batch.
         """
-        values_ST = torch.zeros(batch.mask_ST.shape, device=self.device)
+        values_N = torch.zeros(len(batch.mask_N), device=self.device)
         for sequences, values_T in values.items():
-            grid = self.grid(batch.lengths_S, sequences).to(self.device)
-            values_BT = values_T.float().view(grid.sequence_BT.shape)
-            values_ST[grid.sequence_BT, grid.position_BT] = values_BT
-        return values_ST
+            cell_T = self.grid(batch.lengths_S, sequences).cell_BT.flatten()
+            held_M = (cell_T != PADDING).nonzero().flatten()  # here no device is waited for
+            values_N[cell_T[held_M].to(self.device)] = values_T.float()[held_M.to(self.device)]
+        return values_N
 
     def to_device(self, values: torch.Tensor) -> torch.Tensor:
         """Copy to the model's device without waiting for it."""
@@ -209,7 +213,7 @@ class Sharding:
         return sorted({sequence for microbatch in microbatches for sequence in microbatch})
 
     def padded_lengths(self, lengths_S: torch.Tensor) -> list[int]:
-        """Positions of each sequence: no forward consumes its last token."""
+        """Return the positions of each sequence in a grid, alone and packed."""
         return (-(-(lengths_S - 1) // self.multiple) * self.multiple).tolist()
 
     def _consecutive(self, start: int) -> list[tuple[int, ...]]:
@@ -230,32 +234,34 @@ class Sharding:
         return packs[self.data_rank :: self.data_size]
 
     def _support(self, batch: Batch, grid: Grid) -> Support | None:
-        if batch.support_ids_N is None:
+        if batch.support_ids_C is None:
             return None
-        assert batch.support_starts_ST is not None and batch.support_counts_ST is not None
-        starts_T = grid.take(batch.support_starts_ST).flatten()
-        counts_T = grid.take(batch.support_counts_ST).flatten()
+        assert batch.support_offsets_N1 is not None
+        starts_T = grid.take(batch.support_offsets_N1[:-1]).flatten()
+        counts_T = grid.take(batch.support_offsets_N1[1:]).flatten() - starts_T
         offsets_T1 = torch.nn.functional.pad(counts_T.cumsum(0), (1, 0))
-        within_N = torch.arange(int(offsets_T1[-1])) - offsets_T1[:-1].repeat_interleave(counts_T)
-        ids_N = batch.support_ids_N[starts_T.repeat_interleave(counts_T) + within_N]
-        return Support(ids_N=self.to_device(ids_N.long()), offsets_T1=offsets_T1)
+        within_C = torch.arange(int(offsets_T1[-1])) - offsets_T1[:-1].repeat_interleave(counts_T)
+        ids_C = batch.support_ids_C[starts_T.repeat_interleave(counts_T) + within_C]
+        return Support(ids_N=self.to_device(ids_C.long()), offsets_T1=offsets_T1)
 
     def _top(
-        self, values_STK: torch.Tensor | None, grid: Grid, dtype: torch.dtype
+        self, values_NK: torch.Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        if values_STK is None:
+        if values_NK is None:
             return None
-        return self.to_device(grid.take(values_STK).flatten(0, 1).to(dtype))
+        return self.to_device(grid.take(values_NK).flatten(0, 1).to(dtype))
 
 
-def _token_rows(
-    batch: Batch, sequences: Sequence[int], grid: Grid, source: RowSource | None
+def token_rows(
+    batch: RaggedBatch, sequences: Sequence[int], grid: Grid, source: RowSource | None
 ) -> torch.Tensor:
+    """Return the rows of a microbatch's routes in the layout of its grid, or -1; int64 [B, T]."""
     if source is None:
-        return torch.full(grid.position_BT.shape, -1)
-    lengths = batch.lengths_S[list(sequences)]
-    rows_ST = source.token_rows(lengths, width=max(grid.lengths), sequences=sequences)
-    return rows_ST[grid.index_BT, grid.position_BT]
+        return torch.full(grid.cell_BT.shape, -1)
+    bounds = grid.bounds()
+    lengths_B = batch.lengths_S[list(sequences)]
+    rows_T = source.token_rows(lengths_B, cu_seqlens=bounds, sequences=sequences)
+    return rows_T[bounds[grid.index_BT] + grid.position_BT]
 
 
 def _in_one_row(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -48,7 +48,7 @@ class FixedScores:
     Args:
         old: pi_old's scores of the batch.
         reference: Those of the frozen reference, where the loss has a KL to it.
-        chosen: [S, T] by name in LossInputs: what was chosen or measured over the whole step.
+        chosen: [N] by name in LossInputs: what was chosen or measured over the whole step.
         has_mu: The trained policy is the one that sampled. An inner layer's policy did not.
     """
 
@@ -247,11 +247,11 @@ class Policy:
         return inner_logits(self.chunks, layer) if layer >= 0 else contextlib.nullcontext()
 
     def dense(self, scores: Scores, batch: Batch) -> torch.Tensor:
-        """Return log-probs [S, T] of all ranks' tokens; collective over the last stage's ranks."""
-        values_ST = self.sharding.scatter({s: part.logp_T for s, part in scores.items()}, batch)
+        """Return log-probs [N] of all ranks' tokens; collective over the last stage's ranks."""
+        values_N = self.sharding.scatter({s: part.logp_T for s, part in scores.items()}, batch)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(values_ST, group=group)
-        return values_ST
+        torch.distributed.all_reduce(values_N, group=group)
+        return values_N
 
     def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
         """Return this rank's train-inference metrics of a pass: its scores against the engine's.
@@ -387,17 +387,17 @@ class Policy:
         constants = {"logp_old_T": fixed.old[m.sequences].logp_T}
         if fixed.reference is not None:
             constants["logp_ref_T"] = fixed.reference[m.sequences].logp_T
-        cells = self.sharding.grid(batch.lengths_S, m.sequences)
-        for name, values_ST in fixed.chosen.items():
-            constants[name] = cells.to(values_ST.device).take(values_ST).flatten()
+        grid = self.sharding.grid(batch.lengths_S, m.sequences)
+        for name, values_N in fixed.chosen.items():
+            constants[name] = grid.take(values_N).flatten()
         return replace(m, fixed=constants)
 
     def _denominators(self, batch: Batch, number: int) -> Denominators:
-        first = number * self.sharding.minibatch_size
-        mask_ST = batch.mask_ST[first : first + self.sharding.minibatch_size]
+        size = self.sharding.minibatch_size
+        minibatch = batch.positions(number * size, (number + 1) * size)
         return Denominators(
-            num_sequences=len(mask_ST),
-            num_tokens=int(mask_ST.sum()),
+            num_sequences=size,
+            num_tokens=int(batch.mask_N[minibatch].sum()),
             max_length=self.config.rollout.max_new_tokens,
         )
 

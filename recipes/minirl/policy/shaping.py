@@ -34,9 +34,8 @@ def with_advantages(
     o, metrics = policy.config.objective, {}
     rewards_S = batch.rewards_S.double()
     if o.overlong_cache:
-        lengths_S = batch.mask_ST.sum(1)
         longest = policy.config.rollout.max_new_tokens
-        penalty_S = overlong_penalty(lengths_S, longest, o.overlong_cache)
+        penalty_S = overlong_penalty(batch.num_sampled_S, longest, o.overlong_cache)
         metrics["reward/overlong_penalty"] = _mean(penalty_S)
         rewards_S = rewards_S + penalty_S
     if o.reward_kl_coefficient:
@@ -46,10 +45,10 @@ def with_advantages(
     name = policy.config.make_objective().parameters.advantage
     advantages_S = advantages(name, rewards_S, batch.group_S)
     if o.smoothing_correct or o.smoothing_wrong:
-        logp_ST = policy.dense(old, batch).cpu().double()
+        logp_N = policy.dense(old, batch).cpu().double()
         smoothed_S = differential_smoothing(
             advantages_S,
-            torch.where(batch.mask_ST, logp_ST, 0.0).sum(1),
+            batch.sums(torch.where(batch.mask_N, logp_N, 0.0)),
             batch.rewards_S > 0,
             gamma_correct=o.smoothing_correct,
             gamma_wrong=o.smoothing_wrong,
@@ -63,13 +62,13 @@ def _kl_penalty(
     policy: Policy, batch: Batch, old: Scores, reference: Scores | None
 ) -> torch.Tensor:
     assert reference is not None
-    shape, o = batch.mask_ST.shape, policy.config.objective
+    o = policy.config.objective
     return reward_penalty(
-        policy.dense(old, batch).cpu().flatten(),
-        policy.dense(reference, batch).cpu().flatten(),
-        batch.mask_ST.flatten(),
-        torch.arange(shape[0]).repeat_interleave(shape[1]),
-        shape[0],
+        policy.dense(old, batch).cpu(),
+        policy.dense(reference, batch).cpu(),
+        batch.mask_N,
+        batch.sequence_N,
+        len(batch.lengths_S),
         coefficient=o.reward_kl_coefficient,
         estimator=o.reward_kl_estimator,
     )

@@ -44,7 +44,7 @@ def choose(
         seed: Of random choices, alike on all ranks.
 
     Returns:
-        [S, T] each, by name in LossInputs, on ranks of the last pipeline stage.
+        [N] each, by name in LossInputs, on ranks of the last pipeline stage.
     """
     inputs: dict[str, torch.Tensor] = {}
     theta, objective = None, policy.config.make_objective()
@@ -56,15 +56,14 @@ def choose(
         ):
             theta = policy.score(batch, source, number)
         assert source is not None
-        rows_ST = batch.token_rows(source)
-        inputs["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_ST)
+        rows_N = batch.token_rows(source)
+        inputs["router_shift_T"] = by_position(policy.router_shift.gamma(), rows_N)
     elif has_choice and objective.parameters.chooses_by_theta:
         with same_routes_as_update(policy, batch, replayed) as source:
             theta = policy.score(batch, source, number)
     if has_choice and policy.is_last_stage:
-        step, shape = tokens_of_step(policy, batch, old, theta, number, seed)
-        chosen = objective.parameters.choose(step)
-        inputs |= {name: values_T.view(shape) for name, values_T in chosen.items()}
+        step = tokens_of_step(policy, batch, old, theta, number, seed)
+        inputs |= objective.parameters.choose(step)
     return inputs
 
 
@@ -84,10 +83,10 @@ def same_routes_as_update(
         yield None
 
 
-def by_position(values_R: torch.Tensor, rows_ST: torch.Tensor) -> torch.Tensor:
-    """Return a value per row of the table as [S, T]; nan where a token has no row."""
-    values_ST = values_R[rows_ST.clamp(min=0).to(values_R.device)]
-    return torch.where(rows_ST.to(values_R.device) >= 0, values_ST, torch.nan)
+def by_position(values_R: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    """Return a value per row of the table as [N]; nan where a token has no row."""
+    values_N = values_R[rows_N.clamp(min=0).to(values_R.device)]
+    return torch.where(rows_N.to(values_R.device) >= 0, values_N, torch.nan)
 
 
 def tokens_of_step(
@@ -97,20 +96,18 @@ def tokens_of_step(
     theta: Scores | None,
     number: int,
     seed: tuple[int, ...],
-) -> tuple[StepTokens, torch.Size]:
-    """Return all tokens of a minibatch on one axis, and their shape [S, T]."""
-    shape, device = batch.mask_ST.shape, policy.sharding.device
-    first = number * policy.sharding.minibatch_size
-    mask_ST = torch.zeros(shape, dtype=torch.bool)
-    mask_ST[first : first + policy.sharding.minibatch_size] = True
-    uniform_ST = torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
-    values_ST = {
-        "logp_theta_T": None if theta is None else policy.dense(theta, batch),
-        "logp_old_T": policy.dense(old, batch),
-        "logp_mu_T": batch.logp_mu_ST,
-        "advantages_T": batch.advantages_S[:, None].expand(shape),
-        "mask_T": mask_ST & batch.mask_ST,
-        "uniform_T": uniform_ST,
-    }
-    flat = {n: v.to(device).flatten() for n, v in values_ST.items() if v is not None}
-    return StepTokens(logp_theta_T=flat.pop("logp_theta_T", None), **flat), shape
+) -> StepTokens:
+    """Return the step's positions, of which those of a minibatch count."""
+    size, device = policy.sharding.minibatch_size, policy.sharding.device
+    minibatch = batch.positions(number * size, (number + 1) * size)
+    mask_N = torch.zeros_like(batch.mask_N)
+    mask_N[minibatch] = batch.mask_N[minibatch]
+    uniform_N = np.random.default_rng(seed).random(len(mask_N), np.float32)
+    return StepTokens(
+        logp_theta_T=None if theta is None else policy.dense(theta, batch),
+        logp_old_T=policy.dense(old, batch),
+        logp_mu_T=batch.logp_mu_N.to(device),
+        advantages_T=batch.advantages_S[batch.sequence_N].to(device),
+        mask_T=mask_N.to(device),
+        uniform_T=torch.from_numpy(uniform_N).to(device),
+    )

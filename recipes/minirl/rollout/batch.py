@@ -1,7 +1,7 @@
-"""A step's sequences: padded arrays that rank 0 saves once and every rank memory-maps.
+"""A step's sequences: flat columns that rank 0 saves once and every rank memory-maps.
 
-Every array is aligned to the inputs: position t of a row belongs to the forward that consumes
-token t and predicts token t + 1. Suffixes here: S sequences of the step, T positions.
+Suffixes here: S sequences of the step, N their positions (`routing_replay.routes.batch`), C the
+choices that a sampling mask left at all positions.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from routing_replay.errors import DataError, writing
+from routing_replay.errors import DataError, reading, writing
+from routing_replay.routes.batch import RaggedBatch, position_bounds, require_columns
 from routing_replay.routes.routes import Routes
-from routing_replay.routes.token_rows import RowSource
 
 BATCH_FILE = "batch.safetensors"
-PAD_ID = 0  # any id: padding follows the sequence and is outside every mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,82 +58,65 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(RaggedBatch):
     """The sequences of a step, groups one after another.
 
     Args:
-        input_ids_ST: int64; without the last token of a sequence, which no forward consumes.
-        labels_ST: int64, the next token.
-        mask_ST: bool, the label was sampled.
-        logp_mu_ST: float32, log mu of the label where the mask holds.
-        lengths_S: int64, tokens of the whole sequence, the last one included.
         rewards_S: float32, the verifier's.
         group_S: int64; sequences of one prompt have one number.
         version_S: int64, of the weights that sampled; -1: unknown.
         num_prompts: int64, one number: prompts consumed for the batch, replaced ones included.
         advantages_S: float32; 0 until they are computed, which may need log-probs.
-        support_ids_N, support_starts_ST, support_counts_ST: Keep Sampling Mask: at a position the
-            `counts` ids of `support_ids_N` from `starts` on could be sampled. None: all tokens.
-        top_ids_STK, top_logp_mu_STK: int32 and float32, the engine's most likely tokens.
+        support_ids_C, support_offsets_N1: Keep Sampling Mask: at position n the int32 ids from
+            `offsets[n]` to `offsets[n + 1]` could be sampled. None: all tokens.
+        top_ids_NK, top_logp_mu_NK: int32 and float32, the engine's most likely tokens.
     """
 
-    input_ids_ST: torch.Tensor
-    labels_ST: torch.Tensor
-    mask_ST: torch.Tensor
-    logp_mu_ST: torch.Tensor
-    lengths_S: torch.Tensor
     rewards_S: torch.Tensor
     group_S: torch.Tensor
     version_S: torch.Tensor
     num_prompts: torch.Tensor
     advantages_S: torch.Tensor
-    support_ids_N: torch.Tensor | None = None
-    support_starts_ST: torch.Tensor | None = None
-    support_counts_ST: torch.Tensor | None = None
-    top_ids_STK: torch.Tensor | None = None
-    top_logp_mu_STK: torch.Tensor | None = None
+    support_ids_C: torch.Tensor | None = None
+    support_offsets_N1: torch.Tensor | None = None
+    top_ids_NK: torch.Tensor | None = None
+    top_logp_mu_NK: torch.Tensor | None = None
 
     @classmethod
     def from_samples(
-        cls,
-        samples: Sequence[Sample],
-        group_size: int,
-        multiple: int,
-        num_prompts: int | None = None,
+        cls, samples: Sequence[Sample], group_size: int, num_prompts: int | None = None
     ) -> Batch:
-        """Pad to a common length that is a multiple of what the parallel layout divides it by."""
+        """Join the samples' tokens, masks and log-probs."""
         num_groups = len(samples) // group_size
-        longest = max(len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples)
-        shape = (len(samples), -(-longest // multiple) * multiple)
-        input_ids_ST = torch.full(shape, PAD_ID)
-        labels_ST = torch.full(shape, PAD_ID)
-        mask_ST = torch.zeros(shape, dtype=torch.bool)
-        for row, sample in enumerate(samples):
+        lengths_S = torch.tensor([len(s.prompt_ids) + len(s.response_ids) for s in samples])
+        bounds = position_bounds(lengths_S).tolist()
+        input_ids_N = torch.empty(bounds[-1], dtype=torch.int64)
+        labels_N = torch.empty_like(input_ids_N)
+        mask_N = torch.zeros(bounds[-1], dtype=torch.bool)
+        for sample, (start, stop) in zip(samples, itertools.pairwise(bounds), strict=True):
             ids = itertools.chain(sample.prompt_ids, sample.response_ids)
             # Several times as fast as a tensor of Python's integers.
             tokens = torch.from_numpy(np.fromiter(ids, np.int64))
-            stop = len(tokens) - 1
-            input_ids_ST[row, :stop] = tokens[:-1]
-            labels_ST[row, :stop] = tokens[1:]
-            sampled_T = mask_ST[row, len(sample.prompt_ids) - 1 : stop]
+            input_ids_N[start:stop] = tokens[:-1]
+            labels_N[start:stop] = tokens[1:]
+            sampled_T = mask_N[start + len(sample.prompt_ids) - 1 : stop]
             sampled_T[:] = True if sample.is_sampled is None else torch.tensor(sample.is_sampled)
-        logp_mu_ST = torch.zeros(shape)
-        # Row by row, left to right: the order of the sampled tokens of all samples.
+        logp_mu_N = torch.zeros(bounds[-1])
         logp_mu = itertools.chain.from_iterable(sample.logp_mu for sample in samples)
-        logp_mu_ST[mask_ST] = torch.from_numpy(np.fromiter(logp_mu, np.float32))
+        logp_mu_N[mask_N] = torch.from_numpy(np.fromiter(logp_mu, np.float32))
         return cls(
-            input_ids_ST=input_ids_ST,
-            labels_ST=labels_ST,
-            mask_ST=mask_ST,
-            logp_mu_ST=logp_mu_ST,
-            lengths_S=torch.tensor([len(s.prompt_ids) + len(s.response_ids) for s in samples]),
+            input_ids_N=input_ids_N,
+            labels_N=labels_N,
+            mask_N=mask_N,
+            logp_mu_N=logp_mu_N,
+            lengths_S=lengths_S,
             rewards_S=torch.tensor([s.reward for s in samples]),
             group_S=torch.arange(len(samples)) // group_size,
             version_S=torch.tensor([s.weight_version for s in samples]),
             num_prompts=torch.tensor(num_groups if num_prompts is None else num_prompts),
             advantages_S=torch.zeros(len(samples)),
-            **_support_of(samples, mask_ST),
-            **_top_of(samples, mask_ST),
+            **_support_of(samples, mask_N),
+            **_top_of(samples, mask_N),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -150,44 +132,43 @@ class Batch:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Batch:
-        """Memory-map a saved batch."""
-        with safe_open(Path(path), "pt") as file:
-            return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        """Memory-map a saved batch.
+
+        Raises:
+            DataError: Unreadable, or no batch of this version.
+        """
+        with (
+            reading(path, "the batch", DataError, also=(SafetensorError,)),
+            safe_open(Path(path), "pt") as file,
+        ):
+            names = list(file.keys())
+            require_columns(names, path)
+            return cls(**{name: file.get_tensor(name) for name in names})
 
     def lag_S(self, weight_version: int) -> torch.Tensor:
         """Return by how many versions weights are newer than those that sampled; 0 if unknown."""
         return torch.where(self.version_S < 0, 0, weight_version - self.version_S)
 
-    def token_rows(self, source: RowSource) -> torch.Tensor:
-        """Return the row of each position's routes in a table or recording, or -1.
 
-        Returns:
-            int64 [S, T].
-        """
-        return source.token_rows(self.lengths_S, width=self.input_ids_ST.shape[1])
-
-
-def _support_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:
+def _support_of(samples: Sequence[Sample], mask_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """The concatenated supports of all response tokens; nothing without a sampling mask."""
     if samples[0].support is None:
         return {}
     supports = [ids for s in samples for ids in s.support or ()]
-    counts_ST = torch.zeros(mask_ST.shape, dtype=torch.int64)
-    counts_ST[mask_ST] = torch.tensor([len(ids) for ids in supports])
-    starts_ST = (counts_ST.flatten().cumsum(0) - counts_ST.flatten()).view(mask_ST.shape)
+    counts_N = torch.zeros(mask_N.shape, dtype=torch.int64)
+    counts_N[mask_N] = torch.tensor([len(ids) for ids in supports])
     return {
-        "support_ids_N": torch.tensor([v for ids in supports for v in ids], dtype=torch.int32),
-        "support_starts_ST": starts_ST,
-        "support_counts_ST": counts_ST,
+        "support_ids_C": torch.tensor([v for ids in supports for v in ids], dtype=torch.int32),
+        "support_offsets_N1": torch.nn.functional.pad(counts_N.cumsum(0), (1, 0)),
     }
 
 
-def _top_of(samples: Sequence[Sample], mask_ST: torch.Tensor) -> dict[str, torch.Tensor]:
+def _top_of(samples: Sequence[Sample], mask_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """The engine's most likely tokens at each response token; nothing if not requested."""
     if samples[0].top_ids is None:
         return {}
-    shape = (*mask_ST.shape, samples[0].top_ids.shape[1])
-    ids_STK, logp_STK = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
-    ids_STK[mask_ST] = torch.from_numpy(np.concatenate([s.top_ids for s in samples])).int()
-    logp_STK[mask_ST] = torch.from_numpy(np.concatenate([s.top_logp_mu for s in samples])).float()
-    return {"top_ids_STK": ids_STK, "top_logp_mu_STK": logp_STK}
+    shape = (len(mask_N), samples[0].top_ids.shape[1])
+    ids_NK, logp_NK = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    ids_NK[mask_N] = torch.from_numpy(np.concatenate([s.top_ids for s in samples])).int()
+    logp_NK[mask_N] = torch.from_numpy(np.concatenate([s.top_logp_mu for s in samples])).float()
+    return {"top_ids_NK": ids_NK, "top_logp_mu_NK": logp_NK}

@@ -23,7 +23,6 @@ def sample_batch(
     step: int,
     start: int,
     folder: Path,
-    multiple: int,
 ) -> dict[str, float]:
     """Sample, reward, save batch and index for all ranks; return the rollout's metrics.
 
@@ -37,7 +36,6 @@ def sample_batch(
         step: Whose batch it is.
         start: Number of its first prompt.
         folder: For batch and index.
-        multiple: What the padded length is a multiple of.
     """
     began, data = time.monotonic(), config.data
 
@@ -48,9 +46,7 @@ def sample_batch(
         return exchange.sample(drawn, data.samples_per_prompt, files, first)
 
     groups = sample_groups(sample, draw, data.prompts_per_step, data.dynamic_sampling)
-    batch = Batch.from_samples(
-        groups.samples, data.samples_per_prompt, multiple, groups.num_prompts
-    )
+    batch = Batch.from_samples(groups.samples, data.samples_per_prompt, groups.num_prompts)
     batch.save(folder / BATCH_FILE)
     uncovered: dict[str, float] = {}
     if files.writer:
@@ -63,7 +59,7 @@ def sample_batch(
 
 def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[str, float]:
     """Describe a step's samples."""
-    lengths_S = batch.mask_ST.sum(1).double()
+    lengths_S = batch.num_sampled_S.double()
     solved_G = batch.rewards_S.view(-1, config.data.samples_per_prompt).mean(1)
     limit = config.rollout.max_new_tokens
     metrics = {
@@ -77,9 +73,9 @@ def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[
         metrics["rollout/sampling_rounds"] = groups.num_rounds
         metrics["rollout/replaced_groups"] = groups.num_prompts - config.data.prompts_per_step
     if config.has_sampling_mask:
-        assert batch.support_ids_N is not None
+        assert batch.support_ids_C is not None
         masses = [sample.support_mass for sample in groups.samples]
         metrics["rollout/sampling_mask_mass"] = sum(masses) / len(masses)
-        num_choices = len(batch.support_ids_N) / max(1, int(batch.mask_ST.sum()))
+        num_choices = len(batch.support_ids_C) / max(1, int(batch.mask_N.sum()))
         metrics["rollout/sampling_mask_size"] = num_choices
     return metrics
