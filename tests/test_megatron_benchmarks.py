@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
 TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "plan_solver", "replay", "tables"]
-TIMED += ["attention", "client", "publish", "step"]
+TIMED += ["attention", "batch", "client", "publish", "step"]
 # Several processes of Megatron.
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("plan_step", "step_memory")]
 

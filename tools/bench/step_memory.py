@@ -126,7 +126,7 @@ def write_parts(
 
 def write_batch(made: list[Sample], folder: Path, clock: Clock) -> None:
     """Write what both ways have."""
-    batch = clock("batch", lambda: Batch.from_samples(made, GROUP_SIZE, 1))
+    batch = clock("batch", lambda: Batch.from_samples(made, GROUP_SIZE))
     clock("batch saved", lambda: batch.save(folder / BATCH_FILE))
 
 

@@ -142,7 +142,7 @@ class Rates:
             core.
         store_gb_per_s: Bytes of payloads that rank 0 encodes and stores with one core.
         reward_ms: Decoding and verifying one response.
-        batch_token_us: Padding and saving a token of the batch.
+        batch_token_us: Putting a token into the batch, and saving it.
         parts_gb_per_s: Building the parts of the routes, and writing them.
         verify_gb_per_s: Reading them and comparing their checksums.
         token_bytes: Host memory of a token on rank 0 beside its routes.
