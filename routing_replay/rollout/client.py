@@ -11,6 +11,7 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -250,20 +251,36 @@ class RolloutClient:
         return run_to_end(self._health())
 
     def pause(self, mode: str = "in_place") -> None:
-        """Stop sampling.
+        """Stop sampling. A server that does not answer is left out, and its requests go elsewhere.
 
         Args:
             mode: "in_place" keeps running requests where they are; "retract" takes their slots
                 away (their rows so far stay true); "abort" ends them with what they have.
         """
-        self.servers.is_paused = True
+        self.servers.pause_mode = mode
         self.servers.num_aborts += mode == "abort"
-        run_to_end(self._at_all("/pause_generation", {"mode": mode}))
+        run_to_end(self._pause(mode))
 
     def resume(self) -> None:
-        """Continue sampling after `pause`."""
-        run_to_end(self._at_all("/continue_generation", {}))
-        self.servers.is_paused = False
+        """Continue sampling after `pause`, of this client or of one that did not live to do so.
+
+        A paused server that does not answer is left out. It continues when it is well again.
+        """
+        run_to_end(self._resume())
+        self.servers.pause_mode = ""
+
+    @contextlib.contextmanager
+    def paused(self, mode: str = "in_place") -> Iterator[None]:
+        """Within: no server samples. They continue however the block ends.
+
+        Args:
+            mode: As for `pause`.
+        """
+        try:
+            self.pause(mode)
+            yield
+        finally:
+            self.resume()
 
     def abort(self) -> None:
         """End all requests; each answers with the tokens and routes that it has."""
@@ -307,6 +324,32 @@ class RolloutClient:
             if refusals and not self.servers.in_use:
                 raise refusals[0]
             await watch.run(until_enough=True)
+
+    async def _pause(self, mode: str) -> None:
+        async with self.transport() as http:
+            watch = self.watch(http)
+
+            async def one(server: ServerState) -> None:
+                try:
+                    await watch.pause(server, mode)
+                except ServerError as error:
+                    self.servers.leave_out(server, error)
+
+            await _all(one(server) for server in self.servers.in_use)
+
+    async def _resume(self) -> None:
+        async with self.transport() as http:
+            watch = self.watch(http)
+
+            async def one(server: ServerState) -> None:
+                try:
+                    await watch.resume(server)
+                except ServerError as error:
+                    if server.is_paused:
+                        self.servers.leave_out(server, error)
+
+            paused = [s for s in self.servers if s.is_paused or not s.is_out]
+            await _all(one(server) for server in paused)
 
     async def _learn_sizes(self, http: Transport) -> None:
         """Ask for data-parallel replicas and drafts; a server that does not tell has one each."""

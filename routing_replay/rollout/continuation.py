@@ -86,6 +86,7 @@ def joined(first: Completion, second: Completion) -> Completion:
         routes=_joined_routes(first.routes, second.routes),
         cached_tokens=first.cached_tokens,
         num_retractions=first.num_retractions + second.num_retractions,
+        sent_version=first.sent_version,
         sampling_mask=_joined_lists(first.sampling_mask, second.sampling_mask),
         mask_logprobs=_joined_arrays(first.mask_logprobs, second.mask_logprobs),
         top_ids=_joined_arrays(first.top_ids, second.top_ids),

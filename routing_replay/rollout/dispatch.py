@@ -7,12 +7,13 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..errors import RoutingReplayError, ServerError
 from ..routes.shape import MoEShape
 from .continuation import joined, rest_of, standing
 from .requests import ABORT, Completion, GenerateRequest, completion_of
-from .servers import Servers, ServerState, is_current
+from .servers import INCOMPLETE, Servers, ServerState, is_current
 from .transport import Reply, TransientError, Transport, read_reply
 
 
@@ -114,15 +115,16 @@ class Dispatch:
         raise _last_of(failures)
 
     async def _attempt(self, server: ServerState, request: GenerateRequest) -> Completion:
-        weights = self._servers.weights
+        weights = self._servers.published
         reply = await self._reply(server, request)
         # JSON, base64, checksum and validation of a long rollout block for milliseconds.
         completion = await asyncio.to_thread(_completion, reply, request, server.url, self._model)
         version = completion.weight_version
         if not is_current(version, weights, self._servers.weights):
-            # It looks healthy.
             expected = "known weights" if weights is None else f"weight version {weights.version}"
-            self._servers.leave_out(server, f"it runs weight version {version}, not {expected}")
+            # It looks healthy. An answer that ended with the pause may name the update.
+            if not (version.startswith(INCOMPLETE) and self._servers.is_updating):
+                self._servers.leave_out(server, f"it runs weight version {version}, not {expected}")
             raise TransientError(
                 "the server runs other weights than were published, or parts of new ones",
                 expected=expected,
@@ -136,7 +138,7 @@ class Dispatch:
                 got=f"{len(completion.output_ids)} tokens",
                 where=server.url,
             )
-        return completion
+        return completion if weights is None else replace(completion, sent_version=weights.version)
 
     async def _reply(self, server: ServerState, request: GenerateRequest) -> Reply:
         sending = asyncio.ensure_future(

@@ -15,6 +15,7 @@ from ..routes.routes import Routes
 from ..routes.shape import MoEShape
 
 ABORT = "abort"
+SENT_VERSION = "sent_weight_version"  # ours: of stored answers
 # Fields of an answer with one item for each sampled token.
 PER_TOKEN = (
     *("output_token_logprobs", "output_top_logprobs"),
@@ -79,6 +80,8 @@ class Completion:
         routes: Rows `start` .. prompt + n - 2; None if they were not requested.
         finish_reason: "stop", "length" or "abort".
         weight_version: Of the last token, as the server reports it.
+        sent_version: Of the weights that had been published when the request was sent: no token is
+            of older ones; -1: none had been.
         cached_tokens: Prompt tokens that came from the prefix cache.
         num_retractions: How often the request lost its place and was prefilled again.
         sampling_mask: For each sampled token the tokens that could be sampled, if requested.
@@ -101,6 +104,7 @@ class Completion:
     top_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
     url: str = ""
+    sent_version: int = -1
 
 
 def request_fields(capture: str = "ids", start: int = 0) -> dict[str, Any]:
@@ -170,6 +174,7 @@ def completion_of(
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         url=url,
+        sent_version=int(meta_info.get(SENT_VERSION, -1)),
     )
 
 
@@ -204,6 +209,7 @@ def answer_of(completion: Completion, start: int) -> dict[str, Any]:
         "weight_version": completion.weight_version,
         "cached_tokens": completion.cached_tokens,
         "num_retractions": completion.num_retractions,
+        SENT_VERSION: completion.sent_version,
         "output_token_sampling_mask": completion.sampling_mask,
     }
     if completion.mask_logprobs is not None:

@@ -42,6 +42,7 @@ class ServerState:
         reason: Why it gets none.
         is_loading: It is healthy again, and gets the current weights.
         is_stale: It is healthy again, and nothing but a further update can give it the weights.
+        is_paused: It was told to stop sampling, and not yet to go on.
         check_at: When its health is asked next, by `time.monotonic`.
         answered_at: When it last answered a request well, by the same clock.
     """
@@ -57,6 +58,7 @@ class ServerState:
     reason: str = ""
     is_loading: bool = False
     is_stale: bool = False
+    is_paused: bool = False
     check_at: float = 0.0
     answered_at: float = 0.0
 
@@ -138,8 +140,10 @@ class Servers:
         self.min_servers = max(1, min_servers)
         self._health_every_s = health_every_s
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
+        # What a server that comes back must load; None while an update in buckets is under way.
         self.weights: Weights | None = None
-        self.is_paused = False  # a paused server answers no health check
+        self.published: Weights | None = None  # the last whole ones
+        self.pause_mode = ""  # a paused server answers no health check
         self.num_aborts = 0  # that this client asked for
         self.counts: Counter[str] = Counter()
         self.on_event: Callable[[str], None] = lambda event: None
@@ -163,6 +167,11 @@ class Servers:
         """Whether an update of the weights would make enough servers of too few."""
         num_stale = sum(server.is_stale for server in self)
         return not self.is_enough and len(self.in_use) + num_stale >= self.min_servers
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update in buckets is under way that is not the first."""
+        return self.weights is None and self.published is not None
 
     def answered(self, server: ServerState) -> None:
         """Note an answer that was right."""
@@ -224,7 +233,7 @@ class Servers:
 
     def expect(self, weights: Weights) -> None:
         """Note what the servers must load from now on; what is past counts less then."""
-        self.weights = weights
+        self.weights = self.published = weights
         for server in self:
             server.absences, server.is_stale = 0, False
 

@@ -64,18 +64,16 @@ class WeightStream:
     gives the version. After a failure `abandon`, then update from disk or open anew: both replace
     all weights.
 
-    Servers should be idle. While requests run, pause the client first and resume it afterwards:
-    "retract" gives their slots back, so later tokens see new weights alone; under "in_place" they
-    attend to keys and values of the old weights, and `flush_cache` must be False.
+    Servers should be idle. While requests run, stay within `RolloutClient.paused`: "retract" gives
+    their slots back, so later tokens see new weights alone; under "in_place" they attend to keys
+    and values of the old weights, and the cache must not be flushed.
 
     Args:
         client: Decides which servers take part.
-        flush_cache: Drop all cached prefixes, which the old weights computed.
     """
 
-    def __init__(self, client: RolloutClient, *, flush_cache: bool = True):
+    def __init__(self, client: RolloutClient):
         self._client = client
-        self._flush_cache = flush_cache
         self._members: list[Member] = []
         # Of the servers that are in the groups, since when they joined.
         self._version: str | None = None
@@ -152,8 +150,12 @@ class WeightStream:
 
         run_to_end(self._at_each(one))
 
-    def close(self, version: int) -> None:
+    def close(self, version: int, *, flush_cache: bool = True) -> None:
         """End the update: the servers serve the weights under their version.
+
+        Args:
+            version: Of the weights.
+            flush_cache: Drop all cached prefixes, which the old weights computed.
 
         Raises:
             ServerError: A server could not.
@@ -161,13 +163,13 @@ class WeightStream:
 
         async def one(http: Transport, member: Member) -> None:
             await self._post(http, member, "/end_weight_update", {})
-            if self._flush_cache:
+            if flush_cache:
                 await self._post(http, member, "/flush_cache", {})
             await self._name(http, member, str(version))
 
         run_to_end(self._at_each(one))
         self._version = str(version)
-        weights = Weights(path=None, version=version, flush_cache=self._flush_cache)
+        weights = Weights(path=None, version=version, flush_cache=flush_cache)
         self._client.servers.expect(weights)
 
     def leave(self, groups: Sequence[str]) -> None:
@@ -214,8 +216,11 @@ class WeightStream:
     ) -> tuple[Member | None, str]:
         """Return the server as a member and its earlier version; no member if it is left out."""
         timeout_s = self._client.options.health_timeout_s
+        mode, watch = self._client.servers.pause_mode, self._client.watch(http)
         try:
-            earlier = await self._client.watch(http).weight_version(server)
+            earlier = await watch.weight_version(server)
+            if mode and not server.is_paused:  # it came back just now
+                await watch.pause(server, mode)
             info = await http.call("GET", server.url, "/server_info", timeout_s=timeout_s)
             member = member_of(server.url, info)
             await self._name(http, member, f"{INCOMPLETE}-{version}")

@@ -50,10 +50,17 @@ class Watch:
             LostWeightsError: There are too few, and enough if the weights were published again.
             ServerError: There have been too few for too long.
         """
-        checks = [asyncio.ensure_future(self._look_after(server)) for server in self._servers]
+        looks = [self._look_after(server, until_enough) for server in self._servers]
+        checks = [asyncio.ensure_future(look) for look in looks]
+        was_out = {server.url: server.is_out for server in self._servers}
         enough_at = time.monotonic()
         try:
             while not (until_enough and self._servers.is_enough):
+                # Another batch, or an update beside this one, leaves servers out as well.
+                for server in self._servers:
+                    if server.is_out != was_out[server.url]:
+                        was_out[server.url] = server.is_out
+                        self._on_change(server)
                 if self._servers.is_enough:
                     enough_at = time.monotonic()
                 if self._servers.is_enough_with_stale:
@@ -70,6 +77,8 @@ class Watch:
         """Ask a server whether it is well; one that was left out gets the current weights first."""
         was_out, start = server.is_out, time.monotonic()
         try:
+            if server.is_paused:
+                await self.resume(server)
             await self.require_health(server)
             if was_out and self._servers.weights is not None:
                 await self._bring_up_to_date(server, self._servers.weights)
@@ -86,13 +95,23 @@ class Watch:
         # A server that was left out meanwhile has not been given the weights.
         if is_well and server.is_out == was_out:
             self._servers.passed(server)
-        if server.is_out != was_out:
-            self._on_change(server)
 
     async def require_health(self, server: ServerState) -> None:
         """Raise ServerError unless a server samples a token."""
         timeout_s = self._health_timeout_s
         await self._http.call("GET", server.url, "/health", timeout_s=timeout_s)
+
+    async def pause(self, server: ServerState, mode: str) -> None:
+        """Make a server stop sampling; see `RolloutClient.pause`."""
+        server.is_paused = True  # even if it does not answer
+        body, timeout_s = {"mode": mode}, self._control_timeout_s
+        await self._http.call("POST", server.url, "/pause_generation", body, timeout_s=timeout_s)
+
+    async def resume(self, server: ServerState) -> None:
+        """Make a server go on sampling."""
+        timeout_s = self._health_timeout_s
+        await self._http.call("POST", server.url, "/continue_generation", {}, timeout_s=timeout_s)
+        server.is_paused = False
 
     async def weight_version(self, server: ServerState) -> str:
         """Return the weight version that a server reports."""
@@ -130,9 +149,11 @@ class Watch:
                 fix="Look for the failed update in the server's log",
             )
 
-    async def _look_after(self, server: ServerState) -> None:
+    async def _look_after(self, server: ServerState, until_enough: bool) -> None:
         while True:
-            if server.check_at <= time.monotonic() and not self._servers.is_paused:
+            # Whoever has paused the servers may need one that is left out.
+            may_check = not self._servers.pause_mode or (until_enough and server.is_out)
+            if server.check_at <= time.monotonic() and may_check:
                 await self.check(server)
             await asyncio.sleep(TICK_S)  # not until `check_at`, which may come nearer meanwhile
 

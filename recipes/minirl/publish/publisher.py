@@ -5,6 +5,7 @@ They go as files on a disk that all see, or in buckets: over process groups, or 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import shutil
@@ -76,24 +77,24 @@ class Publisher:
         """Give the current weights to all servers; return metrics on rank 0.
 
         Buckets that do not arrive are followed by files: no server keeps parts of new weights.
+        Responses that run are paused meanwhile.
         """
         self._version = version
         self.num_published += 1
         if self._sender is None:
-            self._publish_files()
+            folder = self._write_files()
+            with self._paused():
+                self._load_files(folder)
             return {}
-        rollout = self._policy.config.rollout
-        size, dtype = rollout.publish_bucket_mb * MEGABYTE, getattr(torch, rollout.rollout_dtype)
-        # Made anew, for a plan may have moved experts.
-        buckets = Buckets(list(self._policy.chunks), size, dtype)
-        error = self._sender.send(buckets, version, lambda tensors: served(tensors, rollout))
-        if error:
-            if self._client is not None:
-                print(f"Weights: version {version} goes by files instead: {error}", flush=True)
-            self._publish_files()
-        elif self._client is not None:
+        with self._paused():
+            error = self._send(self._sender)
+            if error:
+                self._load_files(self._write_files())
+        if self._client is None:
+            return {}
+        if not error:
             shutil.rmtree(self._folder, ignore_errors=True)
-        return {"rollout/weights_by_files": float(bool(error))} if self._client is not None else {}
+        return {"rollout/weights_by_files": float(bool(error))}
 
     def publish_again(self, num_published: int) -> None:
         """Give the servers the last weights again, unless they got weights since an update.
@@ -149,15 +150,49 @@ class Publisher:
         if self._sender is not None:
             self._sender.leave()
 
-    def _publish_files(self) -> None:
+    @property
+    def _mode(self) -> str:
+        """How responses are paused. None run before the first update; a cache is another run's."""
+        pause = self._policy.config.rollout.publish_pause
+        return "" if pause == "wait" or self.num_published == 1 else pause
+
+    @property
+    def _flush_cache(self) -> bool:
+        # Requests that go on where they were hold a part of it.
+        return self._mode != "in_place"
+
+    def _paused(self) -> contextlib.AbstractContextManager[None]:
+        """Within: no server samples, if responses run through an update."""
+        if self._client is None or not self._mode:
+            return contextlib.nullcontext()
+        return self._client.paused(self._mode)
+
+    def _send(self, sender: WeightSender) -> str:
+        """Send the weights in buckets; return "", or why they did not arrive."""
+        rollout = self._policy.config.rollout
+        size, dtype = rollout.publish_bucket_mb * MEGABYTE, getattr(torch, rollout.rollout_dtype)
+        # Made anew, for a plan may have moved experts.
+        buckets = Buckets(list(self._policy.chunks), size, dtype)
+        error = sender.send(
+            buckets,
+            self._version,
+            lambda tensors: served(tensors, rollout),
+            flush_cache=self._flush_cache,
+        )
+        if error and self._client is not None:
+            print(f"Weights: version {self._version} goes by files instead: {error}", flush=True)
+        return error
+
+    def _write_files(self) -> Path:
         # Under a name of its own: a server's network file system may still show it an earlier
         # folder of the same name, and the old weights would pass for the new ones.
         folder = self._folder / f"version_{self._version:06d}"
-        write_weights(self._policy, folder, self._checkpoint)
+        return write_weights(self._policy, folder, self._checkpoint)
 
+    def _load_files(self, folder: Path) -> None:
         def update() -> None:
             assert self._client is not None
-            self._client.update_weights(str(folder), self._version)
+            self._client.update_weights(str(folder), self._version, self._flush_cache)
             remove_others(folder)
 
         self._first_rank.run(f"published_{self.num_published}", update)

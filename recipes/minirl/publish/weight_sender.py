@@ -36,13 +36,16 @@ class WeightSender(ABC):
         self._num_updates = 0
         self._error = ""  # on rank 0: what broke the current update off
 
-    def send(self, buckets: Buckets, version: int, converted: Converted) -> str:
+    def send(
+        self, buckets: Buckets, version: int, converted: Converted, *, flush_cache: bool = True
+    ) -> str:
         """Replace the weights of all servers that are well.
 
         Args:
             buckets: The model's.
             version: Of the new weights.
             converted: Makes what the servers load of tensors as they are gathered.
+            flush_cache: As for `WeightStream.close`.
 
         Returns:
             "", or why the update broke off: all servers then need another, whole one.
@@ -58,7 +61,7 @@ class WeightSender(ABC):
             tensors = buckets.gather(bucket)
             sent = None if tensors is None else converted(tensors)
             self._send_bucket(f"bucket_{number}", bucket.source, sent)
-        error = self._from_rank_0("end", lambda: self._finish(version))
+        error = self._from_rank_0("end", lambda: self._finish(version, flush_cache))
         if error:
             self.leave()
         return error
@@ -86,10 +89,10 @@ class WeightSender(ABC):
         num_ranks = [member.num_ranks for member in members]
         return json.dumps({"num_ranks": num_ranks, "has_changed": self._stream.has_changed})
 
-    def _finish(self, version: int) -> str:
+    def _finish(self, version: int, flush_cache: bool) -> str:
         assert self._stream is not None
         if not self._error:
-            self._on_servers(self._stream.close, version)
+            self._on_servers(self._stream.close, version, flush_cache=flush_cache)
         return self._error
 
     @property

@@ -87,6 +87,7 @@ class Rollout:
                 write_states(states, self.client.servers)
 
         self.client.servers.on_event = report
+        self.client.resume()  # a run that was killed may have left them paused
         self.client.require_servers()
         if config.num_top_logprobs > len(self.tokenizer):
             raise ConfigError(
