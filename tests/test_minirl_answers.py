@@ -58,6 +58,7 @@ def completion_to(request, seed):
         weight_version="7",
         cached_tokens=3,
         num_retractions=1,
+        sent_version=6,
         sampling_mask=[[1, 2], [3], [4], [5, 6, 7]],
         mask_logprobs=-rng.random(NUM_NEW).astype(np.float32),
         top_ids=rng.integers(0, 99, (NUM_NEW, 2)),

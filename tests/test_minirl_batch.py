@@ -71,9 +71,9 @@ def test_a_long_sequence_does_not_lengthen_the_others(tmp_path):
     samples = [replace(s, support=None, top_ids=None) for s in [long] + [SAMPLES[1]] * 63]
     batch = Batch.from_samples(samples, 1)
     batch.save(tmp_path / BATCH_FILE)
-    # 1,002 positions and 63 times 3, of 8 + 8 + 1 + 4 bytes; 64 times 1,002 would take 1.3 MB.
+    # 1,002 positions and 63 times 3, of 8 + 8 + 1 + 4 + 4 bytes; 64 times 1,002 would take 1.3 MB.
     assert len(batch.mask_N) == 1002 + 63 * 3
-    assert (tmp_path / BATCH_FILE).stat().st_size < 1191 * 21 + 5000
+    assert (tmp_path / BATCH_FILE).stat().st_size < 1191 * 25 + 5000
 
 
 def test_a_batch_comes_back_from_its_file_as_it_was(tmp_path):
@@ -114,12 +114,21 @@ def test_groups_and_rewards_are_those_of_the_samples():
     assert Batch.from_samples(SAMPLES * 2, 2, num_prompts=5).num_prompts == 5
 
 
-def test_the_lag_of_a_response_counts_the_versions_since_its_weights(tmp_path):
-    versions = [4, 3, -1, 5]
-    samples = [
-        replace(SAMPLES[n % 2], weight_version=version) for n, version in enumerate(versions)
-    ]
+def test_the_lag_of_a_token_counts_the_versions_since_its_weights(tmp_path):
+    versions = [[4, 5], [3], None, [5, 5]]
+    samples = []
+    for n, of_sample in enumerate(versions):
+        columns = None if of_sample is None else np.resize(of_sample, len(SAMPLES[n % 2].logp_mu))
+        samples.append(replace(SAMPLES[n % 2], versions=columns))
     Batch.from_samples(samples, 2).save(tmp_path / BATCH_FILE)
     batch = Batch.open(tmp_path / BATCH_FILE)
-    assert batch.version_S.tolist() == versions
-    assert batch.lag_S(5).tolist() == [1, 2, 0, 0]
+    expected = [
+        -1 if s.versions is None else v
+        for s in samples
+        for v in (s.versions if s.versions is not None else s.logp_mu)
+    ]
+    assert batch.version_N[batch.mask_N].tolist() == expected
+    assert set(batch.version_N[~batch.mask_N].tolist()) <= {-1}
+    lags = [0 if version < 0 else 5 - version for version in expected]
+    assert batch.lag_N(5)[batch.mask_N].tolist() == lags
+    assert [sample.weight_version for sample in samples] == [4, 3, -1, 5]

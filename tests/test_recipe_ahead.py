@@ -134,7 +134,7 @@ def test_responses_are_one_version_old_from_step_2_on_and_reported_as_such(runs)
         assert step[f"routing_replay/overlap{suffix}"]["mean"] > 0
         assert len([name for name in step if name.startswith("train_infer/kl_k3")]) == 2
     batch = Batch.open(killed / "last_batch" / BATCH_FILE)
-    assert set(batch.version_S.tolist()) == {1}
+    assert set(batch.version_N[batch.mask_N].tolist()) == {1}
     table = open_table(killed / "last_batch" / INDEX_FILE, verify=True)
     assert set(table.weight_version_T.tolist()) == {1}
     assert "eval/reward" in steps[1]

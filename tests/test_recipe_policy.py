@@ -417,10 +417,12 @@ def by_version_lag(rank, checkpoint):
         policy.weight_version = version
         old = score_old(policy, batch, table)
         replaced.append(to_floats(policy.replay.metrics())["routing_replay/replace_rate"].mean)
-    for versions in ([1] * 8, [0] * 8, [0] * 3 + [1] * 5):
-        of_versions = dataclasses.replace(batch, version_S=torch.tensor(versions))
+    # Weights come in the middle of responses: every third token is older.
+    is_older_N = torch.arange(len(batch.mask_N)) % 3 == 0
+    for version_N in (torch.ones_like(is_older_N), torch.zeros_like(is_older_N), ~is_older_N):
+        of_versions = dataclasses.replace(batch, version_N=version_N.int())
         metrics.append(to_floats(policy.reduce(policy.discrepancy(of_versions, old.scores))))
-    return replaced, metrics, int(batch.num_sampled_S[:3].sum()) / int(batch.mask_N.sum())
+    return replaced, metrics, int(batch.mask_N[is_older_N].sum()) / int(batch.mask_N.sum())
 
 
 def test_gaps_are_kept_apart_by_version_lag_and_soft_replay_counts_it(checkpoint):

@@ -61,6 +61,7 @@ class Microbatch:
     Args:
         sequences: Its sequences, as rows of the batch.
         mask_BT: bool, the label was sampled; `host_mask_BT` is the same on the CPU.
+        version_BT: int32, of the weights that sampled the label; see `Batch`.
         index_T: The sequence's number within the microbatch, of the flattened positions.
         packed_lengths: Of packed sequences: `Grid.lengths`; None if they are padded.
         bounds: int32 [sequences + 1], where packed sequences start over all context-parallel
@@ -77,6 +78,7 @@ class Microbatch:
     host_mask_BT: torch.Tensor
     logp_mu_BT: torch.Tensor
     advantages_BT: torch.Tensor
+    version_BT: torch.Tensor
     token_rows_BT: torch.Tensor
     index_T: torch.Tensor
     packed_lengths: tuple[int, ...] | None = None
@@ -150,6 +152,7 @@ class Sharding:
             host_mask_BT=host_mask_BT,
             logp_mu_BT=self.to_device(grid.take(batch.logp_mu_N)),
             advantages_BT=self.to_device(advantages_B[grid.index_BT]),
+            version_BT=self.to_device(grid.take(batch.version_N)),
             token_rows_BT=token_rows(batch, sequences, grid, source),
             index_T=self.to_device(grid.index_BT.flatten()),
             packed_lengths=grid.lengths if grid.is_packed else None,

@@ -57,7 +57,8 @@ def score_batch(
         old = averaged(policy, batch, score_old(policy, batch, table))
         metrics = policy.reduce(policy.discrepancy(batch, old.scores))
         if table is not None:
-            lag = int(batch.lag_S(policy.weight_version).max())
+            # Over all rows, so of none newer than the name tells.
+            lag = int(batch.lag_N(policy.weight_version)[batch.mask_N].max())
             metrics |= with_lag(policy.replay.metrics(), lag)
         if old.table is not None:
             metrics |= expert_load(old.table, device=policy.sharding.device)

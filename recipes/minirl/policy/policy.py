@@ -32,7 +32,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..launch.plan import memory_estimate
-from ..rollout.batch import Batch
+from ..rollout.batch import Batch, version_lag
 from ..settings.config import RecipeConfig
 from . import models
 from .inner_layer import inner_logits
@@ -256,14 +256,14 @@ class Policy:
     def discrepancy(self, batch: Batch, scores: Scores, suffix: str = "") -> dict[str, Metric]:
         """Return this rank's train-inference metrics of a pass: its scores against the engine's.
 
-        Responses of older weights have metrics of their own, by their version lag.
+        Tokens of older weights have metrics of their own, by their version lag.
         """
         metrics: dict[str, Metric] = {}
-        lag_S = batch.lag_S(self.weight_version)
+        lags = batch.lag_N(self.weight_version)[batch.mask_N].unique().tolist()
         for m, part in self._scored_microbatches(batch, scores):
             mask_T = m.mask_BT.flatten()
-            lag_T = lag_S[list(m.sequences)].to(mask_T.device)[m.index_T]
-            for lag in lag_S.unique().tolist():
+            lag_T = version_lag(m.version_BT.flatten(), self.weight_version)
+            for lag in lags:
                 metrics = merge(
                     metrics,
                     policy_metrics(

@@ -41,7 +41,9 @@ class Sample:
         support_mass: Mean probability of the kept tokens in the whole distribution.
         top_ids, top_logp_mu: [n, K], the engine's most likely tokens at each position, if they
             were requested.
-        weight_version: Of the oldest weights that sampled a part of it; -1: unknown.
+        versions: int64 [n], of the weights that sampled each of the sampled tokens; -1: unknown.
+            None: all are.
+        num_old_context: Sampled tokens that follow rows of older weights.
     """
 
     prompt_ids: tuple[int, ...]
@@ -54,7 +56,21 @@ class Sample:
     support_mass: float = 1.0
     top_ids: np.ndarray | None = None
     top_logp_mu: np.ndarray | None = None
-    weight_version: int = -1
+    versions: np.ndarray | None = None
+    num_old_context: int = 0
+
+    @property
+    def weight_version(self) -> int:
+        """Version of its oldest token; -1: unknown."""
+        return -1 if self.versions is None else int(self.versions.min())
+
+    @property
+    def predicts_sampled_T(self) -> np.ndarray:
+        """Which tokens' forwards predict a sampled token; bool, without the last token."""
+        predicts_T = np.zeros(len(self.prompt_ids) + len(self.response_ids) - 1, np.bool_)
+        is_sampled = True if self.is_sampled is None else self.is_sampled
+        predicts_T[len(self.prompt_ids) - 1 :] = is_sampled
+        return predicts_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +80,7 @@ class Batch(RaggedBatch):
     Args:
         rewards_S: float32, the verifier's.
         group_S: int64; sequences of one prompt have one number.
-        version_S: int64, of the weights that sampled; -1: unknown.
+        version_N: int32, of the weights that sampled the label where the mask holds; -1: unknown.
         num_prompts: int64, one number: prompts consumed for the batch, replaced ones included.
         advantages_S: float32; 0 until they are computed, which may need log-probs.
         support_ids_C, support_offsets_N1: Keep Sampling Mask: at position n the int32 ids from
@@ -74,7 +90,7 @@ class Batch(RaggedBatch):
 
     rewards_S: torch.Tensor
     group_S: torch.Tensor
-    version_S: torch.Tensor
+    version_N: torch.Tensor
     num_prompts: torch.Tensor
     advantages_S: torch.Tensor
     support_ids_C: torch.Tensor | None = None
@@ -99,11 +115,13 @@ class Batch(RaggedBatch):
             tokens = torch.from_numpy(np.fromiter(ids, np.int64))
             input_ids_N[start:stop] = tokens[:-1]
             labels_N[start:stop] = tokens[1:]
-            sampled_T = mask_N[start + len(sample.prompt_ids) - 1 : stop]
-            sampled_T[:] = True if sample.is_sampled is None else torch.tensor(sample.is_sampled)
+            mask_N[start:stop] = torch.from_numpy(sample.predicts_sampled_T)
         logp_mu_N = torch.zeros(bounds[-1])
         logp_mu = itertools.chain.from_iterable(sample.logp_mu for sample in samples)
         logp_mu_N[mask_N] = torch.from_numpy(np.fromiter(logp_mu, np.float32))
+        version_N = torch.full((bounds[-1],), -1, dtype=torch.int32)
+        versions = [[-1] * len(s.logp_mu) if s.versions is None else s.versions for s in samples]
+        version_N[mask_N] = torch.from_numpy(np.concatenate(versions)).int()
         return cls(
             input_ids_N=input_ids_N,
             labels_N=labels_N,
@@ -112,7 +130,7 @@ class Batch(RaggedBatch):
             lengths_S=lengths_S,
             rewards_S=torch.tensor([s.reward for s in samples]),
             group_S=torch.arange(len(samples)) // group_size,
-            version_S=torch.tensor([s.weight_version for s in samples]),
+            version_N=version_N,
             num_prompts=torch.tensor(num_groups if num_prompts is None else num_prompts),
             advantages_S=torch.zeros(len(samples)),
             **_support_of(samples, mask_N),
@@ -145,9 +163,14 @@ class Batch(RaggedBatch):
             require_columns(names, path)
             return cls(**{name: file.get_tensor(name) for name in names})
 
-    def lag_S(self, weight_version: int) -> torch.Tensor:
-        """Return by how many versions weights are newer than those that sampled; 0 if unknown."""
-        return torch.where(self.version_S < 0, 0, weight_version - self.version_S)
+    def lag_N(self, weight_version: int) -> torch.Tensor:
+        """Return each token's lag; the arguments are those of `version_lag`."""
+        return version_lag(self.version_N, weight_version)
+
+
+def version_lag(version_N: torch.Tensor, weight_version: int) -> torch.Tensor:
+    """Return by how many versions weights are newer than those that sampled; 0 if unknown."""
+    return torch.where(version_N < 0, 0, weight_version - version_N)
 
 
 def _support_of(samples: Sequence[Sample], mask_N: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -186,7 +186,11 @@ def rows_with_gates(
     Returns:
         bool over the rows of each sample.
     """
-    responses = [_is_response(sample) for sample in samples]
+    responses = [
+        sample.predicts_sampled_T[: sample.routes.num_rows]
+        for sample in samples
+        if sample.routes is not None
+    ]
     is_response_T = np.concatenate(responses)
     rows_N = np.flatnonzero(is_response_T)
     num_compared = num_calls * replay.agreement_tokens or len(rows_N)
@@ -195,14 +199,3 @@ def rows_with_gates(
     if replay.agreement_every:
         keeps_T[rows_N[::every]] = True
     return np.split(keeps_T, np.cumsum([len(one) for one in responses])[:-1])
-
-
-def _is_response(sample: Sample) -> np.ndarray:
-    """Return which rows belong to forwards that predict a sampled token; bool."""
-    assert sample.routes is not None
-    num_tokens = len(sample.prompt_ids) + len(sample.response_ids)
-    is_response_T = np.zeros(num_tokens - 1, np.bool_)
-    is_response_T[len(sample.prompt_ids) - 1 :] = (
-        True if sample.is_sampled is None else sample.is_sampled
-    )
-    return is_response_T[: sample.routes.num_rows]

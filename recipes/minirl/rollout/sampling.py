@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +32,9 @@ from ..settings.config import RecipeConfig
 from .answers import StoredAnswers
 from .batch import Sample
 from .groups import Group, StepFiles
-from .scores import check_finished, joined, sampled_logprobs, version_of
+from .scores import check_finished, joined, sampled_logprobs
 from .turns import TOOLS, Response
+from .versions import num_old_context
 
 T = TypeVar("T")
 # Any tokens will do: only the form of the answer is checked.
@@ -245,13 +246,13 @@ class Rollout:
 
     def _rewarded(self, prompt: Prompt, response: Response) -> Sample:
         text = self.tokenizer.decode(response.last_ids, skip_special_tokens=True)
-        return Sample(
+        sample = Sample(
             prompt_ids=tuple(response.prompt_ids),
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
-            weight_version=min(version_of(completion) for _, completion in response.answers),
             **response.columns(),
             **joined([sampled_logprobs(*answer) for answer in response.answers]),
         )
+        return replace(sample, num_old_context=num_old_context(sample))
 
 
 @dataclass(frozen=True, kw_only=True)

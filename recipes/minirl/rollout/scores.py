@@ -10,6 +10,8 @@ import numpy as np
 from routing_replay.errors import DataError, ServerError
 from routing_replay.rollout import Completion, GenerateRequest
 
+from .versions import token_versions
+
 FINISHED = ("stop", "length")
 
 
@@ -27,7 +29,7 @@ def check_finished(completion: Completion) -> None:
 
 
 def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[str, Any]:
-    """Return log mu of the sampled and of the most likely tokens, as fields of Sample.
+    """Return log mu of the sampled and of the most likely tokens, and versions: fields of Sample.
 
     Under a sampling mask the distribution is renormalised over the mask and is 0 outside.
 
@@ -38,6 +40,7 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         "logp_mu": tuple(completion.mu_logprobs.tolist()),
         "top_ids": completion.top_ids,
         "top_logp_mu": completion.top_logprobs,
+        "versions": token_versions(completion),
     }
     if not request.wants_sampling_mask:
         return scores
@@ -58,11 +61,6 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         within_TK = completion.top_logprobs - log_mass_T[:, None]
         scores["top_logp_mu"] = np.where(inside_TK, within_TK, -np.inf).astype(np.float32)
     return scores
-
-
-def version_of(completion: Completion) -> int:
-    """Return the version of the weights that sampled; -1 of a server that was told none."""
-    return int(completion.weight_version) if completion.weight_version.isdigit() else -1
 
 
 def joined(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .batch import BATCH_FILE, Batch
 from .exchange import Exchange
 from .groups import Group, StepFiles
 from .sampling import Groups, mean_reward, sample_groups
+from .versions import version_metrics
 
 
 def sample_batch(
@@ -52,7 +53,8 @@ def sample_batch(
     if files.writer:
         uncovered = files.writer.save_index(folder, groups.groups, config.rollout.max_uncovered)
     metrics = {f"routing_replay/uncovered_{cause}": part for cause, part in uncovered.items()}
-    metrics["rollout/version_lag"] = batch.lag_S(step - 1).double().mean().item()
+    is_in_place = config.rollout.publish_pause == "in_place"
+    metrics |= version_metrics(groups.samples, step - 1, is_in_place)
     metrics["time/sampling_s"] = time.monotonic() - began
     return rollout_metrics(config, batch, groups) | metrics | exchange.state()
 
