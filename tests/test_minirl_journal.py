@@ -116,3 +116,12 @@ def test_the_line_of_a_step_sampled_ahead_shows_its_lag_with_the_kl_of_that_lag(
         "step   2/3  KL 2.00e-03 (live 4.00e-03) at version lag 1  "
         "lowest overlap: layers 3 (0.800), 0 (1.000)"
     )
+
+
+def test_the_line_of_a_step_of_several_lags_shows_the_kl_of_the_lag_nearest_to_the_mean():
+    values = {"rollout/version_lag": 1.3, "rollout/version_lag_max": 3.0}
+    values |= {f"train_infer/kl_k3{s}": n * 1e-3 for n, s in enumerate(("", "_lag_1", "_lag_3"), 1)}
+    values["routing_replay/overlap_lag_3"] = LayerValues(mean=0.9, layers={0: 0.75})
+    assert line(2, 3, values) == (
+        "step   2/3  KL 2.00e-03 at version lag 1  lowest overlap: layers 0 (0.750)"
+    )

@@ -105,6 +105,10 @@ def test_a_run_sampled_ahead_is_shown_by_its_lag_and_judged_at_lag_0_alone(tmp_p
     assert texts(write_run(tmp_path / "nan", rows)) == [
         "error: Up to 3 tokens of a step have no finite log-prob."
     ]
+    rows[-1]["train_infer/nonfinite_tokens_lag_3"] = 4
+    assert texts(write_run(tmp_path / "several", rows)) == [
+        "error: Up to 4 tokens of a step have no finite log-prob."
+    ]
     write_report([run_dir], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "replayed, lag 1" in page and "live, lag 1" in page

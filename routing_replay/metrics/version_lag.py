@@ -2,15 +2,16 @@
 
 Between weights of one version a difference is a discrepancy of the engines. Between versions it
 also holds what the updates changed. So metrics that compare the rollout with the trainer carry the
-lag in their name: `NAME` at lag 0, `NAME_lag_1` at lag 1.
+lag in their name: `NAME` at lag 0, `NAME_lag_1` at lag 1. A step can have tokens of several lags.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 V = TypeVar("V")
+MARK = "_lag_"
 # Of `routing_replay/`: what compares the rollout's routes with the trainer's live ones.
 COMPARISONS = (
     "overlap",
@@ -29,7 +30,25 @@ COMPARISONS = (
 
 def lag_suffix(lag: int) -> str:
     """Return what follows the name of a metric at a version lag."""
-    return f"_lag_{lag}" if lag else ""
+    return f"{MARK}{lag}" if lag else ""
+
+
+def lags_of(names: Collection[str], name: str) -> list[int]:
+    """Return the version lags at which a metric is among some names, ascending."""
+    prefix = name + MARK
+    numbers = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+    return [0] * (name in names) + sorted(int(number) for number in numbers if number.isdigit())
+
+
+def nearest_lag(names: Collection[str], name: str, lag: float) -> int:
+    """Return the version lag nearest to another at which a metric is among some names.
+
+    Args:
+        names: Of all metrics.
+        name: Of the metric, without a lag.
+        lag: What a step's responses have, in the mean. If there is no such metric, it is rounded.
+    """
+    return min(lags_of(names, name), key=lambda one: abs(one - lag), default=round(lag))
 
 
 def with_lag(metrics: Mapping[str, V], lag: int) -> dict[str, V]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ..findings import Finding, Level
+from ..metrics.version_lag import lag_suffix, lags_of
 from .run import Run, first_known, flatten
 
 GRADIENT_NAMES = ("grad_norm", "train/grad_norm", "actor/grad_norm")
@@ -125,7 +126,8 @@ def _sample_shares(run: Run) -> Iterator[Finding]:
 
 
 def _nonfinite(run: Run) -> Iterator[Finding]:
-    names = {"train_infer/nonfinite_tokens", run.named("train_infer/nonfinite_tokens")}
+    name = "train_infer/nonfinite_tokens"
+    names = [name + lag_suffix(lag) for lag in lags_of(run.series, name)]
     counts = [count for name in names for count in run.series.get(name, ())]
     largest = max((count or 0 for count in counts), default=0)
     if largest:

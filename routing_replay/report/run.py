@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reading
-from ..metrics.version_lag import lag_suffix
+from ..metrics.version_lag import lag_suffix, nearest_lag
 
 # The share of a run's last steps that "now" means in the summary and in the findings.
 RECENT_SHARE = 0.25
@@ -60,9 +60,10 @@ class Run:
 
     def named(self, name: str) -> str:
         """Return the name of a comparison with the rollout at the version lag of the last steps."""
-        lag = round(self.recent("rollout/version_lag") or 0)
-        at_lag = name + lag_suffix(lag)
-        return at_lag if at_lag in self.series else name
+        # Comparisons of routes are named by the step's largest lag.
+        lag = "rollout/version_lag" + "_max" * name.startswith("routing_replay/")
+        recent = self.recent(lag) or self.recent("rollout/version_lag") or 0
+        return name + lag_suffix(nearest_lag(self.series, name, recent))
 
     def _known(self, name: str, layer: int | None = None) -> list[float]:
         values = self.series.get(name, ()) if layer is None else self.layers[name][layer]

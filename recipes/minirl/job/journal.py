@@ -17,7 +17,7 @@ from routing_replay.errors import ConfigError
 from routing_replay.files import atomic_write
 from routing_replay.metrics.sinks import open_sinks, scalars
 from routing_replay.metrics.typed import LayerValues, Value
-from routing_replay.metrics.version_lag import lag_suffix
+from routing_replay.metrics.version_lag import lag_suffix, nearest_lag
 
 from ..settings.sections import TelemetrySettings
 
@@ -159,8 +159,11 @@ def line(step: int, num_steps: int, values: Mapping[str, Value]) -> str:
 
 
 def version_lag(record: Mapping[str, Any]) -> int:
-    """Return by how many versions a step's responses are older than the weights trained on them."""
-    return round(record.get("rollout/version_lag", 0))
+    """Return the lag whose KL tells most of a step: the nearest to the mean of its responses.
+
+    A lag is by how many versions weights that sampled are older than those trained on the samples.
+    """
+    return nearest_lag(record, "train_infer/kl_k3", record.get("rollout/version_lag", 0))
 
 
 def kl_of(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -171,7 +174,8 @@ def kl_of(record: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def worst_layers(metrics: Mapping[str, Value]) -> list[tuple[int, float]]:
     """Return the layers whose live routes overlap least with the replayed ones."""
-    overlap = metrics.get("routing_replay/overlap" + lag_suffix(version_lag(metrics)))
+    name = "routing_replay/overlap"  # at one lag, the largest of the step
+    overlap = metrics.get(name + lag_suffix(nearest_lag(metrics, name, 0)))
     if not isinstance(overlap, LayerValues):
         return []
     layers = [(layer, value) for layer, value in overlap.layers.items() if math.isfinite(value)]
