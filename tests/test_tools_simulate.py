@@ -143,13 +143,14 @@ def test_ids_above_256_experts_take_two_bytes(tmp_path):
     assert inputs.model.route_bytes("ids") == 200
 
 
-def test_the_longest_response_bounds_a_step_unless_requests_outlive_it(tmp_path):
+def test_the_longest_response_bounds_as_many_steps_as_run_ahead(tmp_path):
     inputs = read_inputs(written(tmp_path, job={"servers": 100}))
-    pool = Design(name="pool", has_pool=True)
+    two, eight = (Design(name="pool", ahead=count) for count in (2, 8))
     # 10 s of tokens, but 5,000 x 10 ms of one response.
     assert by_name(inputs, TODAY)["generation"].seconds == pytest.approx(50)
     assert by_name(inputs, TODAY)["generation"].bound == "the longest response"
-    assert by_name(inputs, pool)["generation"].seconds == pytest.approx(10)
+    assert by_name(inputs, two)["generation"].seconds == pytest.approx(25)
+    assert by_name(inputs, eight)["generation"].seconds == pytest.approx(10)
 
 
 def test_padding_computes_every_sequence_as_the_longest(tmp_path):
@@ -184,7 +185,7 @@ def test_buckets_send_the_weights_once(inputs):
 
 
 def test_one_step_ahead_hides_the_shorter_of_sampling_and_training(inputs):
-    ahead = Design(name="ahead", is_ahead=True)
+    ahead = Design(name="ahead", ahead=1)
     sampling, training, between = 250 + 1, 51 + 204, 0.025 + 0.15 + 2.5
     assert step_seconds(inputs, ahead) == pytest.approx(max(sampling, training) + between)
 
@@ -337,6 +338,10 @@ def test_a_run_one_step_ahead_is_compared_by_what_its_clocks_mean(tmp_path, inpu
     assert found["step"].measured_s == pytest.approx(0.175 + 51 + 204 + 0.1)
     with pytest.raises(DataError, match="fitted to runs of the default design"):
         check.fitted(inputs, run, "median", folder)
+    config |= {"ahead": 2, "publish_pause": "retract"}
+    (folder / "config.json").write_text(json.dumps(config))
+    several = {one.clock: one for one in check.compare(inputs, check.read_run(folder), "median")}
+    assert several["step"] == found["step"] and "sampling" not in several
 
 
 def test_rates_fitted_to_a_run_predict_it(tmp_path, inputs):

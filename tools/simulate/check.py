@@ -108,7 +108,7 @@ def design_of(run: Run) -> Design:
         name="the run's",
         is_built=True,
         has_buckets=c.get("publish") == "buckets",
-        is_ahead=c.get("ahead", 0) > 0,
+        ahead=c.get("ahead", 0),
     )
 
 
@@ -142,11 +142,13 @@ def _predicted(inputs: Inputs, run: Run) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for leg in steps:
         seconds[leg.clock] = seconds.get(leg.clock, 0.0) + leg.seconds
-    if design.is_ahead:
+    if design.ahead:
         after = sum(leg.seconds for leg in steps if leg.name in AFTER_SAMPLING)
         training = sum(seconds.get(clock, 0.0) for clock in PASSES)
-        seconds["sampling"] = seconds["rollout"] - after
-        seconds["rollout"] = after + max(0.0, seconds["sampling"] - training)
+        sampling = seconds["rollout"] - after
+        seconds["rollout"] = after + max(0.0, sampling - training)
+        if design.ahead == 1:  # the clock of one that shares the servers with others is longer
+            seconds["sampling"] = sampling
     return seconds
 
 
@@ -159,7 +161,7 @@ def fitted(inputs: Inputs, run: Run, statistic: str, folder: Path) -> dict[str, 
         DataError: The run published in buckets or ran ahead: its clocks are not these legs.
     """
     whole, design = of_run(inputs, run), design_of(run)
-    if design.has_buckets or design.is_ahead:
+    if design.has_buckets or design.ahead:
         raise DataError(
             "rates are fitted to runs of the default design",
             expected="a run with --publish disk and --ahead 0",

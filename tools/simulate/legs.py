@@ -22,16 +22,15 @@ class Design:
         is_beside_servers: Answers are decoded and rewarded, and their routes written, beside the
             server that sampled them; the routes go from there to the nodes that train them.
         has_buckets: Weights go from GPU to GPU in flattened buckets, not through a disk.
-        is_ahead: A step is sampled while the one before it is trained.
-        has_pool: Requests outlive a step, so that no step waits for its longest response.
+        ahead: Steps that are sampled while a step is trained. With several, responses run on while
+            weights are published, so that the longest one may take as many steps.
     """
 
     name: str
     is_built: bool = False
     is_beside_servers: bool = False
     has_buckets: bool = False
-    is_ahead: bool = False
-    has_pool: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +77,15 @@ def legs(inputs: Inputs, design: Design) -> list[Leg]:
 def step_seconds(inputs: Inputs, design: Design) -> float:
     """Return the seconds of a whole step.
 
-    Legs follow one another. One step ahead, sampling with its rewards and files runs beside the
-    passes; routes reach the other nodes and weights the servers in between, while nothing samples.
+    Legs follow one another. Ahead, sampling with its rewards and files runs beside the passes;
+    routes reach the other nodes and weights the servers in between, while nothing samples. What a
+    retraction costs, tokens that are prefilled again, is not counted.
     """
     by_clock: dict[str, float] = {}
     for leg in legs(inputs, design):
         part = "ahead" if leg.clock == "rollout" and leg.name not in AFTER_SAMPLING else leg.clock
         by_clock[part] = by_clock.get(part, 0.0) + leg.seconds
-    if not design.is_ahead:
+    if not design.ahead:
         return sum(by_clock.values())
     sampling = by_clock.pop("ahead")
     training = sum(by_clock.pop(clock, 0.0) for clock in PASSES)
@@ -138,7 +138,7 @@ def _sampling(inputs: Inputs, design: Design) -> Iterator[Leg]:
     """Generation, and what the client needs beyond it."""
     job, hosts = inputs.job, inputs.job.servers if design.is_beside_servers else 1
     together = job.sampled_tokens / (job.servers * _rate(inputs, "server_tokens_per_s"))
-    alone = 0.0 if design.has_pool else _longest_response_s(inputs)
+    alone = _longest_response_s(inputs) / max(1, design.ahead)
     generation = max(together, alone)
     yield Leg(
         name="generation",

@@ -76,7 +76,9 @@ def _lines(config: RecipeConfig) -> Iterator[str]:
     yield f"Parameters per rank, by pipeline stage: {stages}"
     yield f"Memory per GPU, estimated: {memory_text}"
     yield from server_lines
-    overlap = "the rollout beside the training" if config.rollout.ahead else "nothing overlapping"
+    ahead = config.rollout.ahead
+    overlaps = {0: "nothing overlapping", 1: "the rollout beside the training"}
+    overlap = overlaps.get(ahead, f"rollouts of {ahead} steps beside the training")
     yield f"A step, from assumed rates, {overlap}:"
     num_server_gpus = server.num_servers * server.num_gpus
     steps = list(durations.legs(config, _cost(config, model_config), num_server_gpus))
