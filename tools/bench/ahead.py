@@ -1,13 +1,16 @@
-"""The recipe one step ahead beside one step after the other: seconds of all steps, and the reward.
+"""The recipe ahead beside one step after the other: seconds of all steps, and the reward.
 
-    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--latency-s 4] [--recipe FLAGS ...]
+    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--latency-s 4] [--longest-s 12]
+                                [--recipe FLAGS ...]
 
-Both start a server and a trainer of their own, from the same tiny model, and take turns; each round
-has a seed of its own. Rollouts take most of a step here, because the server runs few requests at a
-time. On a machine that other work fills, nothing can overlap: look at the load.
+One step ahead, and two with weights into running responses. All start a server and a trainer of
+their own, from the same tiny model, and take turns; each round has a seed of its own. Rollouts take
+most of a step here, because the server runs few requests at a time. On a machine that other work
+fills, nothing can overlap: look at the load.
 
 With --latency-s a stand-in answers every request after so many seconds, with random tokens and
 routes, as servers on other machines take time and none of this one's processors. It learns nothing.
+With --longest-s one response in a hundred takes so long.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -45,9 +49,14 @@ measure_live_every: 0
 checkpoint_every: 0
 server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "24"]
 """
+ARMS = {
+    "0": ["--ahead", "0"],
+    "1": ["--ahead", "1"],
+    "2": ["--ahead", "2", "--publish-pause", "retract"],
+}
+LONGEST_OF = 100
 SUMMED = ("time_s", "time/sampling_s", "time/rollout_s", "time/weights_s", "time/update_s")
-
-
+LAGS = ("version_lag", "version_lag_max", "mixed_version_fraction")
 # Of the tiny model.
 LAYERS, EXPERTS, TOP_K = 6, 32, 2
 SAMPLED_TOKEN = 3  # any will do
@@ -59,10 +68,14 @@ class LateServer(ThreadingHTTPServer):
     request_queue_size = 1024  # all requests of a step come at once
     daemon_threads = True
 
-    def __init__(self, latency_s: float):
+    def __init__(self, latency_s: float, longest_s: float):
         super().__init__(("127.0.0.1", 0), LateAnswer)
         self.latency_s = latency_s
+        self.longest_s = longest_s
         self.weight_version = "0"
+        self.numbers = itertools.count()
+        self.is_running = threading.Event()
+        self.is_running.set()
 
 
 class LateAnswer(BaseHTTPRequestHandler):
@@ -75,11 +88,18 @@ class LateAnswer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/generate":
-            time.sleep(self.server.latency_s)
+            is_longest = next(self.server.numbers) % LONGEST_OF == 0
+            time.sleep(self.server.longest_s if is_longest else self.server.latency_s)
+            self.server.is_running.wait()
             self.reply({"meta_info": self.generated(body)})
             return
-        if self.path == "/update_weights_from_disk":
-            self.server.weight_version = body["weight_version"]
+        match self.path:
+            case "/update_weights_from_disk":
+                self.server.weight_version = body["weight_version"]
+            case "/pause_generation":
+                self.server.is_running.clear()
+            case "/continue_generation":
+                self.server.is_running.set()
         self.reply({"success": True})
 
     def generated(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +134,12 @@ class LateAnswer(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def late_server(latency_s: float) -> Iterator[list[str]]:
+def late_server(latency_s: float, longest_s: float) -> Iterator[list[str]]:
     """Serve on a free port; yield the recipe's flags. Without a latency there is neither."""
     if not latency_s:
         yield []
         return
-    with LateServer(latency_s) as server:
+    with LateServer(latency_s, max(latency_s, longest_s)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         yield ["--rollout-url", url, "--routing-replay-capture", "ids"]
@@ -136,29 +156,26 @@ def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     sums = {name: sum(r[name] for r in records[1:]) for name in SUMMED}
     # The last step ends with an evaluation, which is no part of training.
     sums["time_s"] -= sum(r.get("time/evaluation_s", 0.0) for r in records[1:])
-    return sums | {"rewards": rewards, "load": os.getloadavg()[0]}
+    lags = {name: [r.get(f"rollout/{name}", 0.0) for r in records[1:]] for name in LAGS}
+    means = {name: sum(values) / len(values) for name, values in lags.items()}
+    return sums | means | {"rewards": rewards, "load": os.getloadavg()[0]}
 
 
 def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of both variants, round by round."""
-    runs: dict[str, list[dict[str, Any]]] = {"0": [], "1": []}
+    """Return the runs of each variant, round by round."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     cache = Path(arguments.cache_dir).absolute()
     config = folder / "recipe.yaml"
     config.write_text(RECIPE)
+    names = list(ARMS)
     for number in range(arguments.rounds):
-        for ahead in ("0", "1") if number % 2 == 0 else ("1", "0"):
-            flags = [
-                "--config",
-                str(config),
-                "--steps",
-                str(arguments.steps),
-                "--seed",
-                str(number),
-            ]
-            flags += ["--cache-dir", str(cache), *arguments.recipe, "--ahead", ahead]
-            run = train(folder / f"ahead_{ahead}_round_{number}", flags)
-            runs[ahead].append(run)
-            print(f"round {number}, --ahead {ahead}: {run}", flush=True)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            flags = ["--config", str(config), "--steps", str(arguments.steps)]
+            flags += ["--seed", str(number), "--cache-dir", str(cache), *arguments.recipe]
+            run = train(folder / f"ahead_{name}_round_{number}", [*flags, *ARMS[name]])
+            runs[name].append(run)
+            print(f"round {number}, {' '.join(ARMS[name])}: {run}", flush=True)
     return runs
 
 
@@ -167,18 +184,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--steps", type=int, default=24)
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--latency-s", type=float, default=0.0, help="of a stand-in; 0: real servers")
+    made.add_argument("--longest-s", type=float, default=0.0, help="of the stand-in's longest")
     made.add_argument("--cache-dir", default="runs/cache", help="where the tiny models are kept")
     made.add_argument("--recipe", nargs=argparse.REMAINDER, default=[], help="flags of the recipe")
     arguments = parse(made, argv, {"steps": 2, "rounds": 1})
-    late = late_server(arguments.latency_s)
+    late = late_server(arguments.latency_s, arguments.longest_s)
     with tempfile.TemporaryDirectory() as folder, late as flags:
         arguments.recipe = [*flags, *arguments.recipe]
         runs = compared(arguments, Path(folder))
     seconds = {ahead: [run["time_s"] for run in of] for ahead, of in runs.items()}
     share = spread([run["time/sampling_s"] / run["time_s"] for run in runs["0"]])
     print(f"rollout's share of a step, one after the other: {share}")
-    print(f"seconds, one step ahead over one after the other: {ratios(seconds, '0')['1']}")
-    finish("ahead", arguments, {"runs": runs, "share": share, "ratio": ratios(seconds, "0")["1"]})
+    compared_to_0 = ratios(seconds, "0")
+    for name in list(ARMS)[1:]:
+        print(f"seconds, {' '.join(ARMS[name])} over --ahead 0: {compared_to_0[name]}")
+    finish("ahead", arguments, {"runs": runs, "share": share, "ratios": compared_to_0})
 
 
 if __name__ == "__main__":
