@@ -38,7 +38,9 @@ class FakeServer:
         misbehave: Called with the route, the body and the good answer; returns status and answer.
     """
 
-    def __init__(self, misbehave=lambda route, body, answer: (200, answer), port=0):
+    def __init__(
+        self, misbehave=lambda route, body, answer: (200, answer), port=0, host="127.0.0.1"
+    ):
         self.calls, self.weight_version = [], "0"
         fake = self
 
@@ -64,8 +66,8 @@ class FakeServer:
             def log_message(self, *arguments):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.http = ThreadingHTTPServer((host, port), Handler)
+        self.url = f"http://{host}:{self.http.server_address[1]}"
         # How long `shutdown` waits: half a second by default.
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,12 @@ class Job:
         return self.publisher.sample(f"evaluated_{step}", sample)
 
 
-def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
+def train(
+    config: RecipeConfig,
+    run_dir: Path,
+    urls: list[str],
+    exchange_of: Callable[[Rollout | None, FirstRank], Exchange] = LocalExchange,
+) -> None:
     """Run all steps, from the newest checkpoint if there is one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     checks.require_ready(config, world_size, run_dir / "config.json")
@@ -147,7 +153,7 @@ def train(config: RecipeConfig, run_dir: Path, urls: list[str]) -> None:
         inputs=inputs,
         policy=policy,
         first_rank=first_rank,
-        exchange=LocalExchange(rollout, first_rank),
+        exchange=exchange_of(rollout, first_rank),
         journal=journal,
         objective=config.make_objective(),
         publisher=Publisher(
@@ -293,7 +299,10 @@ def finish_step(job: Job, progress: checkpoints.Progress, folder: Path) -> None:
         checkpoints.save(job.policy, job.shared_dir, progress, job.inputs.base)
         if job.first_rank.is_me:
             remove_covered(job.shared_dir, progress.step)
-    # `tools/attribute_kl.py` and `routing-replay inspect` look at it.
+    # `tools/attribute_kl.py` and `routing-replay inspect` look at it; at the end it is whole.
+    if progress.step == run.steps and job.config.rollout_capture != "off":
+        is_me = job.first_rank.is_me
+        job.exchange.fetch(folder, PartIndex.open(folder / INDEX_FILE).files() if is_me else ())
     job.first_rank.keep(folder, job.run_dir / "last_batch")
 
 

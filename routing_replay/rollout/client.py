@@ -242,6 +242,20 @@ class RolloutClient:
         if not self.servers.is_enough:
             raise self.servers.shortage()
 
+    def wait_for_servers(self, timeout_s: float) -> None:
+        """Wait until `min_servers` servers are well and have the current weights.
+
+        Raises:
+            ServerError: They are too few for too long; LostWeightsError if publishing the weights
+                again would make them enough.
+        """
+
+        async def wait() -> None:
+            async with self.transport() as http:
+                await self.watch(http, recovery_timeout_s=timeout_s).run(until_enough=True)
+
+        run_to_end(wait())
+
     def weight_versions(self) -> dict[str, str]:
         """Return the weight version that each server in use reports."""
         return run_to_end(self._weight_versions())
@@ -396,15 +410,20 @@ class RolloutClient:
         return Transport(self.options.connect_timeout_s)
 
     def watch(
-        self, http: Transport, on_change: Callable[[ServerState], None] = lambda server: None
+        self,
+        http: Transport,
+        on_change: Callable[[ServerState], None] = lambda server: None,
+        recovery_timeout_s: float | None = None,
     ) -> Watch:
-        """Return what looks after the servers, over these connections."""
+        """Return what looks after the servers, over these connections; None: as in the options."""
+        if recovery_timeout_s is None:
+            recovery_timeout_s = self.options.recovery_timeout_s
         return Watch(
             self.servers,
             http,
             health_timeout_s=self.options.health_timeout_s,
             control_timeout_s=self.options.control_timeout_s,
-            recovery_timeout_s=self.options.recovery_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
             on_change=on_change,
         )
 

@@ -63,9 +63,9 @@ class Watch:
                         self._on_change(server)
                 if self._servers.is_enough:
                     enough_at = time.monotonic()
-                if self._servers.is_enough_with_stale:
+                elif self._servers.is_enough_with_stale:
                     raise self._servers.shortage(LostWeightsError)
-                if time.monotonic() - enough_at > self._recovery_timeout_s:
+                elif time.monotonic() - enough_at > self._recovery_timeout_s:
                     raise self._servers.shortage()
                 await asyncio.sleep(TICK_S)
         finally:

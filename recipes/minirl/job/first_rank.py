@@ -157,8 +157,26 @@ class FirstRank:
         Raises:
             DataError: A node could not write them (on every rank).
         """
-        if self._group is None:
-            return
+        if self._group is not None:
+            self.bring(path, names, lambda wanted: send_files(path, wanted, self._group))
+
+    def bring(
+        self,
+        path: Path,
+        names: Sequence[str],
+        copy: Callable[[Mapping[int, set[str]]], OSError | None],
+    ) -> None:
+        """Let each node bring the files that its ranks need; collective.
+
+        Args:
+            path: The nodes' folder for them.
+            names: What this rank reads.
+            copy: Called on the first rank of each node with what each node needs, by its first
+                rank; returns the error of a file that it could not write.
+
+        Raises:
+            DataError: A node could not write them (on every rank).
+        """
         wanted: list[tuple[int, Sequence[str]]] = [(0, ())] * dist.get_world_size()
         dist.all_gather_object(wanted, (node_number(), names))
         error = None
@@ -167,7 +185,7 @@ class FirstRank:
             by_first: dict[int, set[str]] = {}
             for rank, (node, of_rank) in enumerate(wanted):
                 by_first.setdefault(first_of.setdefault(node, rank), set()).update(of_rank)
-            error = send_files(path, by_first, self._group)
+            error = copy(by_first)
         self._require_written(path, error)
 
     def _require_written(self, path: Path, error: OSError | None) -> None:

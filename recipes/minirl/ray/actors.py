@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,9 +21,19 @@ import ray
 from routing_replay.errors import CheckpointError, ConfigError, RoutingReplayError, reading
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from routing_replay.rollout.servers import Weights
+
+    from ..rollout.exchange import Exchange
+    from ..rollout.groups import Group
     from ..settings.config import RecipeConfig
+    from .placed import Placed
+    from .sampler import Sampler, SamplerOptions
 
 STANDARD_ERROR = 2
+# A thread each. A group is several requests, and a server queues what it cannot run.
+GROUPS_AT_ONCE = 128
 VERSIONS = """\
 import importlib.metadata as m
 print(*(m.version(name) for name in ("sglang", "routing_replay")))"""
@@ -46,9 +57,13 @@ class Place:
 
 
 class Actor:
-    """What both kinds of actors can do."""
+    """What both kinds of actors can do.
+
+    `concurrency_groups` are threads beside the main one, by the methods that run in them.
+    """
 
     name: ClassVar[str]
+    concurrency_groups: ClassVar[Mapping[str, int]] = {}
 
     def enter(self, folder: Path) -> Place:
         """Go to the folder that the run's relative paths start from; return where this is.
@@ -89,12 +104,18 @@ class Actor:
 
 
 class ServerActor(Actor):
-    """Launches an SGLang server on its node and keeps it running."""
+    """Launches an SGLang server on its node, keeps it running, and samples from it."""
 
     name = "server"
+    concurrency_groups: ClassVar[Mapping[str, int]] = {
+        "sampling": GROUPS_AT_ONCE,
+        "parts": 8,
+        "recovery": 1,
+    }
 
     def __init__(self) -> None:
         self._server: Any = None
+        self._sampler: Sampler | None = None
 
     def identity(self, config: RecipeConfig) -> dict[str, str]:
         """Return what all servers of a run have in common, as this node would start them.
@@ -133,7 +154,8 @@ class ServerActor(Actor):
         return self._server.url
 
     def keep(self, out_since: float | None) -> bool:
-        return self._server.keep(out_since)
+        own = self._sampler.out_since if self._sampler is not None else None
+        return self._server.keep(own or out_since)
 
     def check(self) -> None:
         self._server.check()
@@ -141,6 +163,37 @@ class ServerActor(Actor):
     def stop(self) -> None:
         if self._server is not None:
             self._server.server.stop()
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def open_sampler(self, options: SamplerOptions, number: int) -> None:
+        """Begin to sample from the server; the methods below are those of `Sampler`."""
+        from .sampler import Sampler
+
+        self._sampler = Sampler(options, self._server.url, number)
+
+    @ray.method(concurrency_group="sampling")
+    def sample(self, *arguments: Any) -> Group:
+        return self._opened.sample(*arguments)
+
+    def cancel(self, call: str) -> None:
+        self._opened.cancel(call)
+
+    @ray.method(concurrency_group="recovery")
+    def recover(self, weights: Weights | None) -> None:
+        self._opened.recover(weights)
+
+    @ray.method(concurrency_group="parts")
+    def part(self, step: str, name: str) -> np.ndarray:
+        return self._opened.part(step, name)
+
+    def state(self) -> dict[str, float]:
+        return self._opened.state()
+
+    @property
+    def _opened(self) -> Sampler:
+        assert self._sampler is not None
+        return self._sampler
 
 
 class RankActor(Actor):
@@ -162,8 +215,23 @@ class RankActor(Actor):
         self._held = HeldPort(host=ray.util.get_node_ip_address())
         return self._held.number
 
-    def train(self, config: RecipeConfig, run_dir: Path, urls: list[str], port: int) -> None:
+    def train(
+        self,
+        config: RecipeConfig,
+        run_dir: Path,
+        urls: list[str],
+        port: int,
+        samplers: Sequence[Placed],
+    ) -> None:
         """Run the training loop to its end.
+
+        Args:
+            config: The run's.
+            run_dir: Its folder.
+            urls: Its servers.
+            port: Where the ranks meet.
+            samplers: Actors of the servers; none for servers that were launched elsewhere, from
+                which rank 0 samples.
 
         Raises:
             RoutingReplayError: Why it failed; of another exception, its type and text.
@@ -171,11 +239,17 @@ class RankActor(Actor):
         from recipes.model import parallel
 
         from ..launch.processes import TrainingError
-        from ..train import train
+        from ..rollout.exchange import LocalExchange
+        from ..train import scratch_folder, train
+        from .exchange import RayExchange
 
+        exchange_of: Callable[..., Exchange] = LocalExchange
+        if samplers:
+            folder = scratch_folder(config, run_dir)
+            exchange_of = partial(RayExchange, samplers, urls, folder)
         os.environ["MASTER_PORT"] = str(port)
         try:
-            train(config, run_dir, urls)
+            train(config, run_dir, urls, exchange_of)
             parallel.destroy()
         except RoutingReplayError:
             raise

@@ -150,7 +150,8 @@ class RayCluster:
             ranks[-1].actor.prepare.remote(environment, log)
         print(f"Ranks, by node: {', '.join(one.place.address for one in ranks)}", flush=True)
         port = ranks[0].call("hold_port")
-        refs = [one.actor.train.remote(config, run_dir, list(urls), port) for one in ranks]
+        arguments = (config, run_dir, list(urls), port, self._servers)
+        refs = [one.actor.train.remote(*arguments) for one in ranks]
         return RayTrainer(ranks, refs)
 
     def stop(self) -> None:

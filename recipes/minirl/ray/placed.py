@@ -91,6 +91,8 @@ def make(
     """
     nodes = placement_group_table(group)["bundles_to_node_id"]
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    remote: Any = ray.remote  # its types lack this option
+    made = remote(concurrency_groups=dict(kind.concurrency_groups))(kind)
     placed = []
     for number, bundle in enumerate(bundles):
         strategy = PlacementGroupSchedulingStrategy(group, bundle)
@@ -104,7 +106,7 @@ def make(
         placed.append(
             Placed(
                 name=f"{kind.name} {number}",
-                actor=ray.remote(kind).options(**options).remote(),
+                actor=made.options(**options).remote(),
                 place=Place(
                     node=node, address=addresses.get(node, "unknown"), gpus=(), num_cores=1
                 ),

@@ -55,6 +55,7 @@ class GroupWriter:
         num_calls: Calls of a layer's routers that a group takes part in, in one pass.
         replay: What agreement samples.
         is_planned: The step is planned by its routes.
+        prefix: Of the parts' names: those of several writers may come together.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class GroupWriter:
     num_calls: int
     replay: ReplayConfig
     is_planned: bool
+    prefix: str = ""
 
     @classmethod
     def of(
@@ -94,7 +96,7 @@ class GroupWriter:
         """
         routes = replayed_routes(samples, self.oldest_version)
         keeps_gates = rows_with_gates(samples, self.num_calls, self.replay)
-        name = f"group_{number:06d}"
+        name = f"{self.prefix}group_{number:06d}"
         parts = [
             write_parts(
                 self.folder,

@@ -58,6 +58,7 @@ class Rollout:
         checkpoint: Folder whose tokenizer is used.
         model: Layers, experts and top-k that every answer must have.
         states: File that says which servers are left out; None: none is written.
+        options: Of the client; None: those of the run.
 
     Raises:
         ServerError: Fewer than `min_servers` servers answer; or one returns no or wrong routes, or
@@ -71,12 +72,14 @@ class Rollout:
         checkpoint: Path,
         model: MoEShape,
         states: Path | None = None,
+        options: ClientOptions | None = None,
     ):
         from transformers import AutoTokenizer
 
         self.config = config
+        self.checkpoint = checkpoint
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        options = client_options(config)
+        options = options or client_options(config)
         self.client = RolloutClient(urls, model=model, options=options)
         self._session = SharedSession(self.client.session)
         self._counted: dict[str, int] = {}
