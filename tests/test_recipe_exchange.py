@@ -6,6 +6,7 @@ The servers are stand-ins. tests/test_recipe_ray_run.py has real ones.
 import contextlib
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -142,6 +143,10 @@ def sampled(form, files):
     return groups, PartIndex.open(files.writer.folder / INDEX_FILE)
 
 
+def tokens_of(group):
+    return [(s.prompt_ids, s.response_ids, s.logp_mu, s.reward) for s in group.samples]
+
+
 def test_groups_come_in_the_order_of_their_prompts_and_their_parts_where_they_are_asked_for(form):
     files = form.files()
     groups, index = sampled(form, files)
@@ -181,7 +186,7 @@ def test_what_was_stored_is_not_sampled_again(form):
     (files.answers.folder / "group_000004.jsonl").unlink()
     again, _ = sampled(form, files)
     assert form.exchange.state()["rollout/stored_responses"] == (len(PROMPTS) - 1) * GROUP
-    assert [group.samples for group in first] == [group.samples for group in again]
+    assert [tokens_of(group) for group in first] == [tokens_of(group) for group in again]
 
 
 def test_a_later_round_of_a_step_adds_to_its_parts(form):
@@ -215,6 +220,25 @@ def test_weights_that_servers_lost_and_no_disk_has_must_be_published_again(form)
     client.update_weights("weights/4", 4)
     groups, _ = sampled(form, form.files())
     assert {sample.weight_version for group in groups for sample in group.samples} == {4}
+    while form.exchange.state()["rollout/servers"] < 2:
+        sampled(form, form.files())
+    form.exchange.state()
+
+
+def test_weights_change_between_groups_of_one_call(form):
+    client = form.rollout.client
+    client.update_weights("weights/5", 5)
+    with ThreadPoolExecutor(1) as pool, form.exchange.paused("retract"):
+        # The stand-ins answer while they are paused: as if the update came a moment later.
+        running = pool.submit(sampled, form, form.files())
+        client.update_weights("weights/6", 6)
+        groups, _ = running.result()
+    versions = {sample.weight_version for group in groups for sample in group.samples}
+    assert versions <= {5, 6}
+    groups, _ = sampled(form, form.files())
+    assert {sample.weight_version for group in groups for sample in group.samples} == {6}
+    metrics = form.exchange.state()
+    assert (metrics["rollout/servers"], metrics["rollout/servers_left_out"]) == (2, 0)
 
 
 def test_a_group_that_no_disk_takes_is_an_error_and_the_next_call_works(form):

@@ -146,6 +146,7 @@ def train(
         # Without a checkpoint even the record of step 0 is written anew.
         last_step = progress.step if checkpoint else -1
         journal = Journal(run_dir, last_step, config.run.steps, config.telemetry)
+    exchange = exchange_of(rollout, first_rank)
     job = Job(
         config=config,
         run_dir=run_dir,
@@ -153,7 +154,7 @@ def train(
         inputs=inputs,
         policy=policy,
         first_rank=first_rank,
-        exchange=exchange_of(rollout, first_rank),
+        exchange=exchange,
         journal=journal,
         objective=config.make_objective(),
         publisher=Publisher(
@@ -163,6 +164,7 @@ def train(
             first_rank,
             rollout.client if rollout else None,
             urls,
+            exchange.paused,
         ),
     )
     job.publisher.publish(progress.step)

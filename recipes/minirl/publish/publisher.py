@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
@@ -49,6 +49,7 @@ class Publisher:
         first_rank: Runs what rank 0 does.
         client: Of the servers, on rank 0; None elsewhere.
         urls: The servers.
+        paused: Within what it returns for a mode no server samples; called on rank 0.
 
     Raises:
         ConfigError: A server that not all of the trainer's machines reach, or for shared tensors
@@ -63,7 +64,9 @@ class Publisher:
         first_rank: FirstRank,
         client: RolloutClient | None,
         urls: Sequence[str],
+        paused: Callable[[str], contextlib.AbstractContextManager[None]],
     ):
+        self._paused_in = paused
         self._policy = policy
         self._checkpoint = checkpoint
         self._folder = folder
@@ -165,7 +168,7 @@ class Publisher:
         """Within: no server samples, if responses run through an update."""
         if self._client is None or not self._mode:
             return contextlib.nullcontext()
-        return self._client.paused(self._mode)
+        return self._paused_in(self._mode)
 
     def _send(self, sender: WeightSender) -> str:
         """Send the weights in buckets; return "", or why they did not arrive."""

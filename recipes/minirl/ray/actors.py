@@ -187,6 +187,12 @@ class ServerActor(Actor):
     def part(self, step: str, name: str) -> np.ndarray:
         return self._opened.part(step, name)
 
+    def pause(self, mode: str) -> None:
+        self._opened.pause(mode)
+
+    def resume(self, weights: Weights | None) -> None:
+        self._opened.resume(weights)
+
     def state(self) -> dict[str, float]:
         return self._opened.state()
 

@@ -6,10 +6,11 @@ the ranks that train them ask for their parts, which are Ray objects then.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,8 @@ class RayExchange:
     ) -> list[Group]:
         """Sample groups beside the servers, as `Rollout.sample` does."""
         assert self._rollout is not None
-        weights = self._rollout.client.servers.weights
-        self._recover(weights)
+        servers = self._rollout.client.servers
+        self._recover()
         call = uuid.uuid4().hex
         most = self._rollout.client.options.max_in_flight // num_samples
         most = min(max(1, most), GROUPS_AT_ONCE)
@@ -115,9 +116,10 @@ class RayExchange:
             while len(groups) < len(prompts):
                 while waiting and (state := self._with_room(tried[waiting[0]], most)):
                     number = waiting.popleft()
-                    arguments = (first + number, prompts[number], num_samples, files, weights)
+                    task = (first + number, prompts[number], num_samples, files)
+                    arguments = (*task, servers.weights)
                     running[state.placed.actor.sample.remote(call, *arguments)] = state, number
-                for ref in self._ended(running, weights):
+                for ref in self._ended(running):
                     state, number = running.pop(ref)
                     with self._lock:
                         state.num_running -= 1
@@ -129,7 +131,7 @@ class RayExchange:
                             raise
                         waiting.appendleft(number)
                         self._leave_out(state, error)
-                        self._recover(weights)
+                        self._recover()
         finally:
             self._end(call, running)
         return [groups[number] for number in range(len(prompts))]
@@ -147,6 +149,18 @@ class RayExchange:
             return self._copy(folder, sorted(missing))
 
         self._first_rank.bring(folder, names, copy)
+
+    @contextlib.contextmanager
+    def paused(self, mode: str) -> Iterator[None]:
+        """Within: no server samples, and weights may change; the samplers know of it."""
+        assert self._rollout is not None
+        client, placed = self._rollout.client, [state.placed for state in self._states]
+        call_all(placed, "pause", mode)
+        try:
+            with client.paused(mode):
+                yield
+        finally:
+            call_all(placed, "resume", client.servers.weights)
 
     def state(self) -> dict[str, float]:
         """Return metrics of the servers since this was last called; on rank 0."""
@@ -173,7 +187,7 @@ class RayExchange:
             state.num_running += 1
             return state
 
-    def _ended(self, running: Mapping[Any, object], weights: Weights | None) -> list[Any]:
+    def _ended(self, running: Mapping[Any, object]) -> list[Any]:
         """Wait until a group ends or a server is back; return the groups' calls that have ended."""
         with self._lock:
             recoveries = {s.recovery: s for s in self._states if s.recovery is not None}
@@ -182,7 +196,7 @@ class RayExchange:
         ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in ended:
             if ref in recoveries:
-                self._take_back(recoveries[ref], ref, weights)
+                self._take_back(recoveries[ref], ref)
         return [ref for ref in ended if ref in running]
 
     def _leave_out(self, state: SamplerState, error: Exception) -> None:
@@ -191,15 +205,17 @@ class RayExchange:
         if not was_out:
             print(f"Servers: {state.url} gets no groups: {error}", flush=True)
 
-    def _recover(self, weights: Weights | None) -> None:
+    def _recover(self) -> None:
         """Let the servers recover that failed; those that lost weights get those of now."""
+        assert self._rollout is not None
+        weights = self._rollout.client.servers.weights
         with self._lock:
             for state in self._states:
                 if state.is_out and state.recovery is None:
                     state.weights = weights
                     state.recovery = state.placed.actor.recover.remote(weights)
 
-    def _take_back(self, state: SamplerState, ref: Any, weights: Weights | None) -> None:
+    def _take_back(self, state: SamplerState, ref: Any) -> None:
         """Give a sampler groups again if its server has recovered.
 
         Raises:
@@ -215,8 +231,8 @@ class RayExchange:
         try:
             state.placed.result(ref)
         except ServerError:
-            if state.weights != weights:
-                self._recover(weights)
+            if state.weights != servers.weights:
+                self._recover()
             # Otherwise it is asked again when the next groups are sampled.
             elif sum(not state.is_out for state in self._states) < servers.min_servers:
                 raise

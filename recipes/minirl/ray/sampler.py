@@ -137,9 +137,22 @@ class Sampler:
         with contextlib.suppress(OSError):  # another's are still there
             self._folder.parent.rmdir()
 
-    def _expect(self, weights: Weights | None) -> None:
+    def pause(self, mode: str) -> None:
+        """Know that no server samples, and that weights change."""
         servers = self._rollout.client.servers
-        if servers.weights != weights and weights is not None:
+        servers.pause_mode, servers.weights = mode, None
+
+    def resume(self, weights: Weights | None) -> None:
+        """Know that servers sample again, with the weights that were published last."""
+        self._expect(weights)
+        self._rollout.client.servers.pause_mode = ""
+
+    def _expect(self, weights: Weights | None) -> None:
+        """Know the weights; what was sent before an update may come after it."""
+        servers = self._rollout.client.servers
+        if weights is None or weights == servers.weights:
+            return
+        if servers.published is None or weights.version >= servers.published.version:
             servers.expect(weights)
 
     def _own(self, writer: GroupWriter) -> GroupWriter:

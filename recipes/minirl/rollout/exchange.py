@@ -5,6 +5,7 @@ Weights go the other way by `publish.Publisher`, which is the same in both forms
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,9 @@ class Exchange(Protocol):
             DataError: A node could not write them (on every rank).
         """
 
+    def paused(self, mode: str) -> contextlib.AbstractContextManager[None]:
+        """Within: no server samples, and weights may change; on rank 0."""
+
     def state(self) -> dict[str, float]:
         """Return metrics of the servers since this was last called; on rank 0."""
 
@@ -64,6 +68,10 @@ class LocalExchange:
 
     def fetch(self, folder: Path, names: Sequence[str]) -> None:
         self._first_rank.share_parts(folder, names)
+
+    def paused(self, mode: str) -> contextlib.AbstractContextManager[None]:
+        assert self._rollout is not None
+        return self._rollout.client.paused(mode)
 
     def state(self) -> dict[str, float]:
         assert self._rollout is not None
