@@ -43,10 +43,12 @@ def kept_answers(run_dir, kept):
 
     def keep():
         while not ended.wait(0.02):
-            for path in (run_dir / FOLDER).glob("step_*.jsonl"):
-                if not (kept / path.name).exists():
+            for path in (run_dir / FOLDER).glob("step_*/group_*.jsonl"):
+                second = kept / path.relative_to(run_dir / FOLDER)
+                if not second.exists():
+                    second.parent.mkdir(exist_ok=True)
                     with contextlib.suppress(FileNotFoundError):
-                        os.link(path, kept / path.name)
+                        os.link(path, second)
 
     kept.mkdir(exist_ok=True)
     thread = threading.Thread(target=keep)

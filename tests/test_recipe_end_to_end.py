@@ -62,8 +62,8 @@ def records(run_dir):
 
 def num_stored(run_dir, step):
     """Responses of a step that are on the disk."""
-    path = run_dir / "answers" / f"step_{step:06d}.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    paths = (run_dir / "answers" / f"step_{step:06d}").glob("*.jsonl")
+    return sum(path.read_bytes().count(b"\n") for path in paths)
 
 
 def kill_when(process, is_time, is_victim):

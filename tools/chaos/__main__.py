@@ -159,10 +159,12 @@ def _disturbed(
 
 def _keep_answers(run_dir: Path, kept: Path) -> None:
     """Give the stored responses a second name, which no checkpoint removes."""
-    for path in (run_dir / FOLDER).glob("step_*.jsonl"):
-        if not path.is_symlink() and not (kept / path.name).exists():
+    for path in (run_dir / FOLDER).glob("step_*/group_*.jsonl"):
+        second = kept / path.relative_to(run_dir / FOLDER)
+        if not path.is_symlink() and not second.exists():
+            second.parent.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                os.link(path, kept / path.name)
+                os.link(path, second)
 
 
 def _compare(disturbed: Path, plain: Path, num_steps: int) -> None:
@@ -193,8 +195,11 @@ def _compare(disturbed: Path, plain: Path, num_steps: int) -> None:
 def _check_stored(kept: Path, num_steps: int) -> None:
     """Raise unless each response of each step was stored once."""
     for step in range(1, num_steps + 1):
-        lines = (kept / f"step_{step:06d}.jsonl").read_text().splitlines()
-        keys = Counter(json.loads(line)["key"] for line in lines)
+        keys = Counter(
+            (path.name, json.loads(line)["key"])
+            for path in (kept / f"step_{step:06d}").iterdir()
+            for line in path.read_text().splitlines()
+        )
         if len(keys) != PROMPTS * SAMPLES or max(keys.values()) > 1:
             raise ChaosError(
                 f"step {step} has {len(keys)} responses, at most {max(keys.values())} times"

@@ -125,15 +125,17 @@ def fill_disk(world: World) -> None:
     """Let the disk have no room for the responses of the steps that follow."""
     folder = world.run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)  # no step has begun, perhaps
-    newest = max((int(p.stem.removeprefix("step_")) for p in folder.glob("step_*")), default=0)
+    newest = max((int(p.name.removeprefix("step_")) for p in folder.glob("step_*")), default=0)
     for step in (newest + 1, newest + 2):
+        of_step = folder / f"step_{step:06d}"
+        of_step.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            os.symlink("/dev/full", folder / f"step_{step:06d}.jsonl")
+            os.symlink("/dev/full", of_step / "group_000000.jsonl")
 
 
 def free_disk(world: World) -> None:
     """Undo `fill_disk`."""
-    for path in (world.run_dir / FOLDER).glob("step_*"):
+    for path in (world.run_dir / FOLDER).glob("step_*/group_*"):
         if path.is_symlink():
             path.unlink()
 
