@@ -134,6 +134,7 @@ def test_routes_of_weights_beyond_the_largest_lag_are_live_by_intention():
     for flags, covered in (
         (["--ahead", "1"], [False, True, True, True]),
         (["--ahead", "1", "--max-version-lag", "0"], [False, False, True, True]),
+        (["--ahead", "2", "--publish-pause", "retract"], [True] * 4),
         ([], [True] * 4),
     ):
         # Step 7 is trained from version 6.

@@ -1,13 +1,16 @@
-"""The recipe one step ahead, with real engines: killed in a rollout that ran ahead, and resumed.
+"""The recipe ahead, with real engines: killed in a rollout that ran ahead, and resumed.
 
-The resumed run must be the one that nobody killed. That one is made from the same responses: what
-a server samples is not repeated.
+One step ahead between two publications, and two steps with responses that run through them. The
+resumed run must be the one that nobody killed. That one is made from the same responses: what a
+server samples is not repeated.
 """
 
 import contextlib
 import os
 import shutil
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +31,38 @@ from recipes.minirl.rollout.answers import FOLDER
 from recipes.minirl.rollout.batch import BATCH_FILE, Batch
 from recipes.minirl.rollout.groups import INDEX_FILE
 from recipes.serving.server import ServerOptions, launch
+from routing_replay.metrics.version_lag import lag_suffix
 from routing_replay.routes.parts import open_table
 
 NUM_RESPONSES = 32
 # Metrics that two runs from the same responses need not share.
 OWN = ("time", "eval/", "rollout/server", "rollout/stored")
+# Few requests at a time and longer responses: servers sample for as long as the trainer computes.
+BUSY = ["--max-running-requests", "2"]
+MODES = {
+    "one step": (["--ahead", "1"], []),
+    "two steps": (
+        ["--ahead", "2", "--publish-pause", "retract", "--steps", "5", "--max-new-tokens", "24"],
+        BUSY,
+    ),
+}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * TIMEOUT_S)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """A run that was killed and resumed, and one from the same responses that was not.
+
+    Args:
+        killed, plain: Their folders.
+        stored: Responses of each step that were stored when it was killed.
+        steps: Of which it had records then.
+    """
+
+    killed: Path
+    plain: Path
+    stored: dict[int, int]
+    steps: list[int]
 
 
 @contextlib.contextmanager
@@ -44,11 +73,11 @@ def kept_answers(run_dir, kept):
     def keep():
         while not ended.wait(0.02):
             for path in (run_dir / FOLDER).glob("step_*/group_*.jsonl"):
-                second = kept / path.relative_to(run_dir / FOLDER)
-                if not second.exists():
-                    second.parent.mkdir(exist_ok=True)
+                other = kept / path.relative_to(run_dir / FOLDER)
+                if not other.exists():
+                    other.parent.mkdir(parents=True, exist_ok=True)
                     with contextlib.suppress(FileNotFoundError):
-                        os.link(path, second)
+                        os.link(path, other)
 
     kept.mkdir(exist_ok=True)
     thread = threading.Thread(target=keep)
@@ -68,68 +97,82 @@ def prepared_model(folder, flags):
     return model
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of the killed and resumed run and of the other; responses stored when it was killed;
-    the server's log."""
-    folder = tmp_path_factory.mktemp("ahead")
+def runs_of(folder, mode):
+    """Train with a server of the tests, kill the trainer in its third rollout or later, resume."""
+    ahead, arguments = MODES[mode]
     flags = [*SMALL, "--tiny-layers", "2", "--cache-dir", str(folder / "cache")]
-    flags += [*write_prompts(folder), "--ahead", "1", "--evaluate-every", "2"]
+    flags += [*write_prompts(folder), *ahead, "--evaluate-every", "2"]
     model = prepared_model(folder, flags)
     killed, plain, kept = folder / "killed", folder / "plain", folder / "kept"
     options = ServerOptions(
         capture="gates",
-        arguments=("--dtype", "bfloat16", "--skip-tokenizer-init"),
+        arguments=("--dtype", "bfloat16", "--skip-tokenizer-init", *arguments),
         environment={"OMP_NUM_THREADS": "1"},
     )
     with launch(model, options) as server, kept_answers(killed, kept):
         flags += ["--rollout-url", server.url]
         process = start(killed, *flags)
-        kill_when(process, lambda: num_stored(killed, 3) > 4, is_trainer)
-        stored = [num_stored(killed, step) for step in (1, 2, 3)]
+        # One step ahead, step 3 is sampled while step 2 is trained; two, while step 1 is.
+        last = 3 if mode == "one step" else 4
+        kill_when(process, lambda: num_stored(killed, last) > 4, is_trainer)
+        stored = {step: num_stored(killed, step) for step in range(1, 6)}
         steps = [record["step"] for record in records(killed)]
         resumed = finish(start(killed, "--resume"))
         shutil.copytree(kept, plain / FOLDER)
         undisturbed = finish(start(plain, *flags))
     for output, status in (resumed, undisturbed):
         assert status == 0, output
-    return killed, plain, stored, steps
+    return Runs(killed=killed, plain=plain, stored=stored, steps=steps)
 
 
-def test_the_rollout_of_step_3_ran_while_step_2_was_trained(runs):
-    _, _, stored, steps = runs
-    assert steps == [0, 1]
-    # A checkpoint covers step 1, whose responses are gone; step 2 had been sampled before it.
-    assert stored[:2] == [0, NUM_RESPONSES]
-    assert stored[2] > 4
+@pytest.fixture(scope="module")
+def one_ahead(tmp_path_factory):
+    return runs_of(tmp_path_factory.mktemp("one"), "one step")
 
 
-def test_a_resumed_run_samples_no_response_twice(runs):
-    killed, _, stored, _ = runs
-    steps = records(killed)
-    assert [step["step"] for step in steps] == [0, 1, 2, 3]
-    assert [step["rollout/stored_responses"] for step in steps[2:]] == [NUM_RESPONSES, stored[2]]
+@pytest.fixture(scope="module")
+def two_ahead(tmp_path_factory):
+    return runs_of(tmp_path_factory.mktemp("two"), "two steps")
 
 
-def test_a_resumed_run_is_the_run_that_nobody_killed(runs):
-    killed, plain, _, _ = runs
-    for one, other in zip(records(killed), records(plain), strict=True):
+def assert_same(runs):
+    """The resumed run and the one that nobody killed agree bitwise."""
+    for one, other in zip(records(runs.killed), records(runs.plain), strict=True):
         for name in one.keys() | other.keys():
             if not name.startswith(OWN):
                 assert one.get(name) == other.get(name), name
-    assert any(record.get("grad_norm") for record in records(killed))
-    last = "checkpoints/step_000003"
-    for path in (plain / last).glob("*.safetensors"):
-        others = load_file(killed / last / path.name)
+    assert any(record.get("grad_norm") for record in records(runs.killed))
+    last = f"checkpoints/step_{records(runs.killed)[-1]['step']:06d}"
+    for path in (runs.plain / last).glob("*.safetensors"):
+        others = load_file(runs.killed / last / path.name)
         for name, weight in load_file(path).items():
             assert torch.equal(weight, others[name]), name
 
 
-def test_responses_are_one_version_old_from_step_2_on_and_reported_as_such(runs):
-    killed, *_ = runs
+def test_the_rollout_of_step_3_ran_while_step_2_was_trained(one_ahead):
+    assert one_ahead.steps == [0, 1]
+    # A checkpoint covers step 1, whose responses are gone; step 2 had been sampled before it.
+    assert [one_ahead.stored[step] for step in (1, 2)] == [0, NUM_RESPONSES]
+    assert one_ahead.stored[3] > 4
+
+
+def test_a_resumed_run_samples_no_response_twice(one_ahead):
+    steps = records(one_ahead.killed)
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    stored = [step["rollout/stored_responses"] for step in steps[2:]]
+    assert stored == [NUM_RESPONSES, one_ahead.stored[3]]
+
+
+def test_a_resumed_run_is_the_run_that_nobody_killed(one_ahead):
+    assert_same(one_ahead)
+
+
+def test_responses_are_one_version_old_from_step_2_on_and_reported_as_such(one_ahead):
+    killed = one_ahead.killed
     steps = records(killed)[1:]
     assert [step["rollout/version_lag"] for step in steps] == [0, 1, 1]
     for step, suffix in zip(steps, ("", "_lag_1", "_lag_1"), strict=True):
+        assert step["rollout/mixed_version_fraction"] == 0
         assert step["routing_replay/coverage"] == 1
         replayed, live = (step[f"train_infer/kl_k3{s}{suffix}"] for s in ("", "_live"))
         assert replayed < live
@@ -140,3 +183,29 @@ def test_responses_are_one_version_old_from_step_2_on_and_reported_as_such(runs)
     table = open_table(killed / "last_batch" / INDEX_FILE, verify=True)
     assert set(table.weight_version_T.tolist()) == {1}
     assert "eval/reward" in steps[1]
+
+
+def test_two_steps_ahead_weights_come_in_the_middle_of_responses(two_ahead):
+    steps = records(two_ahead.killed)
+    assert [step["step"] for step in steps] == list(range(6))
+    for step in steps[1:]:
+        number = step["step"]
+        assert step["rollout/version_lag_max"] <= min(number - 1, 2)
+        assert step["routing_replay/coverage"] == 1
+        # Each lag of a token has a KL of its own.
+        lags = {lag for lag in range(3) if f"train_infer/kl_k3{lag_suffix(lag)}" in step}
+        assert max(lags) == step["rollout/version_lag_max"]
+        assert f"routing_replay/overlap{lag_suffix(max(lags))}" in step
+    assert max(step["rollout/version_lag_max"] for step in steps[1:]) >= 1
+    assert max(step["rollout/mixed_version_fraction"] for step in steps[1:]) > 0
+
+
+def test_of_several_rollouts_that_were_killed_no_response_is_sampled_twice(two_ahead):
+    assert two_ahead.stored[4] > 4
+    # Rollouts that run together count what they find together.
+    found = sum(step["rollout/stored_responses"] for step in records(two_ahead.killed)[1:])
+    assert found == sum(two_ahead.stored.values())
+
+
+def test_a_resumed_pool_gives_the_run_that_nobody_killed(two_ahead):
+    assert_same(two_ahead)
