@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def make_pool(flags, sampler, folder):
 
     config, first_rank = parse([*FLAGS, *flags]), FirstRank(folder)
     policy = SimpleNamespace(config=config)
-    publisher = Noting(policy, folder, folder, first_rank, None, ())
+    publisher = Noting(policy, folder, folder, first_rank, None, (), lambda mode: nullcontext())
     publisher._sender = object()  # weights in buckets can be lost
     publisher.publish(0)
     return RolloutPool(config, first_rank, publisher, sampler), publisher, published
