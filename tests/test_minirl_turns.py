@@ -56,7 +56,7 @@ def test_calls_of_a_tool_are_part_of_the_sequence_and_only_answers_are_sampled()
     assert response.is_done
     assert text_of(response) == "ab" + "cdz" + "cdcd" + "efz" + "efef" + "z"
     columns = response.columns()
-    assert columns["is_sampled"] == tuple(c == "s" for c in "sss....sss....s")
+    assert columns["is_sampled"].tolist() == [c == "s" for c in "sss....sss....s"]
     assert columns["routes"].covered_T.all()
     expected_TLK = true_rows([0, 1, *columns["response_ids"]][:-1])
     np.testing.assert_array_equal(columns["routes"].expert_ids_TLK, expected_TLK)
@@ -125,7 +125,7 @@ def test_the_rollout_takes_turns_until_every_response_is_done(rollout_of):
     # The first calls the tool, the second answers at once; then the first answers.
     assert [len(request.input_ids) for request in engine.requests] == [2, 2, 2 + 3 + 4]
     assert TOKENIZER.decode(first.response_ids, True) == "cdz" + "cdcd" + "cd"
-    assert first.is_sampled == (True,) * 3 + (False,) * 4 + (True,) * 2
+    assert first.is_sampled.tolist() == [True] * 3 + [False] * 4 + [True] * 2
     assert len(first.logp_mu) == 5
     assert (first.reward, second.reward) == (1.0, 0.0)
     assert second.is_sampled is None and second.routes.num_rows == 2
@@ -140,12 +140,12 @@ def test_an_answer_that_is_not_whole_is_an_error(rollout_of):
 
 
 def test_scores_of_answers_are_joined():
-    one = {"logp_mu": (-1.0, -2.0), "top_ids": np.ones((2, 3)), "top_logp_mu": None}
+    one = {"logp_mu": np.array([-1.0, -2.0]), "top_ids": np.ones((2, 3)), "top_logp_mu": None}
     one |= {"support": [[1], [2]], "support_mass": 0.5}
-    two = {"logp_mu": (-3.0,), "top_ids": np.zeros((1, 3)), "top_logp_mu": None}
+    two = {"logp_mu": np.array([-3.0]), "top_ids": np.zeros((1, 3)), "top_logp_mu": None}
     two |= {"support": [[3]], "support_mass": 0.8}
     whole = joined([one, two])
-    assert whole["logp_mu"] == (-1.0, -2.0, -3.0)
+    assert whole["logp_mu"].tolist() == [-1.0, -2.0, -3.0]
     assert whole["top_ids"].shape == (3, 3)
     assert whole["support"] == [[1], [2], [3]]
     assert whole["support_mass"] == pytest.approx((2 * 0.5 + 0.8) / 3)

@@ -144,7 +144,10 @@ def sampled(form, files):
 
 
 def tokens_of(group):
-    return [(s.prompt_ids, s.response_ids, s.logp_mu, s.reward) for s in group.samples]
+    return [
+        (s.prompt_ids.tolist(), s.response_ids.tolist(), s.logp_mu.tolist(), s.reward)
+        for s in group.samples
+    ]
 
 
 def test_groups_come_in_the_order_of_their_prompts_and_their_parts_where_they_are_asked_for(form):
@@ -153,7 +156,7 @@ def test_groups_come_in_the_order_of_their_prompts_and_their_parts_where_they_ar
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for sample in group.samples:
             assert list(sample.prompt_ids) == form.rollout.encode(prompt)
-            assert (sample.response_ids, sample.reward) == ((7, 8, 9), 1.0)
+            assert (sample.response_ids.tolist(), sample.reward) == ([7, 8, 9], 1.0)
             assert sample.routes is None
     # A rank of the second data-parallel half and the last stage.
     names = index.files(range(6, 12), (5,))

@@ -82,8 +82,8 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(rollout_of):
     assert groups.num_rounds == len(drawn) <= 5
     assert groups.num_prompts == sum(count for _, count in drawn)
     # In the order of sampling: prompts' tokens identify them.
-    encoded = [tuple(rollout.encode(p)) for p in stream]
-    places = [encoded.index(s.prompt_ids) for s in groups.samples[::GROUP]]
+    encoded = [rollout.encode(p) for p in stream]
+    places = [encoded.index(s.prompt_ids.tolist()) for s in groups.samples[::GROUP]]
     assert places == sorted(places)
     assert not {0, 2} & set(places)
 
@@ -101,5 +101,5 @@ def test_without_dynamic_sampling_a_batch_is_its_prompts_in_order(rollout_of):
     stream = prompts_of(["always", "", "always", ""])
     groups = groups_of(rollout, lambda o, c: stream[o : o + c], rounds=0)
     assert (groups.num_rounds, groups.num_prompts) == (1, PROMPTS)
-    expected = [tuple(rollout.encode(p)) for p in stream for _ in range(GROUP)]
-    assert [s.prompt_ids for s in groups.samples] == expected
+    expected = [rollout.encode(p) for p in stream for _ in range(GROUP)]
+    assert [s.prompt_ids.tolist() for s in groups.samples] == expected

@@ -27,7 +27,7 @@ def assert_exact(sample, reference):
     logits_TLE, logprobs_TV, _ = reference(tokens[:-1], routes=sample.routes)
     assert sample.routes.covered_T.all()
     assert_ids_follow(sample.routes, logits_TLE)
-    sampled_T = np.array(sample.is_sampled or [True] * len(sample.response_ids))
+    sampled_T = sample.predicts_sampled_T[len(sample.prompt_ids) - 1 :]
     positions = len(sample.prompt_ids) + np.flatnonzero(sampled_T)
     mu = logprobs_TV[positions - 1, np.array(tokens)[positions]]
     np.testing.assert_allclose(sample.logp_mu, mu, atol=2e-3)

@@ -42,8 +42,8 @@ def samples_of(lengths_S: np.ndarray) -> list[Sample]:
     generator = np.random.default_rng(1)
     samples = []
     for length in lengths_S.tolist():
-        tokens = tuple(generator.integers(1 << 17, size=length).tolist())
-        logp_mu = tuple((-generator.random(length - PROMPT_TOKENS)).tolist())
+        tokens = generator.integers(1 << 17, size=length, dtype=np.int32)
+        logp_mu = -generator.random(length - PROMPT_TOKENS, np.float32)
         samples.append(
             Sample(
                 prompt_ids=tokens[:PROMPT_TOKENS],

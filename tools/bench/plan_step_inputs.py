@@ -56,8 +56,8 @@ def random_batch(lengths_S: np.ndarray, seed: int) -> Batch:
     generator = np.random.default_rng(seed)
     samples = []
     for length in lengths_S.tolist():
-        tokens = tuple(generator.integers(VOCAB, size=length).tolist())
-        logp_mu = (-1.0,) * (length - 1)
+        tokens = generator.integers(VOCAB, size=length, dtype=np.int32)
+        logp_mu = np.full(length - 1, -1.0, np.float32)
         samples.append(Sample(prompt_ids=tokens[:1], response_ids=tokens[1:], logp_mu=logp_mu))
     batch = Batch.from_samples(samples, 1)
     return replace(

@@ -2,24 +2,27 @@
 
     python -m tools.bench.step_memory [--tokens 200_000] [--layers 48] [--top-k 8]
 
-Synthetic samples with the routes of a real size become the files of a step in two ways. "table":
+Synthetic samples with the routes of a real size become the files of a step in three ways. "table":
 all samples are there, then one table is made of them and saved, and each node verifies it whole.
 "parts", what the recipe does: a group of samples is written when it ends, and its routes leave the
 memory; a node verifies the parts that it trains, here those of a data rank of 64 and a pipeline
-stage of 4. Every way and capture level runs in a process of its own; the peak is of memory that the
-process owns (mapped file pages are the kernel's and do not count). What the client holds while
-answers arrive is not in it. Beside it, the processor time of each leg; "after the last answer" sums
-those that begin when all responses are there.
+stage of 4. "samplers", as on Ray: parts are written elsewhere, and this process gets each group
+without them, as bytes. Every way and capture level runs in a process of its own; the peak is of
+memory that the process owns (mapped file pages are the kernel's and do not count). What the client
+holds while answers arrive is not in it. Beside it, the processor time of each leg; "after the last
+answer" sums those that begin when all responses are there.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import pickle
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +30,7 @@ import numpy as np
 
 from recipes.minirl.rollout.answers import line_of
 from recipes.minirl.rollout.batch import BATCH_FILE, Batch, Sample
-from recipes.minirl.rollout.groups import INDEX_FILE, GroupWriter, rows_with_gates
+from recipes.minirl.rollout.groups import INDEX_FILE, Group, GroupWriter, rows_with_gates
 from routing_replay.config import ReplayConfig
 from routing_replay.rollout import Completion
 from routing_replay.routes.parts import PartedTable
@@ -42,6 +45,8 @@ SEQUENCE_TOKENS = 4096
 PROMPT_TOKENS = 256
 NUM_EXPERTS, GROUP_SIZE = 128, 8
 DATA_RANKS, STAGES = 64, 4
+WAYS = ("table", "parts", "samplers")
+SENT = ".sent"
 T = TypeVar("T")
 
 
@@ -62,9 +67,9 @@ def groups(num_tokens: int, num_layers: int, top_k: int, has_gates: bool) -> Ite
             gate_probs_TLK=gates_TLK,
         )
         return Sample(
-            prompt_ids=tuple(range(PROMPT_TOKENS)),
-            response_ids=tuple(range(response)),
-            logp_mu=(-1.0,) * response,
+            prompt_ids=np.arange(PROMPT_TOKENS, dtype=np.int32),
+            response_ids=np.arange(response, dtype=np.int32),
+            logp_mu=np.full(response, -1.0, np.float32),
             routes=routes,
         )
 
@@ -97,26 +102,50 @@ def write_table(of_groups: Iterator[list[Sample]], folder: Path, clock: Clock) -
     clock("verified", lambda: RouteTable.open(path, verify=True))
 
 
-def write_parts(
-    of_groups: Iterator[list[Sample]], folder: Path, clock: Clock, layers: tuple[int, ...]
-) -> None:
-    """Make the files of a step with a part for each group and pipeline stage."""
-    first = next(of_groups)
-    assert first[0].routes is not None
-    stages = tuple(tuple(map(int, layers)) for layers in np.array_split(layers, STAGES))
-    writer = GroupWriter(
+def writer_to(folder: Path, num_layers: int, top_k: int) -> GroupWriter:
+    """Return the writer of a step's parts."""
+    layers = tuple(range(num_layers))
+    stages = tuple(tuple(map(int, stage)) for stage in np.array_split(layers, STAGES))
+    return GroupWriter(
         folder=folder,
-        shape=MoEShape(layers=layers, num_experts=NUM_EXPERTS, top_k=first[0].routes.top_k),
+        shape=MoEShape(layers=layers, num_experts=NUM_EXPERTS, top_k=top_k),
         stages=tuple(stage for stage in stages if stage),
         oldest_version=None,
         num_calls=GROUP_SIZE,
         replay=ReplayConfig(),
         is_planned=False,
     )
+
+
+def write_parts(of_groups: Iterator[list[Sample]], writer: GroupWriter, clock: Clock) -> None:
+    """Make the files of a step with a part for each group and pipeline stage."""
     kept = [
         clock("parts written", lambda numbered=numbered: writer.write(*numbered))  # type: ignore[misc]
-        for numbered in enumerate(itertools.chain([first], of_groups))
+        for numbered in enumerate(of_groups)
     ]
+    write_index(kept, writer, clock)
+
+
+def write_elsewhere(sizes: tuple[int, int, int], has_gates: bool, folder: Path) -> None:
+    """Make the parts of a step, and what is sent of each group."""
+    writer = writer_to(folder, *sizes[1:])
+    for number, samples in enumerate(groups(*sizes, has_gates)):
+        group = writer.write(number, samples)
+        (folder / f"{number:06d}{SENT}").write_bytes(pickle.dumps(group, protocol=5))
+
+
+def receive(sizes: tuple[int, int, int], has_gates: bool, folder: Path, clock: Clock) -> None:
+    """Make batch and index of groups that another process has sampled."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(write_elsewhere, sizes, has_gates, folder).result()
+    sent = [path.read_bytes() for path in sorted(folder.glob(f"*{SENT}"))]
+    kept = [clock("groups received", lambda data=data: pickle.loads(data)) for data in sent]  # type: ignore[misc]
+    write_index(kept, writer_to(folder, *sizes[1:]), clock)
+
+
+def write_index(kept: list[Group], writer: GroupWriter, clock: Clock) -> None:
+    """Make batch and index, and open the parts of a rank."""
+    folder = writer.folder
     write_batch([sample for group in kept for sample in group.samples], folder, clock)
     clock("index", lambda: writer.save_index(folder, kept, 1.0))
     num_sequences = len(kept) * GROUP_SIZE
@@ -131,7 +160,7 @@ def write_batch(made: list[Sample], folder: Path, clock: Clock) -> None:
 
 
 def write_step(
-    sizes: tuple[int, int, int], has_gates: bool, is_in_parts: bool, folder: Path
+    sizes: tuple[int, int, int], has_gates: bool, way: str, folder: Path
 ) -> dict[str, float]:
     """Make the files of a step; return the processor seconds of each leg."""
     num_tokens, num_layers, top_k = sizes
@@ -142,20 +171,22 @@ def write_step(
     line_of("", _completion(small[0]), 0)  # a step stores thousands: memory is there
     clock("responses stored", lambda: line_of("", _completion(small[0]), 0).encode())
     clock.seconds["responses stored"] *= num_tokens / SEQUENCE_TOKENS
-    of_groups = groups(*sizes, has_gates)
-    if is_in_parts:
-        write_parts(of_groups, folder, clock, tuple(range(num_layers)))
-    else:
-        write_table(of_groups, folder, clock)
-    early = ("responses stored", "parts written")
+    match way:
+        case "samplers":
+            receive(sizes, has_gates, folder, clock)
+        case "parts":
+            write_parts(groups(*sizes, has_gates), writer_to(folder, num_layers, top_k), clock)
+        case _:
+            write_table(groups(*sizes, has_gates), folder, clock)
+    early = ("responses stored", "parts written", "groups received")
     after = sum(value for name, value in clock.seconds.items() if name not in early)
     return clock.seconds | {"after the last answer": after}
 
 
 def _completion(sample: Sample) -> Completion:
     return Completion(
-        output_ids=list(sample.response_ids),
-        mu_logprobs=np.array(sample.logp_mu, np.float32),
+        output_ids=sample.response_ids.tolist(),
+        mu_logprobs=sample.logp_mu,
         routes=sample.routes,
         finish_reason="length",
         weight_version="0",
@@ -177,7 +208,7 @@ def measure(sizes: tuple[int, int, int], level: str, way: str) -> dict[str, floa
     watcher = threading.Thread(target=watch)
     watcher.start()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = write_step(sizes, level == "gates", way == "parts", Path(folder))
+        seconds = write_step(sizes, level == "gates", way, Path(folder))
     done.set()
     watcher.join()
     microseconds = {f"{name}, us": s / sizes[0] * 1e6 for name, s in seconds.items()}
@@ -190,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, default in {"tokens": 262_144, "layers": 48, "top-k": 8}.items():
         made.add_argument(f"--{name}", type=int, default=default)
     made.add_argument("--level", help="measure one level here, and print JSON")
-    made.add_argument("--way", default="parts", choices=("table", "parts"))
+    made.add_argument("--way", default="parts", choices=WAYS)
     arguments = parse(made, argv, {"tokens": 32_768, "layers": 4})
     sizes = arguments.tokens, arguments.layers, arguments.top_k
     if arguments.level:
@@ -200,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {
         f"{level}, {way}": run_apart(__spec__.name, *flags, "--level", level, "--way", way)
         for level in ("ids", "gates")
-        for way in ("table", "parts")
+        for way in WAYS
     }
     ids = sizes[1] * sizes[2]
     print(f"Bytes per token; the ids alone are {ids}, ids and gates {3 * ids}.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from recipes.serving.kept import write_states
@@ -250,7 +251,7 @@ class Rollout:
     def _rewarded(self, prompt: Prompt, response: Response) -> Sample:
         text = self.tokenizer.decode(response.last_ids, skip_special_tokens=True)
         sample = Sample(
-            prompt_ids=tuple(response.prompt_ids),
+            prompt_ids=np.array(response.prompt_ids, np.int32),
             reward=VERIFIERS[prompt.verifier](text, prompt.answer),
             **response.columns(),
             **joined([sampled_logprobs(*answer) for answer in response.answers]),

@@ -37,7 +37,7 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
         ServerError: The mask is missing.
     """
     scores: dict[str, Any] = {
-        "logp_mu": tuple(completion.mu_logprobs.tolist()),
+        "logp_mu": completion.mu_logprobs,
         "top_ids": completion.top_ids,
         "top_logp_mu": completion.top_logprobs,
         "versions": token_versions(completion),
@@ -51,7 +51,7 @@ def sampled_logprobs(request: GenerateRequest, completion: Completion) -> dict[s
             where=completion.url,
             fix="SGLang 0.5.20 and later return it; or train with --no-keep-sampling-mask",
         )
-    scores["logp_mu"] = tuple(completion.mask_logprobs.tolist())
+    scores["logp_mu"] = completion.mask_logprobs
     scores["support"] = completion.sampling_mask
     log_mass_T = completion.mu_logprobs - completion.mask_logprobs
     scores["support_mass"] = float(np.exp(log_mass_T).mean())
@@ -72,7 +72,6 @@ def joined(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 whole[name] = np.concatenate([whole[name], values])
             elif name != "support_mass" and values is not None:
                 whole[name] = [*whole[name], *values]
-    whole["logp_mu"] = tuple(whole["logp_mu"])
     if "support_mass" in whole:
         lengths = [len(one["logp_mu"]) for one in scores]
         masses = [one["support_mass"] for one in scores]

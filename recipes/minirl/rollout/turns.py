@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from routing_replay.rollout import Completion, Conversation, GenerateRequest
 from routing_replay.routes.routes import Routes
 from routing_replay.routes.spans import Span, num_known_rows
@@ -114,13 +116,14 @@ class Response:
             Fields of the batch's `Sample`.
         """
         if len(self.answers) == 1:
-            (_, completion), *_ = self.answers
-            return {"response_ids": tuple(completion.output_ids), "routes": completion.routes}
+            ((_, completion),) = self.answers
+            response_ids = np.array(completion.output_ids, np.int32)
+            return {"response_ids": response_ids, "routes": completion.routes}
         tokens = [token for span in self.spans[1:] for token in span.tokens()]
         sampled = [span.sample is not None for span in self.spans[1:] for _ in span.tokens()]
         return {
-            "response_ids": tuple(tokens),
-            "is_sampled": tuple(sampled),
+            "response_ids": np.array(tokens, np.int32),
+            "is_sampled": np.array(sampled),
             "routes": self._routes(),
         }
 
