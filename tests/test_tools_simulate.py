@@ -379,7 +379,7 @@ def test_the_command_prints_every_design_and_draws_them(tmp_path, capsys):
     assert main([str(path), "--picture", str(picture), "--rates"]) == 0
     printed = capsys.readouterr().out
     assert all(f"## {design.name}" in printed for design in DESIGNS)
-    assert "| default | yes | 508.7 | 1.00 |" in printed
+    assert "| default | 508.7 | 1.00 |" in printed
     assert "| network_gb_per_s | 1 | measured | by hand |" in printed
     assert picture.read_text().count("<rect") == 1 + len(DESIGNS) + 1  # ground, designs, limit
 

@@ -34,7 +34,7 @@ from .legs import GIGA, Design, Leg, legs, limit_seconds, step_seconds
 
 def table(inputs: Inputs, design: Design) -> Iterator[str]:
     """Yield the rows of one design's legs."""
-    yield f"## {design.name}" + ("" if design.is_built else " (not built)")
+    yield f"## {design.name}"
     yield ""
     yield "| leg | s | bound by | network, GB | CPU, s | host memory, GB | source |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -54,15 +54,14 @@ def _or_blank(value: float) -> str:
 def summary(inputs: Inputs) -> Iterator[str]:
     """Yield one row for each design."""
     today = step_seconds(inputs, TODAY)
-    yield "| design | built | seconds of a step | of the default | last answer to first pass, s |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| design | seconds of a step | of the default | last answer to first pass, s |"
+    yield "| --- | --- | --- | --- |"
     for design in DESIGNS:
         seconds = step_seconds(inputs, design)
-        built = "yes" if design.is_built else "no"
         waiting = sum(leg.seconds for leg in legs(inputs, design) if is_waiting(leg))
-        yield f"| {design.name} | {built} | {seconds:.4g} | {seconds / today:.2f} | {waiting:.3g} |"
+        yield f"| {design.name} | {seconds:.4g} | {seconds / today:.2f} | {waiting:.3g} |"
     limit = limit_seconds(inputs)
-    yield f"| limit | | {limit:.4g} | {limit / today:.2f} | 0 |"
+    yield f"| limit | {limit:.4g} | {limit / today:.2f} | 0 |"
 
 
 def is_waiting(leg: Leg) -> bool:

@@ -106,7 +106,6 @@ def design_of(run: Run) -> Design:
     c = run.config
     return Design(
         name="the run's",
-        is_built=True,
         has_buckets=c.get("publish") == "buckets",
         ahead=c.get("ahead", 0),
     )

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .legs import Design
 
 # The defaults of the recipe: one leg after another, weights through a disk.
-TODAY = Design(name="default", is_built=True)
+TODAY = Design(name="default")
+BUCKETS = Design(name="buckets", has_buckets=True)
+ONE_AHEAD = Design(name="buckets, one step ahead", has_buckets=True, ahead=1)
+TWO_AHEAD = Design(name="buckets, two steps ahead", has_buckets=True, ahead=2)
+FOUR_AHEAD = Design(name="buckets, four steps ahead", has_buckets=True, ahead=4)
+
+
+def on_ray(design: Design) -> Design:
+    """Return a design with a sampler beside each server."""
+    return replace(design, name=f"{design.name}, on Ray", is_beside_servers=True)
+
+
 DESIGNS = (
     TODAY,
-    Design(name="buckets", is_built=True, has_buckets=True),
-    Design(name="one step ahead", is_built=True, ahead=1),
-    Design(name="buckets, one step ahead", is_built=True, has_buckets=True, ahead=1),
-    Design(name="buckets, two steps ahead", is_built=True, has_buckets=True, ahead=2),
-    Design(name="buckets, four steps ahead", is_built=True, has_buckets=True, ahead=4),
-    Design(name="beside servers", is_beside_servers=True),
-    Design(name="all three", is_beside_servers=True, has_buckets=True, ahead=1),
-    Design(name="all three, four steps ahead", is_beside_servers=True, has_buckets=True, ahead=4),
+    BUCKETS,
+    Design(name="one step ahead", ahead=1),
+    ONE_AHEAD,
+    TWO_AHEAD,
+    FOUR_AHEAD,
+    *map(on_ray, (TODAY, ONE_AHEAD, TWO_AHEAD, FOUR_AHEAD)),
 )

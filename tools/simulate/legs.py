@@ -18,16 +18,14 @@ class Design:
 
     Args:
         name: For tables.
-        is_built: The recipe can do it today.
         is_beside_servers: Answers are decoded and rewarded, and their routes written, beside the
-            server that sampled them; the routes go from there to the nodes that train them.
+            server that sampled them; the routes go from there to the nodes that train them (Ray).
         has_buckets: Weights go from GPU to GPU in flattened buckets, not through a disk.
         ahead: Steps that are sampled while a step is trained. With several, responses run on while
             weights are published, so that the longest one may take as many steps.
     """
 
     name: str
-    is_built: bool = False
     is_beside_servers: bool = False
     has_buckets: bool = False
     ahead: int = 0
