@@ -2,7 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -112,6 +112,11 @@ def test_a_response_is_found_by_its_request_and_member_with_every_column_it_had(
     assert first is None  # the identical request is another member's
     assert_equal(second, completions[1])
     assert_equal(third, completions[2])
+
+
+def test_a_response_is_found_whatever_priority_its_request_had(stored):
+    answers = opened(stored[0])
+    assert answers.find(1, replace(REQUESTS[1], priority=-4)) is not None
 
 
 def test_another_group_of_the_same_prompt_is_not_given_the_responses_of_the_first(stored):

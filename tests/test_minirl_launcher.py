@@ -15,6 +15,7 @@ from recipes.minirl.launch.devices import (
     require_own_devices,
     why_no_cuda,
 )
+from recipes.minirl.launch.processes import server_options
 from recipes.minirl.settings.checks import require_ready
 from recipes.minirl.settings.command_line import parse, parse_command
 from routing_replay.errors import ConfigError
@@ -53,7 +54,15 @@ def test_a_server_has_a_tokenizer_where_a_text_ends_the_calls_of_a_tool(prepared
     """SGLang refuses stop strings without one."""
     assert "--skip-tokenizer-init" in commands.server_command(prepared[0])
     config = parse(["--preset", "tiny_agent"])
-    assert commands.tokenizer_arguments(config) == []
+    assert commands.request_arguments(config) == []
+
+
+def test_servers_of_several_rollouts_take_the_earliest_step_first():
+    config = parse(["--ahead", "2", "--publish-pause", "retract"])
+    arguments = ["--enable-priority-scheduling", "--disable-priority-preemption"]
+    assert commands.request_arguments(config)[1:] == arguments
+    assert server_options(config, None).arguments[3:5] == tuple(arguments)
+    assert commands.request_arguments(parse(["--ahead", "1"])) == ["--skip-tokenizer-init"]
 
 
 def test_prepare_only_writes_one_slurm_job_and_names_it(tmp_path, capsys):

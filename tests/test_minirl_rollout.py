@@ -108,3 +108,16 @@ def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
 def test_more_servers_cannot_be_demanded_than_there_are():
     with pytest.raises(ConfigError, match=r"'min_servers'.*1\.\.1, the run's servers; got 2"):
         parse(["--min-servers", "2"])
+
+
+def test_of_several_rollouts_the_earliest_step_goes_first_and_evaluations_before_all(checkpoint):
+    def priorities(*flags):
+        with FakeServer() as server:
+            rollout = Rollout(parse([*FLAGS, *flags]), [server.url], checkpoint, MODEL)
+            rollout.sample(PROMPTS[:1], 2, StepFiles(step=3))
+            rollout.sample(PROMPTS[:1], 1)
+            bodies = [body for route, body in server.calls if route == "/generate"]
+            return [body.get("priority") for body in bodies[-3:]]
+
+    assert priorities("--ahead", "2", "--publish-pause", "retract") == [-3, -3, 0]
+    assert priorities("--ahead", "1") == [None] * 3

@@ -8,6 +8,8 @@ server samples is not repeated.
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_recipe_end_to_end import (
+    ROOT,
     SMALL,
     TIMEOUT_S,
     finish,
@@ -24,6 +27,7 @@ from test_recipe_end_to_end import (
     num_stored,
     records,
     start,
+    wait_until,
     write_prompts,
 )
 
@@ -39,6 +43,14 @@ NUM_RESPONSES = 32
 OWN = ("time", "eval/", "rollout/server", "rollout/stored")
 # Few requests at a time and longer responses: servers sample for as long as the trainer computes.
 BUSY = ["--max-running-requests", "2"]
+BUSY += ["--enable-priority-scheduling", "--disable-priority-preemption"]
+# A stand-in for a server, in a process that can be killed.
+LATE = """
+from tools.bench.ahead import LateServer
+with LateServer(0.5, 0.5) as server:
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+"""
 MODES = {
     "one step": (["--ahead", "1"], []),
     "two steps": (
@@ -209,3 +221,20 @@ def test_of_several_rollouts_that_were_killed_no_response_is_sampled_twice(two_a
 
 def test_a_resumed_pool_gives_the_run_that_nobody_killed(two_ahead):
     assert_same(two_ahead)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_step_that_is_trained_when_all_servers_die_is_recorded(tmp_path, mode):
+    command = [sys.executable, "-c", LATE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        flags = [*SMALL, *write_prompts(tmp_path), *MODES[mode][0], "--server-recovery-s", "3"]
+        flags += ["--rollout-url", f"http://127.0.0.1:{server.stdout.readline().strip()}"]
+        flags += ["--routing-replay-capture", "ids", "--cache-dir", str(tmp_path / "cache")]
+        process = start(tmp_path / "run", *flags)
+        # Its rollout has ended; those ahead of it have begun or are about to.
+        wait_until(process, lambda: num_stored(tmp_path / "run", 1) == NUM_RESPONSES)
+        server.kill()
+        output, status = finish(process)
+    assert status != 0 and "too few servers are left" in output
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 1]
+    assert records(tmp_path / "run")[1]["grad_norm"] >= 0

@@ -66,14 +66,19 @@ def num_stored(run_dir, step):
     return sum(path.read_bytes().count(b"\n") for path in paths)
 
 
-def kill_when(process, is_time, is_victim):
-    """Kill one process of the run when it is time; what the launcher then says."""
+def wait_until(process, is_time):
+    """Return when it is time; fail with what the launcher says if that never comes."""
     deadline = time.monotonic() + TIMEOUT_S
     while not is_time():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"it was never time:\n{process.communicate()[0]}", pytrace=False)
         time.sleep(0.02)
+
+
+def kill_when(process, is_time, is_victim):
+    """Kill one process of the run when it is time; what the launcher then says."""
+    wait_until(process, is_time)
     children = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in children if is_victim(child)]
     victim.kill()

@@ -86,7 +86,7 @@ class Job:
             answers = StepAnswers.of(self.shared_dir, step, config, shape)
         if config.rollout_capture != "off":
             writer = GroupWriter.of(config, step, folder, shape, self.policy.stages)
-        return StepFiles(answers=answers, writer=writer)
+        return StepFiles(step=step, answers=answers, writer=writer)
 
     def open_routes(self, folder: Path, batch: Batch) -> PartedTable | None:
         """Open the parts that this rank trains, on its node's disk; collective.

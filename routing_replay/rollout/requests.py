@@ -38,6 +38,8 @@ class GenerateRequest:
             (SGLang >= 0.5.20; it asks for a finite top_k, at most its
             --sampling-mask-max-tokens).
         num_top_logprobs: Also return this many of the most likely tokens at each position.
+        priority: Of what waits in a server's queue the greater goes first, if it was started with
+            --enable-priority-scheduling.
     """
 
     input_ids: Sequence[int]
@@ -46,6 +48,7 @@ class GenerateRequest:
     start: int = 0
     wants_sampling_mask: bool = False
     num_top_logprobs: int = 0
+    priority: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of the request."""
@@ -57,6 +60,8 @@ class GenerateRequest:
             extra["return_sampling_mask"] = True
         if self.num_top_logprobs:
             extra["top_logprobs_num"] = self.num_top_logprobs
+        if self.priority is not None:
+            extra["priority"] = self.priority
         return {
             "input_ids": [int(token) for token in self.input_ids],
             "sampling_params": sampling,

@@ -32,15 +32,20 @@ def server_command(config: RecipeConfig) -> list[str]:
     command += ["--port", "30000", "--dtype", config.rollout.rollout_dtype]
     if config.rollout_capture != "off":
         command.append("--enable-return-routed-experts")
-    return [*command, *tokenizer_arguments(config), *config.rollout.server_arguments]
+    return [*command, *request_arguments(config), *config.rollout.server_arguments]
 
 
-def tokenizer_arguments(config: RecipeConfig) -> list[str]:
-    """Return the server's arguments about text.
+def request_arguments(config: RecipeConfig) -> list[str]:
+    """Return the server's arguments that follow from a run's requests.
 
     Token ids go in and out: there is nothing to detokenize, unless a tool's call ends with a text.
+    Where rollouts of several steps run at once, requests have priorities: SGLang puts retracted
+    ones at the end of its queue, and the oldest step would wait for the newest.
     """
-    return ["--skip-tokenizer-init"] if config.rollout.tool == "none" else []
+    arguments = ["--skip-tokenizer-init"] if config.rollout.tool == "none" else []
+    if config.has_priorities:
+        arguments += ["--enable-priority-scheduling", "--disable-priority-preemption"]
+    return arguments
 
 
 def node_command(

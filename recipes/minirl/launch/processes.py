@@ -20,8 +20,8 @@ from ..data.inputs import server_folder
 from ..settings.config import RecipeConfig
 from . import devices
 from .commands import (
+    request_arguments,
     thread_environment,
-    tokenizer_arguments,
     trainer_arguments,
     visible_devices,
 )
@@ -152,7 +152,7 @@ def server_options(config: RecipeConfig, log_path: Path) -> ServerOptions:
         log_path=log_path,
         arguments=(
             *("--dtype", rollout.rollout_dtype),
-            *tokenizer_arguments(config),
+            *request_arguments(config),
             *("--log-level-http", "warning"),  # a line per request would bury the rest
             *rollout.server_arguments,
         ),

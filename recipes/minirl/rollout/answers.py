@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ class StoredAnswers:
             file.write(line)
 
     def _key(self, member: int, request: GenerateRequest) -> str:
-        text = self._settings + json.dumps(request.to_json(), sort_keys=True)
+        body = replace(request, priority=None).to_json()  # it decides when, not what
+        text = self._settings + json.dumps(body, sort_keys=True)
         return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}-{member}"
 
 

@@ -137,10 +137,12 @@ class StepFiles:
     """Where the groups of a step go that is trained.
 
     Args:
+        step: Its number: a server that has requests of several takes the earliest first.
         answers: For their responses; None: they are not stored.
         writer: Of their routes; None: they have none.
     """
 
+    step: int = 0
     answers: StepAnswers | None = None
     writer: GroupWriter | None = None
 

@@ -148,6 +148,9 @@ class Rollout:
             if files is not None and files.answers is not None:
                 answers = await asyncio.to_thread(files.answers.group, number)
             template = self._request((), for_training=files is not None)
+            if self.config.has_priorities:
+                # An evaluation, which training waits for, comes before all steps.
+                template = replace(template, priority=0 if files is None else -files.step)
             responses = [self._response(token_ids) for _ in range(num_samples)]
             members = enumerate(responses)
             await all_or_none(self._finish(session, *m, template, answers) for m in members)

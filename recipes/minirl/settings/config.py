@@ -100,6 +100,11 @@ class RecipeConfig:
         return self.rollout.ahead if lag < 0 else lag
 
     @property
+    def has_priorities(self) -> bool:
+        """Whether requests of several steps, or of a step and an evaluation, meet in a server."""
+        return self.rollout.ahead > 0 and self.rollout.publish_pause != "wait"
+
+    @property
     def rollout_capture(self) -> str:
         """What training rollouts bring back of the routes: only R3 replays them."""
         return self.telemetry.capture if self.replay.mode == "R3" else "off"
