@@ -107,7 +107,6 @@ def rollout_of(monkeypatch):
 
     def make(engine, *flags):
         rollout = Rollout.__new__(Rollout)
-        rollout._num_stored = 0
         rollout.config, rollout.tokenizer = parse(list(flags)), TOKENIZER
         rollout._session = SharedSession(engine.session)
         monkeypatch.setattr(rollout, "encode", lambda prompt: [0, 1])

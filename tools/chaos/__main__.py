@@ -86,7 +86,7 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
         folder: For everything.
         num_points: Faults.
         seed: Of their choice.
-        ahead: Whether rollouts run one step ahead.
+        ahead: Steps whose rollouts run ahead.
 
     Raises:
         ChaosError: What was not as it should be.
@@ -94,6 +94,7 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
     num_steps = FEWEST_STEPS + STEPS_PER_POINT * num_points
     flags = [*FLAGS, *_prompts(folder), "--steps", str(num_steps), "--ahead", str(ahead)]
     flags += ["--cache-dir", str(folder / "cache")]
+    flags += ["--publish-pause", "retract"] if ahead > 1 else []
     run_dir, kept = folder / "disturbed", folder / "kept"
     kept.mkdir(parents=True)
     with contextlib.ExitStack() as stack:

@@ -92,6 +92,7 @@ class StoredAnswers:
         self._settings = settings
         self._model = model
         self._lock = threading.Lock()
+        self.num_found = 0
         with writing(path, WHAT, DataError):
             self._stored = _read(path)
 
@@ -102,9 +103,12 @@ class StoredAnswers:
             return None
         try:
             answer = _with_routes(record["answer"], record.get("routes"))
-            return completion_of(answer, request, record["url"], self._model)
+            completion = completion_of(answer, request, record["url"], self._model)
         except RoutingReplayError:
             return None
+        with self._lock:
+            self.num_found += 1
+        return completion
 
     def add(self, member: int, request: GenerateRequest, completion: Completion) -> None:
         """Store a response. Several threads may do so.

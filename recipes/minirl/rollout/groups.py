@@ -36,11 +36,13 @@ class Group:
         samples: With their routes, unless these are in parts.
         parts: What the index needs of their parts, in the order of the samples.
         uncovered: Rows without routes, by cause.
+        num_stored: Responses that were found, not sampled.
     """
 
     samples: Sequence[Sample]
     parts: Sequence[GroupParts] = ()
     uncovered: Mapping[str, int] = field(default_factory=dict)
+    num_stored: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,6 @@ class Rollout:
         self.client = RolloutClient(urls, model=model, options=options)
         self._session = SharedSession(self.client.session)
         self._counted: dict[str, int] = {}
-        self._num_stored = 0
 
         def report(event: str) -> None:
             print(f"Servers: {event}", flush=True)
@@ -154,7 +153,8 @@ class Rollout:
             responses = [self._response(token_ids) for _ in range(num_samples)]
             members = enumerate(responses)
             await all_or_none(self._finish(session, *m, template, answers) for m in members)
-            return await asyncio.to_thread(self._ended, number, prompt, responses, files)
+            group = await asyncio.to_thread(self._ended, number, prompt, responses, files)
+            return replace(group, num_stored=answers.num_found if answers else 0)
 
         return self._session.submit(work)
 
@@ -181,7 +181,6 @@ class Rollout:
                 stored = await asyncio.to_thread(answers.find, member, request)
             completion = stored or await session.complete(request)
             await asyncio.to_thread(take, request, completion, stored is not None)
-            self._num_stored += stored is not None
 
     def _ended(
         self,
@@ -212,9 +211,8 @@ class Rollout:
         metrics: dict[str, float] = {
             f"rollout/{metric}": events[name] for name, metric in SERVER_METRICS.items()
         }
-        stored, self._num_stored = self._num_stored, 0
         num_servers = len(self.client.servers.in_use)
-        return metrics | {"rollout/servers": num_servers, "rollout/stored_responses": stored}
+        return metrics | {"rollout/servers": num_servers}
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; chat messages always take the tokenizer's template."""
@@ -270,11 +268,13 @@ class Groups:
         groups: As many as the batch has.
         num_prompts: Prompts consumed for them.
         num_rounds: Batches of requests that it took.
+        num_stored: Responses that were found, of all prompts.
     """
 
     groups: list[Group]
     num_prompts: int
     num_rounds: int
+    num_stored: int
 
     @property
     def samples(self) -> list[Sample]:
@@ -319,6 +319,7 @@ def sample_groups(
         groups=[groups[number] for number in sorted(chosen)],
         num_prompts=len(groups),
         num_rounds=num_rounds,
+        num_stored=sum(group.num_stored for group in groups),
     )
 
 

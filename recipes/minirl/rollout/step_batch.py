@@ -68,6 +68,7 @@ def rollout_metrics(config: RecipeConfig, batch: Batch, groups: Groups) -> dict[
         "reward": mean_reward(groups.samples),
         "rollout/response_length": lengths_S.mean().item(),
         "rollout/truncated_fraction": (lengths_S == limit).double().mean().item(),
+        "rollout/stored_responses": groups.num_stored,
         # Groups whose responses all fail or all succeed teach nothing.
         "rollout/informative_groups": ((solved_G > 0) & (solved_G < 1)).double().mean().item(),
     }
