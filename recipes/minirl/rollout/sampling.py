@@ -339,7 +339,8 @@ def client_options(config: RecipeConfig) -> ClientOptions:
     """Return the client's options of a run."""
     r = config.rollout
     return ClientOptions(
-        request_timeout_s=r.request_timeout_s,
+        # A server's queue holds the requests of so many steps.
+        request_timeout_s=r.request_timeout_s * max(1, r.ahead),
         control_timeout_s=r.publish_timeout_s,
         health_every_s=r.health_every_s,
         # SGLang samples a token for a check, which takes a second and more.

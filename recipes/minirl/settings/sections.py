@@ -155,7 +155,9 @@ class RolloutSettings:
         ("none", "calculator"),
     )
     tool_calls: int = setting(4, "most calls of the tool in a response")
-    request_timeout_s: float = setting(600.0, "longest wait for one response")
+    request_timeout_s: float = setting(
+        600.0, "longest wait for one response; with --ahead K of more than 1, K times as long"
+    )
     min_servers: int = setting(1, "fewest servers that the run goes on with")
     server_recovery_s: float = setting(
         600.0, "how long there may be fewer, while dead and hanging servers come back"
