@@ -70,7 +70,8 @@ def test_too_few_servers_end_all_work_and_the_next_begins_anew():
         return 200, answer
 
     with FakeServer(die) as server:
-        options = replace(QUICK, health_every_s=0.1, recovery_timeout_s=0.3)
+        patient = replace(QUICK, request_timeout_s=30)
+        options = replace(patient, health_every_s=0.1, recovery_timeout_s=0.3)
         several = shared(server, options)
         futures = [several.submit(tokens_of(asked(9))) for _ in range(3)]
         while "/generate" not in routes_of(server):

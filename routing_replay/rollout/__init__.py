@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..routes.payload import decode
-    from .client import ClientOptions, RolloutClient
+    from .client import RolloutClient
     from .conversation import Conversation, sample_of
+    from .options import ClientOptions
     from .probing import ProbeReport, probe
     from .requests import Completion, GenerateRequest, completion_of, request_fields
     from .session import Session, SharedSession
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ClientOptions": ".client",
+    "ClientOptions": ".options",
     "Completion": ".requests",
     "Conversation": ".conversation",
     "GenerateRequest": ".requests",

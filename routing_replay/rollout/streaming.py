@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ServerError
-from .client import RolloutClient, run_to_end
+from .client import RolloutClient
 from .servers import INCOMPLETE, ServerState, Weights
+from .session import run_to_end
 from .transport import Transport
 
 # To leave a group and to end an update take no time, unless the server hangs.
