@@ -62,5 +62,8 @@ def test_a_rollout_ahead_hides_the_training_or_is_hidden_by_it():
     assert step_seconds(config, list(legs(config, COST, 2))) == pytest.approx(177.5768)
     ahead = parse([*FLAGS, *packs, "--ahead", "1"])
     assert step_seconds(ahead, list(legs(ahead, COST, 2))) == pytest.approx(45 + 120)
+    # Several steps share the servers: the same work in a step.
+    pool = parse([*FLAGS, *packs, "--ahead", "3", "--publish-pause", "retract"])
+    assert step_seconds(pool, list(legs(pool, COST, 2))) == pytest.approx(45 + 120)
     # Ten times the GPUs sample in 4.5 s: what is trained meanwhile takes 12.5768.
     assert step_seconds(ahead, list(legs(ahead, COST, 20))) == pytest.approx(12.5768 + 120)
