@@ -115,6 +115,15 @@ def test_each_data_parallel_replica_of_a_server_has_a_limit_of_its_own():
     assert max(most) == 2
 
 
+def test_of_the_requests_that_wait_the_highest_priority_goes_first():
+    with FakeServer() as fake:
+        client = RolloutClient([fake.url], MODEL, ClientOptions(max_in_flight=1))
+        client.generate([asked(priority=p) for p in (-3, -3, None, -3, -1)])
+        sent = [body.get("priority") for route, body in fake.calls if route == "/generate"]
+    # The first finds a free slot.
+    assert sent == [-3, None, -1, -3, -3]
+
+
 def test_servers_are_checked_before_the_first_request():
     with FakeServer() as good, FakeServer(lambda *_: (503, {})) as bad:
         client = RolloutClient([good.url, bad.url], MODEL, QUICK)

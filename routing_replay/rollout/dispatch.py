@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -51,7 +53,9 @@ class Dispatch:
         self._max_in_flight = max_in_flight
         self._num_aborts = servers.num_aborts
         self._taken: Counter[str] = Counter()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        # Heap: who waits for a slot, the highest priority first, then who came first.
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
         self._sending: dict[str, set[asyncio.Task[Reply]]] = {s.url: set() for s in servers}
 
     async def complete(self, request: GenerateRequest) -> Completion:
@@ -95,7 +99,7 @@ class Dispatch:
                 self._servers.counts["retried"] += 1
                 num_doublings = min(len(tried) - 1, self._num_retries)
                 await asyncio.sleep(self._retry_wait_s * 2**num_doublings)
-            server = await self._slot(tried)
+            server = await self._slot(tried, request.priority or 0)
             tried.append(server.url)
             try:
                 with self._holding(server, len(request.input_ids)):
@@ -163,7 +167,7 @@ class Dispatch:
             )
         return sending.result()
 
-    async def _slot(self, tried: list[str]) -> ServerState:
+    async def _slot(self, tried: list[str], priority: int) -> ServerState:
         """Wait for room at a server in use that was tried least, and take it."""
         while True:
             servers = self._servers.in_use
@@ -173,8 +177,9 @@ class Dispatch:
                 server = min(free, key=lambda s: s.load)
                 self._taken[server.url] += 1
                 return server
-            self._waiting.append(asyncio.get_running_loop().create_future())
-            await self._waiting[-1]
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (-priority, next(self._numbers), turn))
+            await turn
 
     def _has_room(self, server: ServerState) -> bool:
         return self._taken[server.url] < self._max_in_flight * (server.num_replicas or 1)
@@ -192,9 +197,9 @@ class Dispatch:
 
     def _wake_one(self) -> None:
         while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
                 return
 
 

@@ -38,8 +38,8 @@ class GenerateRequest:
             (SGLang >= 0.5.20; it asks for a finite top_k, at most its
             --sampling-mask-max-tokens).
         num_top_logprobs: Also return this many of the most likely tokens at each position.
-        priority: Of what waits in a server's queue the greater goes first, if it was started with
-            --enable-priority-scheduling.
+        priority: Of what waits the greater goes first: in the client, and in the queue of a server
+            that was started with --enable-priority-scheduling.
     """
 
     input_ids: Sequence[int]
