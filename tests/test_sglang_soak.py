@@ -1,10 +1,21 @@
 """Under load every row stays right, and a bad client harms only itself."""
 
+import json
+
 from sglang_checks import assert_true
 from sglang_servers import random_prompt, request, while_running
 
 from routing_replay.rollout import GenerateRequest
-from tools.soak import CUSTOM_PARAMS, START_LENGTHS, Soak, burst, growth, post
+from tools.soak import (
+    CUSTOM_PARAMS,
+    START_LENGTHS,
+    Figures,
+    Soak,
+    burst,
+    growth,
+    post,
+    report,
+)
 
 SECONDS = 15
 
@@ -20,6 +31,12 @@ def test_every_row_is_right_under_load(server):
     assert set(figures.uncovered) <= {"aborted"}
     assert figures.rows > 500
     assert figures.events["update"] and figures.events["closed by the client"]
+
+
+def test_the_figures_can_be_written_as_json():
+    figures = Figures()
+    figures.events["update"] += 3
+    assert json.loads(json.dumps(report(figures, 1.0)))["events"] == {"update": 3}
 
 
 def test_a_soak_notices_wrong_rows(server, references):

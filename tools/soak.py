@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -387,7 +387,8 @@ def growth(values: Sequence[float]) -> float:
 
 def report(figures: Figures, seconds: float) -> dict[str, Any]:
     """Print what a soak saw and return it as plain values."""
-    values = asdict(figures) | {
+    # Not `asdict`, which makes pairs the keys of a counter.
+    values = vars(figures) | {
         "seconds": seconds,
         "server_growth_mib": growth(figures.server_mib),
         "client_growth_mib": growth(figures.client_mib),
