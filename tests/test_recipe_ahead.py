@@ -44,6 +44,7 @@ OWN = ("time", "eval/", "rollout/server", "rollout/stored")
 # Few requests at a time and longer responses: servers sample for as long as the trainer computes.
 BUSY = ["--max-running-requests", "2"]
 BUSY += ["--enable-priority-scheduling", "--disable-priority-preemption"]
+IN_PLACE = ["--publish-pause", "in_place", "--publish", "tensors", "--steps", "3"]
 # A stand-in for a server, in a process that can be killed.
 LATE = """
 from tools.bench.ahead import LateServer
@@ -67,6 +68,7 @@ class Runs:
 
     Args:
         killed, plain: Their folders.
+        in_place: Folder of a run whose weights go in place, through shared memory; None: not run.
         stored: Responses of each step that were stored when it was killed.
         steps: Of which it had records then.
     """
@@ -75,6 +77,7 @@ class Runs:
     plain: Path
     stored: dict[int, int]
     steps: list[int]
+    in_place: Path | None
 
 
 @contextlib.contextmanager
@@ -116,6 +119,7 @@ def runs_of(folder, mode):
     flags += [*write_prompts(folder), *ahead, "--evaluate-every", "2"]
     model = prepared_model(folder, flags)
     killed, plain, kept = folder / "killed", folder / "plain", folder / "kept"
+    in_place = folder / "in_place" if mode == "two steps" else None
     options = ServerOptions(
         capture="gates",
         arguments=("--dtype", "bfloat16", "--skip-tokenizer-init", *arguments),
@@ -131,10 +135,12 @@ def runs_of(folder, mode):
         steps = [record["step"] for record in records(killed)]
         resumed = finish(start(killed, "--resume"))
         shutil.copytree(kept, plain / FOLDER)
-        undisturbed = finish(start(plain, *flags))
-    for output, status in (resumed, undisturbed):
+        ended = [resumed, finish(start(plain, *flags))]
+        if in_place:
+            ended.append(finish(start(in_place, *flags, *IN_PLACE)))
+    for output, status in ended:
         assert status == 0, output
-    return Runs(killed=killed, plain=plain, stored=stored, steps=steps)
+    return Runs(killed=killed, plain=plain, stored=stored, steps=steps, in_place=in_place)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +226,15 @@ def test_of_several_rollouts_that_were_killed_no_response_is_sampled_twice(two_a
 
 def test_a_resumed_pool_gives_the_run_that_nobody_killed(two_ahead):
     assert_same(two_ahead)
+
+
+def test_tokens_that_attend_to_keys_of_older_weights_are_counted(two_ahead):
+    steps = records(two_ahead.in_place)[1:]
+    assert max(step["rollout/old_context_fraction"] for step in steps) > 0
+    assert max(step["rollout/mixed_version_fraction"] for step in steps) > 0
+    assert {step["rollout/weights_by_files"] for step in steps} == {0.0}
+    # Rows of prompts that an earlier step's weights left in the cache may be older than the lag.
+    assert all(step["rollout/version_lag_max"] <= 2 for step in steps)
 
 
 @pytest.mark.parametrize("mode", MODES)
