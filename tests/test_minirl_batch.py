@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from recipes.minirl.rollout.batch import BATCH_FILE, Batch, Sample
 from routing_replay.errors import DataError
@@ -95,6 +95,14 @@ def test_a_padded_batch_of_an_older_version_is_refused_by_every_reader(tmp_path)
             kind.open(tmp_path / BATCH_FILE)
     (tmp_path / BATCH_FILE).write_bytes(b"x")
     with pytest.raises(DataError, match="the batch cannot be read"):
+        Batch.open(tmp_path / BATCH_FILE)
+
+
+def test_a_batch_with_columns_of_another_version_is_refused(tmp_path):
+    a_batch(2).save(tmp_path / BATCH_FILE)
+    columns = load_file(tmp_path / BATCH_FILE)
+    save_file(columns | {"version_S": torch.zeros(2)}, tmp_path / BATCH_FILE)
+    with pytest.raises(DataError, match="the batch cannot be read; got .*'version_S'"):
         Batch.open(tmp_path / BATCH_FILE)
 
 

@@ -118,7 +118,9 @@ class Batch(RaggedBatch):
         logp_mu = np.concatenate([sample.logp_mu for sample in samples])
         logp_mu_N[mask_N] = torch.from_numpy(logp_mu).float()
         version_N = torch.full((bounds[-1],), -1, dtype=torch.int32)
-        versions = [[-1] * len(s.logp_mu) if s.versions is None else s.versions for s in samples]
+        versions = [
+            np.full(len(s.logp_mu), -1) if s.versions is None else s.versions for s in samples
+        ]
         version_N[mask_N] = torch.from_numpy(np.concatenate(versions)).int()
         return cls(
             input_ids_N=input_ids_N,
@@ -154,7 +156,8 @@ class Batch(RaggedBatch):
             DataError: Unreadable, or no batch of this version.
         """
         with (
-            reading(path, "the batch", DataError, also=(SafetensorError,)),
+            # TypeError: a column that only another version knows.
+            reading(path, "the batch", DataError, also=(SafetensorError, TypeError)),
             safe_open(Path(path), "pt") as file,
         ):
             names = list(file.keys())
