@@ -7,6 +7,7 @@ from rollout_servers import MODEL, FakeServer
 from sglang_servers import write_checkpoint
 
 from recipes.minirl.data.prompts import Prompt
+from recipes.minirl.rollout import sampling
 from recipes.minirl.rollout.answers import StepAnswers
 from recipes.minirl.rollout.groups import StepFiles
 from recipes.minirl.rollout.sampling import Rollout, sample_groups
@@ -102,6 +103,24 @@ def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
         strict = parse([*FLAGS, "--rollout-url", "http://a", "http://b", "--min-servers", "2"])
         with pytest.raises(ServerError, match="too few servers are left; expected 2 or more"):
             Rollout(strict, [dead.url, good.url], checkpoint, MODEL)
+
+
+def test_answers_that_are_damaged_now_and_then_do_not_end_a_run_at_its_start(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setattr(sampling, "PROBE_WAIT_S", 0.01)
+    broken = [503, 503]
+
+    def at_first(route, body, answer):
+        return (broken.pop() if broken and route == "/generate" else 200), answer
+
+    with FakeServer(at_first) as server:
+        Rollout(parse(FLAGS), [server.url], checkpoint, MODEL)
+        assert not broken
+        broken += [503] * 9
+        with pytest.raises(ServerError, match="refuses a request for routes"):
+            Rollout(parse(FLAGS), [server.url], checkpoint, MODEL)
+        assert len(broken) == 5  # four tries
 
 
 def test_more_servers_cannot_be_demanded_than_there_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from recipes.serving.kept import write_states
-from routing_replay.errors import ConfigError, DataError
+from routing_replay.errors import ConfigError, DataError, RoutingReplayError
 from routing_replay.objectives import informative_groups
 from routing_replay.rollout import (
     ClientOptions,
@@ -41,6 +42,7 @@ T = TypeVar("T")
 # Any tokens will do: only the form of the answer is checked.
 PROBE_IDS = (1, 2)
 SHORTEST_CHECK_S, LONGEST_CHECK_S = 5.0, 20.0
+PROBE_RETRIES, PROBE_WAIT_S = 3, 0.5
 # Of the client's counts.
 SERVER_METRICS = {
     "faults": "server_faults",
@@ -103,8 +105,7 @@ class Rollout:
         capture = config.rollout_capture
         for url in [server.url for server in self.client.servers.in_use]:
             if capture != "off":
-                # A server without the plugin, or a gateway that drops fields, shows here.
-                probe(url, model, capture)
+                probe_again(url, model, capture)
             if config.has_sampling_mask or config.num_top_logprobs:
                 request = self._request(PROBE_IDS, for_training=True, max_new_tokens=1)
                 check_scores(RolloutClient([url], model=model), request)
@@ -333,6 +334,22 @@ def results_of(futures: Sequence[Future[T]]) -> list[T]:
     finally:
         for future in futures:
             future.cancel()
+
+
+def probe_again(url: str, model: MoEShape, capture: str) -> None:
+    """Raise for a server without the plugin, or a gateway that drops fields.
+
+    What a connection damages now and then, another try gets whole.
+    """
+    for number in range(PROBE_RETRIES):
+        try:
+            probe(url, model, capture)
+        except RoutingReplayError as error:
+            print(f"Servers: {url} is asked again: {error}", flush=True)
+            time.sleep(PROBE_WAIT_S * 2**number)
+        else:
+            return
+    probe(url, model, capture)
 
 
 def client_options(config: RecipeConfig) -> ClientOptions:
