@@ -94,6 +94,7 @@ def test_a_dead_server_is_left_out_at_the_start_and_the_launcher_can_read_it(
     config = parse([*FLAGS, "--rollout-url", "http://a", "http://b"])
     states = tmp_path / "servers.json"
     with FakeServer() as good, FakeServer() as dead:
+        dead.http.shutdown()
         dead.http.server_close()
         rollout = Rollout(config, [dead.url, good.url], checkpoint, MODEL, states)
         assert list(read_absences(states)) == [dead.url]

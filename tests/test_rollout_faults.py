@@ -26,6 +26,7 @@ def test_another_server_takes_over_from_one_that_fails(trouble):
 
     with FakeServer() as good, FakeServer(fail) as bad:
         if trouble == "dead":
+            bad.http.shutdown()
             bad.http.server_close()
         client = RolloutClient([bad.url, good.url], MODEL, QUICK)
         (completion,) = client.generate([asked()])
@@ -176,6 +177,7 @@ def test_too_few_servers_end_a_batch_with_what_happened():
     options = replace(QUICK, min_servers=2)
     with FakeServer() as good, FakeServer() as dead:
         client = RolloutClient([dead.url, good.url], MODEL, options)
+        dead.http.shutdown()
         dead.http.server_close()
         message = r"too few servers are left; expected 2 or more; got 1; .*cannot be reached"
         with pytest.raises(ServerError, match=message) as caught:

@@ -122,6 +122,7 @@ def test_a_server_with_replicas_cannot_take_weights_in_buckets():
 def test_one_dead_server_does_not_end_a_weight_update():
     with FakeServer() as good, FakeServer() as dead:
         client = RolloutClient([dead.url, good.url], MODEL, QUICK)
+        dead.http.shutdown()
         dead.http.server_close()
         client.update_weights("/checkpoint", 3)
         assert client.weight_versions() == {good.url: "3"}
