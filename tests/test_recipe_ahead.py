@@ -5,12 +5,9 @@ resumed run must be the one that nobody killed. That one is made from the same r
 server samples is not repeated.
 """
 
-import contextlib
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +34,7 @@ from recipes.minirl.rollout.groups import INDEX_FILE
 from recipes.serving.server import ServerOptions, launch
 from routing_replay.metrics.version_lag import lag_suffix
 from routing_replay.routes.parts import open_table
+from tools.chaos.kept import kept_answers
 
 NUM_RESPONSES = 32
 # Metrics that two runs from the same responses need not share.
@@ -78,30 +76,6 @@ class Runs:
     stored: dict[int, int]
     steps: list[int]
     in_place: Path | None
-
-
-@contextlib.contextmanager
-def kept_answers(run_dir, kept):
-    """Give the stored responses a second name, which no checkpoint removes."""
-    ended = threading.Event()
-
-    def keep():
-        while not ended.wait(0.02):
-            for path in (run_dir / FOLDER).glob("step_*/group_*.jsonl"):
-                other = kept / path.relative_to(run_dir / FOLDER)
-                if not other.exists():
-                    other.parent.mkdir(parents=True, exist_ok=True)
-                    with contextlib.suppress(FileNotFoundError):
-                        os.link(path, other)
-
-    kept.mkdir(exist_ok=True)
-    thread = threading.Thread(target=keep)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def prepared_model(folder, flags):

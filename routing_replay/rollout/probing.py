@@ -186,7 +186,7 @@ def _post(http: _Http, body: dict[str, Any]) -> Any:
     except ValueError as error:
         raise ServerError(
             "the answer is not JSON",
-            got=text[:100],
+            got=repr(text[:100]),
             where=http.url,
             fix="Ask the server itself",
         ) from error

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ from recipes.minirl.rollout.answers import FOLDER
 from recipes.serving.kept import KeptServer
 from recipes.serving.server import ServerOptions
 
+from .kept import kept_answers
 from .points import POINTS, World, fill_disk, free_disk
 from .proxy import Proxy
 
@@ -104,7 +104,8 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
         urls = [proxy.url for proxy in proxies]
         world = World(rng=random.Random(seed), servers=servers, proxies=proxies, run_dir=run_dir)
         command = [*flags, "--rollout-url", *urls]
-        done, num_resumes = _disturbed(world, command, kept, num_points)
+        with kept_answers(run_dir, kept):
+            done, num_resumes = _disturbed(world, command, num_points)
         shutil.copytree(kept, folder / "plain" / FOLDER)
         log = open(folder / "plain.log", "ab")  # noqa: SIM115
         plain = subprocess.Popen(
@@ -118,9 +119,7 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
     return done, num_resumes
 
 
-def _disturbed(
-    world: World, flags: list[str], kept: Path, num_points: int
-) -> tuple[Counter[str], int]:
+def _disturbed(world: World, flags: list[str], num_points: int) -> tuple[Counter[str], int]:
     done: Counter[str] = Counter()
     for life in range(num_points + 2):
         log_path = world.run_dir.with_name("disturbed.log")
@@ -136,7 +135,6 @@ def _disturbed(
                 process.kill()
                 raise ChaosError(f"the run hangs after {last}: {_text(log_path, begin)}")
             world.keep()
-            _keep_answers(world.run_dir, kept)
             if time.monotonic() > next_at and sum(done.values()) < num_points and world.ranks():
                 point = world.rng.choice(POINTS)
                 point(world)
@@ -145,7 +143,6 @@ def _disturbed(
                 print(f"{time.strftime('%H:%M:%S')} {last}", flush=True)
                 next_at = time.monotonic() + world.rng.uniform(*WAIT_S)
             time.sleep(0.05)
-        _keep_answers(world.run_dir, kept)
         free_disk(world)
         if process.returncode == 0:
             return done, life
@@ -156,16 +153,6 @@ def _disturbed(
         if done[fill_disk.__name__] and "No space left" in text:
             print("  ended by the full disk, as it should", flush=True)
     raise ChaosError(f"the run did not end: {_text(log_path, begin)[-3000:]}")
-
-
-def _keep_answers(run_dir: Path, kept: Path) -> None:
-    """Give the stored responses a second name, which no checkpoint removes."""
-    for path in (run_dir / FOLDER).glob("step_*/group_*.jsonl"):
-        second = kept / path.relative_to(run_dir / FOLDER)
-        if not path.is_symlink() and not second.exists():
-            second.parent.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.link(path, second)
 
 
 def _compare(disturbed: Path, plain: Path, num_steps: int) -> None:
