@@ -45,7 +45,7 @@ FLAGS = [
     *("--checkpoint-every", "3", "--health-every-s", "5", "--server-recovery-s", "300"),
     *("--request-timeout-s", "120", "--routing-replay-capture", "ids"),
 ]
-STEPS_PER_POINT, FEWEST_STEPS = 2, 4
+STEPS_PER_POINT, FEWEST_STEPS = 3, 4
 # Metrics that two runs from the same responses need not share.
 OWN = ("time", "rollout/servers", "rollout/server", "rollout/stored", "rollout/continued", "eval/")
 LONGEST_RUN_S = 1200.0
