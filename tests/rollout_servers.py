@@ -1,5 +1,6 @@
 """Stand-ins of servers that misbehave as told: made of the standard library, no SGLang."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -159,7 +160,13 @@ class AbortingServer(FakeServer):
 
 
 def generate_until(client, is_done, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not is_done():
-        assert time.monotonic() < deadline
-        client.generate([asked()])
+    """Sample one request after the other over one session: checks that take longer go on."""
+
+    async def generate():
+        deadline = time.monotonic() + timeout_s
+        async with client.session() as session:
+            while not is_done():
+                assert time.monotonic() < deadline
+                await session.run(session.complete(asked()))
+
+    asyncio.run(generate())
