@@ -53,6 +53,7 @@ def test_models_train_with_the_kernel_as_with_the_torch_form(in_models):
     assert in_models["wrong"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ranks_of_tensor_and_pipeline_parallelism_replay_with_the_kernel_and_in_captured_routers():
     captured = [Case(layout=VPP)]

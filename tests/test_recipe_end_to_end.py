@@ -264,6 +264,7 @@ def test_masks_penalties_and_replaced_groups_survive_the_resume(masked):
     assert json.loads(state.read_text())["prompts_consumed"] == consumed
 
 
+@pytest.mark.slow
 def test_an_inner_layer_is_trained_first_and_then_the_whole_policy(folder, server_url):
     run_dir = folder / "bupo"
     flags = [*flags_of_two_steps(folder, server_url), "--internal-steps", "1"]

@@ -36,6 +36,7 @@ def test_the_example_prints_the_routes_of_a_running_server(server: RunningServer
     assert ("gates [" in "".join(lines)) == (capture == "gates")
 
 
+@pytest.mark.slow
 def test_the_example_launches_a_server_where_none_is_given():
     lines = run_example()
     assert lines[0] == "launching SGLang ..."

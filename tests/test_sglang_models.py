@@ -87,6 +87,7 @@ def test_a_real_server_refuses_to_start_where_rows_would_be_wrong(tmp_path):
         served(checkpoint, None, "--pp-size", "2", SGLANG_CPU_OMP_THREADS_BIND="0|1")
 
 
+@pytest.mark.slow
 def test_olmoe_without_renormalisation(tmp_path):
     checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
     model = MoEShape(layers=(0, 1), num_experts=12, top_k=3)
@@ -99,6 +100,7 @@ def test_olmoe_without_renormalisation(tmp_path):
     assert_gates(completion.routes, logits_TLE, softmax(logits_TLE))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_transformers_backend_is_refused_at_the_first_forward(tmp_path):
     """SGLang has no dots1 of its own; transformers' routers never reach its TopK module."""
     checkpoint = write_tiny_dots1(tmp_path / "dots1")
@@ -107,7 +109,7 @@ def test_a_model_of_the_transformers_backend_is_refused_at_the_first_forward(tmp
         served(checkpoint, None)
 
 
-@pytest.mark.parametrize("is_wanted", [False, True])
+@pytest.mark.parametrize("is_wanted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_server_of_an_unknown_version_starts_unless_it_shall_return_routes(tmp_path, is_wanted):
     checkpoint = write_tiny_olmoe(tmp_path / "olmoe")
     metadata = tmp_path / "newer" / "sglang-0.7.0.dist-info" / "METADATA"
