@@ -36,7 +36,7 @@ test-fast: env  ## every test that needs no engine; about a minute
 ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
   --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: env  ## every test that needs no GPU, except the long ones; 15 minutes
+test: env  ## every test that needs no GPU, except the long ones; 13 minutes
 	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-matrix: env  ## the tests of `make test` and the long ones: layouts and recomputation, two nodes, Ray, further models
