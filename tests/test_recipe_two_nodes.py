@@ -83,7 +83,6 @@ def train(commands, url, folder):
             assert node.wait(TIMEOUT_S) == 0, (folder / "node.log").read_text()[-4000:]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_S)
 def test_two_nodes_of_two_ranks_train_and_resume_with_disks_of_their_own(tmp_path):
     runs = [tmp_path / f"disk_{node}" / "run" for node in range(2)]
