@@ -162,7 +162,7 @@ class RolloutClient:
             async with self.transport() as http, self.transport() as control:
                 await self.watch(control).run(until_enough=True)
                 await self._learn_sizes(control)
-                dispatch = self._dispatch(http)
+                dispatch = Dispatch(self.servers, http, self.model, self.options)
                 watch = asyncio.ensure_future(self.watch(control, dispatch.drop).run())
                 try:
                     yield Session(dispatch, watch)
@@ -383,17 +383,6 @@ class RolloutClient:
             control_timeout_s=self.options.control_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
             on_change=on_change,
-        )
-
-    def _dispatch(self, http: Transport) -> Dispatch:
-        return Dispatch(
-            self.servers,
-            http,
-            self.model,
-            request_timeout_s=self.options.request_timeout_s,
-            num_retries=self.options.num_retries,
-            retry_wait_s=self.options.retry_wait_s,
-            max_in_flight=self.options.max_in_flight,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from ..errors import RoutingReplayError, ServerError
 from ..routes.shape import MoEShape
 from .continuation import joined, rest_of, standing
+from .options import ClientOptions
 from .requests import ABORT, Completion, GenerateRequest, completion_of
 from .servers import INCOMPLETE, Servers, ServerState, is_current
 from .transport import Reply, TransientError, Transport, read_reply
@@ -30,7 +31,7 @@ class Dispatch:
         servers: Who may get requests.
         http: How to reach them.
         model: As for `RolloutClient`.
-        request_timeout_s, num_retries, retry_wait_s, max_in_flight: As in `ClientOptions`.
+        options: Of the client.
     """
 
     def __init__(
@@ -38,19 +39,12 @@ class Dispatch:
         servers: Servers,
         http: Transport,
         model: MoEShape | None,
-        *,
-        request_timeout_s: float,
-        num_retries: int,
-        retry_wait_s: float,
-        max_in_flight: int,
+        options: ClientOptions,
     ):
         self._servers = servers
         self._http = http
         self._model = model
-        self._request_timeout_s = request_timeout_s
-        self._num_retries = num_retries
-        self._retry_wait_s = retry_wait_s
-        self._max_in_flight = max_in_flight
+        self._options = options
         self._num_aborts = servers.num_aborts
         self._taken: Counter[str] = Counter()
         # Heap: who waits for a slot, the highest priority first, then who came first.
@@ -93,12 +87,12 @@ class Dispatch:
     async def _with_retries(self, request: GenerateRequest) -> Completion:
         failures: list[ServerError] = []
         tried: list[str] = []
-        deadline = time.monotonic() + self._request_timeout_s
-        while len(failures) <= self._num_retries:
+        deadline = time.monotonic() + self._options.request_timeout_s
+        while len(failures) <= self._options.num_retries:
             if tried:
                 self._servers.counts["retried"] += 1
-                num_doublings = min(len(tried) - 1, self._num_retries)
-                await asyncio.sleep(self._retry_wait_s * 2**num_doublings)
+                num_doublings = min(len(tried) - 1, self._options.num_retries)
+                await asyncio.sleep(self._options.retry_wait_s * 2**num_doublings)
             server = await self._slot(tried, request.priority or 0)
             tried.append(server.url)
             try:
@@ -151,7 +145,7 @@ class Dispatch:
                 server.url,
                 "/generate",
                 request.to_json(),
-                timeout_s=self._request_timeout_s,
+                timeout_s=self._options.request_timeout_s,
             )
         )
         self._sending[server.url].add(sending)
@@ -182,7 +176,7 @@ class Dispatch:
             await turn
 
     def _has_room(self, server: ServerState) -> bool:
-        return self._taken[server.url] < self._max_in_flight * (server.num_replicas or 1)
+        return self._taken[server.url] < self._options.max_in_flight * (server.num_replicas or 1)
 
     @contextlib.contextmanager
     def _holding(self, server: ServerState, num_tokens: int) -> Iterator[None]:
