@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from megatron_worlds import megatron
-from sglang_servers import MODEL, random_prompt, request
+from sglang_servers import MODEL, random_prompt, request, wait_for_decoding
 
 from recipes.minirl.publish.broadcasts import Broadcasts
 from recipes.minirl.publish.server_group import ServerGroup
@@ -57,9 +57,12 @@ class WithoutGpu(ServerGroup):
         self.backend = "nccl"
 
 
-def publish(rank, urls, folders):
-    """By event: the error of an update, and what the servers then do (on rank 0)."""
-    results = {}
+def publish(rank, log_paths, folders):
+    """By event: the error of an update, and what the servers then do (on rank 0).
+
+    `log_paths` has the servers' URLs as its keys.
+    """
+    results, urls = {}, list(log_paths)
     with megatron(LAYOUT):
         trainer = Trainer(rank, urls, folders[1])
         buckets = Buckets(trainer.chunks, BUCKET_BYTES).buckets
@@ -77,7 +80,7 @@ def publish(rank, urls, folders):
         trainer.load(folders[0])
         note("first", trainer.send(6))
         results["same groups"] = trainer.sender._group is group
-        results["running"] = send_to_running(trainer, 7)
+        results["running"] = send_to_running(trainer, 7, urls[0], log_paths[urls[0]])
         trainer.load(folders[1])
         note("left", trainer.send(8, leaving_after(rank, num_buckets // 2, urls[0], trainer)))
         note("healed", trainer.send(9))
@@ -98,27 +101,18 @@ def publish(rank, urls, folders):
     return results
 
 
-def send_to_running(trainer, version):
-    """The error of an update in the middle of responses, and these (on rank 0)."""
-    client, completions, is_sampling = trainer.client, [], threading.Event()
-    if client is None:
+def send_to_running(trainer, version, url, log_path):
+    """The error of an update in the middle of a server's responses, and these (on rank 0)."""
+    if trainer.client is None:
         return trainer.send(version), None
-    # The others are in their middle when the shortest has ended.
-    asked = [request(prompt, num_new=4 if n == 0 else 200) for n, prompt in enumerate(PROMPTS)]
-
-    def noted(number, completion):
-        is_sampling.set()
-        return completion
-
-    def sample():
-        completions.extend(client.generate_each(asked, noted))
-
-    thread = threading.Thread(target=sample)
+    asked, completions = [request(prompt, num_new=200) for prompt in PROMPTS], []
+    sampling = RolloutClient([url], MODEL)
+    thread = threading.Thread(target=lambda: completions.extend(sampling.generate(asked)))
     thread.start()
-    assert is_sampling.wait(TIMEOUT_S)
-    client.pause("retract")
+    wait_for_decoding(log_path, len(asked))
+    trainer.client.pause("retract")
     error = trainer.send(version)
-    client.resume()
+    trainer.client.resume()
     thread.join()
     return error, completions
 

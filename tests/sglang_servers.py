@@ -117,19 +117,18 @@ def while_running(server, asked, act):
     results = []
     thread = threading.Thread(target=lambda: results.extend(server.client.generate(asked)))
     thread.start()
-    wait_for_decoding(server, len(asked))
+    wait_for_decoding(server.server.log_path, len(asked))
     act()
     thread.join(timeout=300)
     assert len(results) == len(asked)
     return results
 
 
-def wait_for_decoding(server, num_requests, timeout_s=60):
-    """Until the server's log shows that many running requests in a decode batch."""
-    log, deadline = server.server.log_path, time.monotonic() + timeout_s
-    start = log.stat().st_size
+def wait_for_decoding(log_path, num_requests, timeout_s=60):
+    """Until a server's log shows that many running requests in a decode batch."""
+    start, deadline = log_path.stat().st_size, time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        with open(log, "rb") as file:
+        with open(log_path, "rb") as file:
             file.seek(start)
             if f"Decode batch, #running-req: {num_requests}".encode() in file.read():
                 return

@@ -1,7 +1,7 @@
 """Weights in buckets into a real server: bitwise those of the disk, or of no version."""
 
 import pytest
-from bucket_checks import observe
+from bucket_checks import PROMPTS, observe
 from megatron_worlds import RankError, run_world
 from sglang_servers import MODEL, random_prompt, request, running
 from test_recipe_end_to_end import (
@@ -37,7 +37,11 @@ def by_disk(sglang_server):
 def published(sglang_server, by_disk):
     """By event what a trainer of two pipeline stages saw, by rank."""
     folders = [str(path) for path in sglang_server.checkpoints]
-    return run_world("bucket_checks:publish", 2, [sglang_server.server.url], folders)
+    return run_world("bucket_checks:publish", 2, log_paths([sglang_server]), folders)
+
+
+def log_paths(servers):
+    return {one.server.url: one.server.log_path for one in servers}
 
 
 def answers_of(seen):
@@ -92,9 +96,10 @@ def test_shared_tensors_of_an_update_that_broke_off_have_no_version_and_are_free
 def test_responses_that_are_paused_and_retracted_go_on_with_whole_new_weights(published):
     error, completions = published[0]["running"]
     assert error == ""
-    long = completions[1:]
-    assert all(c.routes.covered_T.all() and c.weight_version == "7" for c in long)
-    assert [set(c.routes.weight_version_T.tolist()) for c in long] == [{6, 7}] * len(long)
+    assert len(completions) == len(PROMPTS)
+    for completion in completions:
+        assert completion.routes.covered_T.all() and completion.weight_version == "7"
+        assert set(completion.routes.weight_version_T.tolist()) == {6, 7}
 
 
 def test_an_update_that_breaks_off_has_no_version_and_the_next_one_heals_it(published, by_disk):
@@ -131,8 +136,9 @@ def test_servers_of_one_and_of_two_tensor_ranks_get_the_weights_together(
         for path in wide.checkpoints:
             wide.client.update_weights(str(path), 4)
             expected[1].append(observe(wide.server.url))
-        urls = [sglang_server.server.url, wide.server.url]
-        results = run_world("bucket_checks:publish", 2, urls, [str(p) for p in wide.checkpoints])
+        folders = [str(path) for path in wide.checkpoints]
+        servers = log_paths([sglang_server, wide])
+        results = run_world("bucket_checks:publish", 2, servers, folders)
     events = [("second", 1), ("first", 0), ("healed", 1), ("shared", 0), ("shared healed", 1)]
     for event, checkpoint in events:
         error, seen = results[0][event]

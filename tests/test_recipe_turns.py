@@ -52,7 +52,7 @@ def test_responses_that_are_aborted_go_on(rollout_of, references, sglang_server)
     samples = []
     thread = threading.Thread(target=lambda: samples.extend(samples_of(rollout, [""], 4)))
     thread.start()
-    wait_for_decoding(sglang_server, 4)
+    wait_for_decoding(sglang_server.server.log_path, 4)
     sglang_server.client.abort()
     thread.join(timeout=300)
     assert [len(sample.response_ids) for sample in samples] == [300] * 4

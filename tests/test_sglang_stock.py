@@ -39,7 +39,7 @@ def test_stock_returns_rows_of_another_pass_after_a_retraction(server, reference
     answers = []
     thread = threading.Thread(target=lambda: answers.append(post(server, asked)))
     thread.start()
-    wait_for_decoding(server, 1)
+    wait_for_decoding(server.server.log_path, 1)
     server.client.pause("retract")
     server.client.update_weights(str(server.checkpoints[1]), 1)
     server.client.resume()
