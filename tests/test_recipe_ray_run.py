@@ -1,7 +1,7 @@
 """The recipe trained on Ray: each actor on a raylet of its own, a node lost in mid-step, a resume.
 
-A run of the launcher without Ray is beside it. Servers sample without a seed, so that responses
-differ; what does not depend on them is the same.
+The slow tests resume, with a run of the launcher without Ray beside it. Servers sample without a
+seed, so that responses differ; what does not depend on them is the same.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from ray_clusters import LocalCluster
 from safetensors.torch import load_file
 from test_recipe_end_to_end import TIMEOUT_S, finish, num_stored, records, start, write_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * TIMEOUT_S)]
+pytestmark = pytest.mark.timeout(4 * TIMEOUT_S)
 NUM_RESPONSES = 32
 SMALL = [
     *("--warmup-target", "0", "--heldout-limit", "16", "--checkpoint-every", "1", "--steps", "2"),
@@ -46,22 +46,46 @@ def processes_of(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Of the run without Ray, of the one that lost a node, and of its resumed end: the outcome."""
+def cluster():
+    with LocalCluster([1, 1, 1]) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cluster):
+    """Of the run that lost a node in step 2: its flags, its outcome, and what it left."""
     folder = tmp_path_factory.mktemp("ray")
     flags = [*SMALL, *write_prompts(folder), "--cache-dir", str(folder / "cache")]
-    runs = {"folder": folder, "local": finish(start(folder / "local", *flags))}
-    with LocalCluster([1, 1, 1]) as cluster, contextlib.ExitStack() as stack:
+    runs = {"folder": folder, "flags": flags}
+    with contextlib.ExitStack() as stack:
         process = start(folder / "on_ray", *flags, "--ray", cluster.address)
         stack.callback(process.kill)
         runs["lost"] = lose_node_of_rank_1(process, cluster, folder / "on_ray")
         runs["broken"] = finish(process)
-        runs["left"] = processes_of(folder)
-        runs["stored"] = num_stored(folder / "on_ray", 2)
-        cluster.add(1)
-        runs["resumed"] = finish(start(folder / "on_ray", "--resume"))
-        runs["left"] += processes_of(folder)
+    runs["left"] = processes_of(folder)
+    runs["steps"] = records(folder / "on_ray")
+    runs["stored"] = num_stored(folder / "on_ray", 2)
     return runs
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, cluster):
+    """The output and status of its end, on a new node."""
+    cluster.add(1)
+    return finish(start(runs["folder"] / "on_ray", "--resume"))
+
+
+def assert_trained(steps):
+    for step in steps:
+        assert step["routing_replay/coverage"] == 1
+        assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
+        assert step["rollout/servers"] == 1
+
+
+def test_a_step_trains_with_its_ranks_and_its_server_on_nodes_of_their_own(runs):
+    first = runs["steps"][1:]
+    assert [step["step"] for step in first] == [1]
+    assert_trained(first)
 
 
 def test_a_lost_node_ends_the_run_with_one_message_and_leaves_nothing_behind(runs):
@@ -74,23 +98,24 @@ def test_a_lost_node_ends_the_run_with_one_message_and_leaves_nothing_behind(run
     assert runs["left"] == []
 
 
-def test_a_resume_samples_none_of_the_stored_responses_again(runs):
-    output, status = runs["resumed"]
+@pytest.mark.slow
+def test_a_resume_samples_none_of_the_stored_responses_again(runs, resumed):
+    output, status = resumed
     assert status == 0, output
     steps = records(runs["folder"] / "on_ray")
     assert [step["rollout/stored_responses"] for step in steps[1:]] == [0, runs["stored"]]
     assert 0 < runs["stored"] <= NUM_RESPONSES
+    assert processes_of(runs["folder"]) == []
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("resumed")
 def test_the_runs_with_and_without_ray_are_alike_but_for_what_was_sampled(runs):
-    output, status = runs["local"]
-    assert status == 0, output
     local, on_ray = (runs["folder"] / name for name in ("local", "on_ray"))
+    output, status = finish(start(local, *runs["flags"]))
+    assert status == 0, output
     assert [step.keys() for step in records(on_ray)] == [step.keys() for step in records(local)]
-    for step in records(on_ray)[1:]:
-        assert step["routing_replay/coverage"] == 1
-        assert step["train_infer/kl_k3"] < step["train_infer/kl_k3_live"]
-        assert step["rollout/servers"] == 1
+    assert_trained(records(on_ray)[1:])
     consumed = "checkpoints/step_000002/trainer/state.json"
     assert json.loads((on_ray / consumed).read_text()) == json.loads((local / consumed).read_text())
     prompts = [prompt_tokens(run_dir / "last_batch") for run_dir in (local, on_ray)]
