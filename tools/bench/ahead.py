@@ -1,12 +1,15 @@
 """The recipe ahead beside one step after the other: seconds of all steps, and the reward.
 
-    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--latency-s 4] [--longest-s 12]
-                                [--recipe FLAGS ...]
+    python -m tools.bench.ahead [--steps 24] [--rounds 3] [--num-running 24] [--own-cores]
+                                [--latency-s 4] [--longest-s 12] [--recipe FLAGS ...]
 
-One step ahead, and two with weights into running responses. All start a server and a trainer of
-their own, from the same tiny model, and take turns; each round has a seed of its own. Rollouts take
-most of a step here, because the server runs few requests at a time. On a machine that other work
-fills, nothing can overlap: look at the load.
+One step ahead, the same with weights into running responses, and so two steps ahead. All start a
+server and a trainer of their own, from the same tiny model, and take turns; each round has a seed
+of its own. Rollouts take most of a step here, because the server runs few requests at a time. On a
+machine that other work fills, nothing can overlap: look at the load. With --own-cores the server
+has one half of the cores and the trainer the other, as on machines of their own.
+
+The first rollout of a run can overlap with nothing: the median step says what a long run gains.
 
 With --latency-s a stand-in answers every request after so many seconds, with random tokens and
 routes, as servers on other machines take time and none of this one's processors. It learns nothing.
@@ -21,6 +24,7 @@ import contextlib
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,12 +51,14 @@ minibatch_size: 64
 microbatch_size: 64
 measure_live_every: 0
 checkpoint_every: 0
-server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "24"]
+server_arguments: ["--max-total-tokens", "65536", "--max-running-requests", "{num_running}"]
 """
+RETRACT = ["--publish-pause", "retract"]
 ARMS = {
     "0": ["--ahead", "0"],
     "1": ["--ahead", "1"],
-    "2": ["--ahead", "2", "--publish-pause", "retract"],
+    "1, retract": ["--ahead", "1", *RETRACT],
+    "2, retract": ["--ahead", "2", *RETRACT],
 }
 LONGEST_OF = 100
 SUMMED = ("time_s", "time/sampling_s", "time/rollout_s", "time/weights_s", "time/update_s")
@@ -146,6 +152,22 @@ def late_server(latency_s: float, longest_s: float) -> Iterator[list[str]]:
         server.shutdown()
 
 
+@contextlib.contextmanager
+def own_cores(folder: Path) -> Iterator[list[str]]:
+    """Give servers one half of the cores, and this process the other; yield the recipe's flags."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    python = folder / "python_of_the_server"
+    of_the_server = ",".join(map(str, cores[:half]))
+    python.write_text(f'#!/bin/sh\nexec taskset -c {of_the_server} {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    os.sched_setaffinity(0, cores[half:])
+    try:
+        yield ["--rollout-python", str(python), "--cpu-threads", str(half)]
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Return the sums of a run's times, and its rewards on held-out prompts."""
     command = [sys.executable, "-m", "recipes.minirl", "--run-dir", str(folder), *flags]
@@ -155,7 +177,8 @@ def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     rewards = [r["eval/reward"] for r in records if "eval/reward" in r]
     sums = {name: sum(r[name] for r in records[1:]) for name in SUMMED}
     # The last step ends with an evaluation, which is no part of training.
-    sums["time_s"] -= sum(r.get("time/evaluation_s", 0.0) for r in records[1:])
+    steps_s = [r["time_s"] - r.get("time/evaluation_s", 0.0) for r in records[1:]]
+    sums |= {"time_s": sum(steps_s), "median_step_s": statistics.median(steps_s)}
     lags = {name: [r.get(f"rollout/{name}", 0.0) for r in records[1:]] for name in LAGS}
     means = {name: sum(values) / len(values) for name, values in lags.items()}
     return sums | means | {"rewards": rewards, "load": os.getloadavg()[0]}
@@ -166,7 +189,7 @@ def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     cache = Path(arguments.cache_dir).absolute()
     config = folder / "recipe.yaml"
-    config.write_text(RECIPE)
+    config.write_text(RECIPE.format(num_running=arguments.num_running))
     names = list(ARMS)
     for number in range(arguments.rounds):
         first = number % len(names)
@@ -183,21 +206,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=24)
     made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--num-running", type=int, default=24, help="requests that the server runs")
+    made.add_argument("--own-cores", action="store_true", help="half of them for the server")
     made.add_argument("--latency-s", type=float, default=0.0, help="of a stand-in; 0: real servers")
     made.add_argument("--longest-s", type=float, default=0.0, help="of the stand-in's longest")
     made.add_argument("--cache-dir", default="runs/cache", help="where the tiny models are kept")
     made.add_argument("--recipe", nargs=argparse.REMAINDER, default=[], help="flags of the recipe")
     arguments = parse(made, argv, {"steps": 2, "rounds": 1})
-    late = late_server(arguments.latency_s, arguments.longest_s)
-    with tempfile.TemporaryDirectory() as folder, late as flags:
-        arguments.recipe = [*flags, *arguments.recipe]
-        runs = compared(arguments, Path(folder))
-    seconds = {ahead: [run["time_s"] for run in of] for ahead, of in runs.items()}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        late = late_server(arguments.latency_s, arguments.longest_s)
+        arguments.recipe = [*stack.enter_context(late), *arguments.recipe]
+        if arguments.own_cores:
+            arguments.recipe = [*stack.enter_context(own_cores(folder)), *arguments.recipe]
+        runs = compared(arguments, folder)
     share = spread([run["time/sampling_s"] / run["time_s"] for run in runs["0"]])
     print(f"rollout's share of a step, one after the other: {share}")
-    compared_to_0 = ratios(seconds, "0")
-    for name in list(ARMS)[1:]:
-        print(f"seconds, {' '.join(ARMS[name])} over --ahead 0: {compared_to_0[name]}")
+    compared_to_0 = {}
+    for clock in ("time_s", "median_step_s"):
+        seconds = {name: [run[clock] for run in of] for name, of in runs.items()}
+        compared_to_0[clock] = ratios(seconds, "0")
+        for name in list(ARMS)[1:]:
+            print(f"{clock}, {' '.join(ARMS[name])} over --ahead 0: {compared_to_0[clock][name]}")
     finish("ahead", arguments, {"runs": runs, "share": share, "ratios": compared_to_0})
 
 
