@@ -57,8 +57,8 @@ RETRACT = ["--publish-pause", "retract"]
 ARMS = {
     "0": ["--ahead", "0"],
     "1": ["--ahead", "1"],
-    "1, retract": ["--ahead", "1", *RETRACT],
-    "2, retract": ["--ahead", "2", *RETRACT],
+    "1-retract": ["--ahead", "1", *RETRACT],
+    "2-retract": ["--ahead", "2", *RETRACT],
 }
 LONGEST_OF = 100
 SUMMED = ("time_s", "time/sampling_s", "time/rollout_s", "time/weights_s", "time/update_s")
@@ -186,11 +186,11 @@ def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
 
 def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the runs of each variant, round by round."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    names = ["0", *arguments.against]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     cache = Path(arguments.cache_dir).absolute()
     config = folder / "recipe.yaml"
     config.write_text(RECIPE.format(num_running=arguments.num_running))
-    names = list(ARMS)
     for number in range(arguments.rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
@@ -206,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--steps", type=int, default=24)
     made.add_argument("--rounds", type=int, default=3)
+    made.add_argument(
+        "--against", nargs="+", choices=list(ARMS)[1:], default=list(ARMS)[1:], help="of 0 ahead"
+    )
     made.add_argument("--num-running", type=int, default=24, help="requests that the server runs")
     made.add_argument("--own-cores", action="store_true", help="half of them for the server")
     made.add_argument("--latency-s", type=float, default=0.0, help="of a stand-in; 0: real servers")
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for clock in ("time_s", "median_step_s"):
         seconds = {name: [run[clock] for run in of] for name, of in runs.items()}
         compared_to_0[clock] = ratios(seconds, "0")
-        for name in list(ARMS)[1:]:
+        for name in arguments.against:
             print(f"{clock}, {' '.join(ARMS[name])} over --ahead 0: {compared_to_0[clock][name]}")
     finish("ahead", arguments, {"runs": runs, "share": share, "ratios": compared_to_0})
 
