@@ -49,7 +49,7 @@ STEPS_PER_POINT, FEWEST_STEPS = 3, 4
 # Metrics that two runs from the same responses need not share.
 OWN = ("time", "rollout/servers", "rollout/server", "rollout/stored", "rollout/continued", "eval/")
 LONGEST_RUN_S = 1200.0
-WAIT_S = (0.5, 6.0)
+WAIT_S = (0.0, 2.0)  # a step takes one second
 
 
 class ChaosError(Exception):
@@ -121,6 +121,7 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
 
 def _disturbed(world: World, flags: list[str], num_points: int) -> tuple[Counter[str], int]:
     done: Counter[str] = Counter()
+    at_step = world.rng.randint(1, STEPS_PER_POINT)
     for life in range(num_points + 2):
         log_path = world.run_dir.with_name("disturbed.log")
         begin = log_path.stat().st_size if log_path.exists() else 0
@@ -129,19 +130,22 @@ def _disturbed(world: World, flags: list[str], num_points: int) -> tuple[Counter
             process = subprocess.Popen(command, stdout=log, stderr=log)
         world.launcher = psutil.Process(process.pid)
         last, deadline = None, time.monotonic() + LONGEST_RUN_S
-        next_at = time.monotonic() + world.rng.uniform(*WAIT_S)
+        due_s = None
         while process.poll() is None:
             if time.monotonic() > deadline:
                 process.kill()
                 raise ChaosError(f"the run hangs after {last}: {_text(log_path, begin)}")
             world.keep()
-            if time.monotonic() > next_at and sum(done.values()) < num_points and world.ranks():
+            if due_s is None and _num_records(world.run_dir) >= at_step:
+                due_s = time.monotonic() + world.rng.uniform(*WAIT_S)
+            num_done = sum(done.values())
+            if due_s and time.monotonic() > due_s and num_done < num_points and world.ranks():
                 point = world.rng.choice(POINTS)
                 point(world)
-                last = point.__name__
+                last, due_s = point.__name__, None
                 done[last] += 1
+                at_step = STEPS_PER_POINT * (num_done + 1) + world.rng.randint(1, STEPS_PER_POINT)
                 print(f"{time.strftime('%H:%M:%S')} {last}", flush=True)
-                next_at = time.monotonic() + world.rng.uniform(*WAIT_S)
             time.sleep(0.05)
         free_disk(world)
         if process.returncode == 0:
@@ -192,6 +196,11 @@ def _check_stored(kept: Path, num_steps: int) -> None:
             raise ChaosError(
                 f"step {step} has {len(keys)} responses, at most {max(keys.values())} times"
             )
+
+
+def _num_records(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _records(run_dir: Path) -> list[dict[str, object]]:
