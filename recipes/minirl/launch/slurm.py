@@ -1,6 +1,7 @@
 """One SLURM job that starts a whole run: servers, then the trainer on all of its nodes.
 
-It has been run against stand-ins of srun, scontrol and curl only, not on a cluster.
+It has run on SLURM 22.05 with all nodes on one machine, and in tests against stand-ins of srun,
+scontrol and curl.
 """
 
 from __future__ import annotations
