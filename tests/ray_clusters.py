@@ -21,7 +21,7 @@ class LocalCluster:
     def __init__(self, cpus: Sequence[int], **options: Any):
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         # Ray's 15 gives its workers a twenty-eighth of a core beside any other busy process.
-        os.environ["RAY_worker_niceness"] = "0"
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (how Ray spells it)
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(shutdown_at_exit=True)
