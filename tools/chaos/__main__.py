@@ -35,7 +35,7 @@ from recipes.serving.server import ServerOptions
 
 from .kept import kept_answers
 from .points import POINTS, World, fill_disk, free_disk
-from .proxy import Proxy
+from .proxy import Proxy, no_fault
 
 PROMPTS, SAMPLES = 4, 4
 FLAGS = [
@@ -45,11 +45,11 @@ FLAGS = [
     *("--checkpoint-every", "3", "--health-every-s", "5", "--server-recovery-s", "300"),
     *("--request-timeout-s", "120", "--routing-replay-capture", "ids"),
 ]
-STEPS_PER_POINT, FEWEST_STEPS = 3, 4
+STEPS_PER_POINT, FEWEST_STEPS = 3, 8
 # Metrics that two runs from the same responses need not share.
 OWN = ("time", "rollout/servers", "rollout/server", "rollout/stored", "rollout/continued", "eval/")
 LONGEST_RUN_S = 1200.0
-WAIT_S = (0.0, 2.0)  # a step takes one second
+WAIT_S = (0.0, 1.0)  # a step takes half a second at least
 
 
 class ChaosError(Exception):
@@ -106,6 +106,8 @@ def disturb(folder: Path, num_points: int, seed: int, ahead: int = 0) -> tuple[C
         command = [*flags, "--rollout-url", *urls]
         with kept_answers(run_dir, kept):
             done, num_resumes = _disturbed(world, command, num_points)
+        for proxy in proxies:
+            proxy.fault_of = no_fault
         shutil.copytree(kept, folder / "plain" / FOLDER)
         log = open(folder / "plain.log", "ab")  # noqa: SIM115
         plain = subprocess.Popen(
@@ -149,6 +151,8 @@ def _disturbed(world: World, flags: list[str], num_points: int) -> tuple[Counter
             time.sleep(0.05)
         free_disk(world)
         if process.returncode == 0:
+            if sum(done.values()) < num_points:
+                raise ChaosError(f"the run ended after {sum(done.values())} of {num_points} points")
             return done, life
         text = _text(log_path, begin)
         is_killed = process.returncode < 0

@@ -21,6 +21,10 @@ ROUTES = "routed_experts"
 T = TypeVar("T")
 
 
+def no_fault(number: int) -> None:
+    """Plan nothing."""
+
+
 class Proxy:
     """Serves at `url` what a real server says, with faults; a context manager.
 
@@ -29,7 +33,7 @@ class Proxy:
         fault_of: Called with the number of each `/generate`; returns one of `FAULTS`, or None.
     """
 
-    def __init__(self, target: str, fault_of: Callable[[int], str | None] = lambda number: None):
+    def __init__(self, target: str, fault_of: Callable[[int], str | None] = no_fault):
         self.fault_of = fault_of
         self.prompts: list[tuple[int, ...]] = []  # of every request that came
         self._target = target
