@@ -5,10 +5,8 @@ tests/test_recipe_ray_run.py trains there.
 
 import contextlib
 import json
-import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -98,11 +96,6 @@ def ended(trainer):
         time.sleep(0.1)
     assert trainer.status == 1
     return str(trainer.error())
-
-
-def processes(name):
-    """Process ids of the living actors of a class."""
-    return [p.pid for p in psutil.process_iter(["name"]) if p.info["name"].startswith(name)]
 
 
 def test_without_ray_installed_the_flag_says_what_to_install():
@@ -264,7 +257,7 @@ def test_a_server_ends_with_its_killed_actor(cluster, checkpoint, tmp_path):
     config = configuration(cluster, checkpoint, *stand_in(tmp_path))
     with ray_cluster(config) as machines:
         (server,) = machines.start_servers(config, run_folder(tmp_path))
-        os.kill(processes("ray::ServerActor")[0], signal.SIGKILL)
+        cluster.actors("ServerActor")[0].kill()
         wait_until(lambda: not servers_of(tmp_path))
         with pytest.raises(LostActorError, match=r"server \d died.*node 127\.0\.0\."):
             server.keep(None)
@@ -327,7 +320,7 @@ def trainer_error(cluster, checkpoint, run_dir, num_ranks, break_it):
 
 def test_a_dead_rank_ends_the_trainer_by_name(cluster, checkpoint, tmp_path):
     def kill():
-        os.kill(processes("ray::RankActor")[0], signal.SIGKILL)
+        cluster.actors("RankActor")[0].kill()
 
     message = trainer_error(cluster, checkpoint, tmp_path, 2, kill)
     assert re.match(r"rank [01] died with its actor; got .*node 127\.0\.0\.[23]", message)
