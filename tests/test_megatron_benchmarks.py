@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 
 KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
-TIMED = ["counts", "logprobs", "metrics", "payload", "plan", "plan_solver", "replay", "tables"]
-TIMED += ["attention", "batch", "client", "publish", "step"]
-# Several processes of Megatron.
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("plan_step", "step_memory")]
+TIMED = ["attention", "batch", "client", "counts", "payload", "plan", "plan_solver", "publish"]
+# Seven seconds and more; in the first two several processes of Megatron.
+NAMES = ["plan_step", "step_memory", "logprobs", "metrics", "replay", "step", "tables"]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", TIMED + KERNELS + LONG)

@@ -84,7 +84,7 @@ def train(commands, url, folder):
 
 
 @pytest.mark.timeout(4 * TIMEOUT_S)
-def test_two_nodes_of_two_ranks_train_and_resume_with_disks_of_their_own(tmp_path):
+def test_two_nodes_of_two_ranks_train_and_with_one_each_resume_on_disks_of_their_own(tmp_path):
     runs = [tmp_path / f"disk_{node}" / "run" for node in range(2)]
     flags = [*NODES, *write_prompts(tmp_path), "--cache-dir", str(tmp_path / "cache")]
     flags += ["--shared-dir", str(tmp_path / "shared")]
@@ -94,7 +94,7 @@ def test_two_nodes_of_two_ranks_train_and_resume_with_disks_of_their_own(tmp_pat
     with launch(model, options) as server:
         for steps in ("1", "2"):
             if steps == "2":
-                resume = ["--resume", "--steps", steps]
+                resume = ["--resume", "--steps", steps, "--nproc", "1"]
                 process = start(runs[0], "--prepare-only", *resume)
                 assert process.wait(TIMEOUT_S) == 0
             runs[1].mkdir(parents=True, exist_ok=True)
