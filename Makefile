@@ -39,7 +39,7 @@ ENGINE_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations 25 \
 test: env  ## every test that needs no GPU, except the long ones; 14 minutes
 	$(ENGINE_TESTS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
-test-matrix: env  ## the tests of `make test` and the long ones: layouts and recomputation, training on Ray, further models
+test-matrix: env  ## the tests of `make test` and the long ones: layouts and recomputation, resumes, further models and benchmarks
 	$(ENGINE_TESTS) -m "not gpu" $(PYTEST_ARGS)
 
 test-versions: env  ## the replay suite and the capture suite on older engines; half an hour

@@ -12,14 +12,15 @@ from tools.bench.paired import ratios, spread, take_turns
 ROOT = Path(__file__).parent.parent
 
 
-KERNELS = ["gates_kernel", "router_kernel"]  # without a GPU they check results
-TIMED = ["attention", "batch", "client", "counts", "payload", "plan", "plan_solver", "publish"]
-# Seven seconds and more; in the first two several processes of Megatron.
-NAMES = ["plan_step", "step_memory", "logprobs", "metrics", "replay", "step", "tables"]
+# Kernels are not timed without a GPU: their results are checked.
+SHORT = ["batch", "counts", "gates_kernel", "payload", "plan", "plan_solver"]
+# Six seconds and more.
+NAMES = ["attention", "client", "logprobs", "metrics", "plan_step", "publish", "replay"]
+NAMES += ["router_kernel", "step", "step_memory", "tables"]
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.parametrize("name", TIMED + KERNELS + LONG)
+@pytest.mark.parametrize("name", SHORT + LONG)
 def test_a_benchmark_runs_and_writes_its_figures(tmp_path, name):
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", f"tools.bench.{name}", "--quick", "--json", str(output)]

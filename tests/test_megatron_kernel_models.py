@@ -7,6 +7,8 @@ from replay_cases import Case
 
 from recipes.model.parallel import ParallelLayout
 
+pytestmark = pytest.mark.slow
+
 TP, CP = ParallelLayout(tensor=2), ParallelLayout(context=2)  # TP with sequence parallelism
 PP = ParallelLayout(pipeline=2)
 VPP = ParallelLayout(pipeline=2, virtual_pipeline=2)
@@ -53,14 +55,12 @@ def test_models_train_with_the_kernel_as_with_the_torch_form(in_models):
     assert in_models["wrong"] == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ranks_of_tensor_and_pipeline_parallelism_replay_with_the_kernel_and_in_captured_routers():
     captured = [Case(layout=VPP)]
     assert sum(run_kernel_world(RANKS, 2, ON_2_RANKS, captured), []) == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("num_ranks", "cases"), [(2, REST_ON_2_RANKS), (4, ON_4_RANKS)], ids=["2 ranks", "4 ranks"]

@@ -30,9 +30,7 @@ REPRESENTATIVE = {
         "tp2-ep2-etp1-padded",
         "cp2-recompute_full-padded-contiguous",
         "pp2-padded-mtp",
-        "recompute_full-packed",
         "tp2-ep2-etp1-recompute_full-groups-padded-latent",
-        "cp2-groups-packed-latent",
     ],
 }
 

@@ -17,6 +17,8 @@ from routing_replay.analysis.bisection import bisect
 from routing_replay.rollout import GenerateRequest
 from routing_replay.routes.table import RouteTable
 
+pytestmark = pytest.mark.slow
+
 NUM_SEQUENCES = 48
 SAMPLING = {"temperature": 1.0, "max_new_tokens": NUM_TOKENS - NUM_PROMPT, "ignore_eos": True}
 # The rollout's sampling parameters, and the flags of the trainer.

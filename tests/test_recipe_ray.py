@@ -297,6 +297,7 @@ def test_a_folder_that_a_node_sees_otherwise_is_refused(cluster, checkpoint, tmp
             actor.call("require_shared", run_folder(tmp_path), "of the driver")
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_before_the_start_is_named(cluster, checkpoint):
     address = cluster.add(2)
     config = configuration(cluster, checkpoint, "--nproc", "5")
@@ -326,6 +327,7 @@ def test_a_dead_rank_ends_the_trainer_by_name(cluster, checkpoint, tmp_path):
     assert re.match(r"rank [01] died with its actor; got .*node 127\.0\.0\.[23]", message)
 
 
+@pytest.mark.slow
 def test_a_lost_node_ends_the_trainer_by_the_name_of_its_rank(cluster, checkpoint, tmp_path):
     address = cluster.add(1)
     message = trainer_error(cluster, checkpoint, tmp_path, 4, lambda: cluster.lose(address))

@@ -42,6 +42,7 @@ def assert_gates(routes, logits_TLE, scores_TLE):
     np.testing.assert_allclose(routes.router_logits.values_NLE, logits_TLE, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_glm4_moe_on_two_processes_without_overlap(tmp_path):
     """First layer dense, sigmoid with bias and groups, scaled by 1.5, a shared expert; TP 2."""
     checkpoint = write_tiny_glm4_moe(tmp_path / "glm4")
