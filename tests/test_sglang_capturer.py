@@ -116,15 +116,19 @@ def test_a_model_whose_routers_never_report_is_named_at_its_first_forward(captur
         capturer.on_forward_end(step, can_run_graph=False, cuda_graph_batch=None)
 
 
-def model_of(*configs):
-    """A model with SGLang's routers; what their constructor reads of a server is left out."""
+def model_of(*routers):
+    """A model with SGLang's routers; what their constructor reads of a server is left out.
+
+    Each is a layer's number, with fields of its configuration or without.
+    """
     from sglang.srt.layers.moe.topk import TopK, TopKConfig
 
     model = torch.nn.ModuleList()
-    for config in configs:
+    for layer, *fields in routers:
         router = TopK.__new__(TopK)
         torch.nn.Module.__init__(router)
-        router.topk_config = TopKConfig(top_k=TOP_K, **config)
+        router.layer_id = layer
+        router.topk_config = TopKConfig(top_k=TOP_K, layer_id=layer, **dict(*fields))
         model.append(router)
     return model
 
@@ -133,16 +137,16 @@ def test_two_routers_with_one_layer_number_are_refused_unless_one_is_a_drafts():
     from routing_replay.sglang.routers import check_routers
 
     settings, draft = CaptureSettings(level="ids"), {"allow_routed_experts_capture": False}
-    check_routers(model_of({"layer_id": 0}, {"layer_id": 1}), settings, "Tiny")
-    check_routers(model_of({"layer_id": 0}, {"layer_id": 0, **draft}), settings, "Tiny")
+    check_routers(model_of([0], [1]), settings, "Tiny")
+    check_routers(model_of([0], [0, draft]), settings, "Tiny")
     with pytest.raises(ServerError, match=r"one layer number.*got 2 routers in layer 3 \[Tiny\]"):
-        check_routers(model_of({"layer_id": 3}, {"layer_id": 3}), settings, "Tiny")
+        check_routers(model_of([3], [3]), settings, "Tiny")
 
 
 def test_the_log_names_the_layers_that_have_no_gates(caplog):
     from routing_replay.sglang.routers import check_routers
 
-    model = model_of({"layer_id": 0}, {"layer_id": 1, "custom_routing_function": min})
+    model = model_of([0], [1, {"custom_routing_function": min}])
     with caplog.at_level("INFO"):
         check_routers(model, CaptureSettings(level="gates"), "Tiny")
     assert "2 routers of the model are SGLang's TopK" in caplog.text

@@ -24,9 +24,10 @@ def check_routers(model: torch.nn.Module, settings: CaptureSettings, architectur
     """
     from sglang.srt.layers.moe.topk import TopK
 
-    routers = [module for module in model.modules() if isinstance(module, TopK)]
-    configs = [r.topk_config for r in routers if r.topk_config.allow_routed_experts_capture]
-    counts = Counter(int(config.layer_id) for config in configs)
+    modules = [module for module in model.modules() if isinstance(module, TopK)]
+    # The module's layer number: the configuration of SGLang 0.5.18 and 0.5.20 has none.
+    routers = [router for router in modules if router.topk_config.allow_routed_experts_capture]
+    counts = Counter(int(router.layer_id) for router in routers)
     shared = sorted(layer for layer, count in counts.items() if count > 1)
     if shared:
         raise ServerError(
@@ -36,12 +37,12 @@ def check_routers(model: torch.nn.Module, settings: CaptureSettings, architectur
             where=architecture,
             fix="Each would overwrite the rows of the other: roll out this model without routes",
         )
-    _log(configs, settings)
+    _log(routers, settings)
 
 
-def _log(configs: list[Any], settings: CaptureSettings) -> None:
-    own = sorted(c.layer_id for c in configs if c.custom_routing_function is not None)
-    logger.info("routing_replay: %d routers of the model are SGLang's TopK", len(configs))
+def _log(routers: list[Any], settings: CaptureSettings) -> None:
+    own = sorted(r.layer_id for r in routers if r.topk_config.custom_routing_function is not None)
+    logger.info("routing_replay: %d routers of the model are SGLang's TopK", len(routers))
     if own and settings.has_gates:
         logger.warning(
             "routing_replay: layers %s report ids only: their routers have a function of their own",
