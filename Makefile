@@ -42,7 +42,7 @@ test: env  ## every test that needs no GPU, except the long ones; 14 minutes
 test-matrix: env  ## the tests of `make test` and the long ones: layouts and recomputation, resumes, further models and benchmarks
 	$(ENGINE_TESTS) -m "not gpu" $(PYTEST_ARGS)
 
-test-versions: env  ## the replay suite and the capture suite on older engines; half an hour
+test-versions: env  ## the replay suite and the capture suite on older engines; a quarter of an hour
 	$(PY) .ci/test_versions megatron-core
 	$(PY) .ci/test_versions sglang
 

@@ -84,7 +84,7 @@ def train(commands, url, folder):
 
 
 @pytest.mark.timeout(4 * TIMEOUT_S)
-def test_two_nodes_of_two_ranks_train_and_with_one_each_resume_on_disks_of_their_own(tmp_path):
+def test_two_nodes_of_two_ranks_train_and_resume_with_one_rank_each_on_disks_of_their_own(tmp_path):
     runs = [tmp_path / f"disk_{node}" / "run" for node in range(2)]
     flags = [*NODES, *write_prompts(tmp_path), "--cache-dir", str(tmp_path / "cache")]
     flags += ["--shared-dir", str(tmp_path / "shared")]

@@ -128,7 +128,7 @@ def model_of(*routers):
         router = TopK.__new__(TopK)
         torch.nn.Module.__init__(router)
         router.layer_id = layer
-        router.topk_config = TopKConfig(top_k=TOP_K, layer_id=layer, **dict(*fields))
+        router.topk_config = TopKConfig(top_k=TOP_K, **dict(*fields))
         model.append(router)
     return model
 
